@@ -1,0 +1,106 @@
+"""Builds fastvq._cpu. Metadata is in pyproject.toml.
+
+The extension holds no torch header, so it builds without torch and serves any version of it. A ninja file is
+written and run: sources compile side by side, and an edited one recompiles alone. A source whose name ends in
+_avx2 or _avx512 is compiled for that instruction set, and only on x86-64; which one runs is decided at run time.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+X86 = platform.machine().lower() in ("x86_64", "amd64")
+# No contraction anywhere: exact scores are defined without fused multiply-add; filters ask for it by name.
+CXXFLAGS = [
+    "-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-pthread", "-Wall", "-Wextra",
+]  # fmt: skip
+ISA_FLAGS = {
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl",
+               "-mprefer-vector-width=512"],
+}  # fmt: skip
+
+
+def find_compiler() -> str:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and shutil.which(name.split()[0]):
+            return name
+    sys.exit(
+        "fastvq needs a C++17 compiler and found none (looked for $CXX, c++, g++, clang++); "
+        "install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++; macOS: xcode-select --install)"
+    )
+
+
+def find_ninja() -> str:
+    try:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            sys.exit("fastvq builds with ninja and found none; pip install ninja")
+        return found
+
+
+def isa_of(source: Path) -> str | None:
+    return next((isa for isa in ISA_FLAGS if source.stem.endswith("_" + isa)), None)
+
+
+def escape(path: object) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+class NinjaBuild(build_ext):
+    """Compiles an extension with a ninja file of its own instead of one compiler call after another."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        work = Path(self.build_temp).resolve() / ext.name
+        work.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = [f'-I"{p}"' for p in (sysconfig.get_paths()["include"], pybind11.get_include())]
+        flags = CXXFLAGS + os.environ.get("CXXFLAGS", "").split()
+        shared = ["-shared", "-pthread"] + (["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])
+        shared += os.environ.get("LDFLAGS", "").split()
+        lines = [
+            f"cxx = {find_compiler()}",
+            "rule compile",
+            "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+            "rule link",
+            f"  command = $cxx $in {' '.join(shared)} -o $out",
+        ]
+        objects = []
+        for source in map(Path, ext.sources):
+            isa = isa_of(source)
+            obj = work / source.relative_to("csrc").with_suffix(".o")
+            objects.append(escape(obj))
+            lines.append(f"build {objects[-1]}: compile {escape(ROOT / source)}")
+            lines.append(f"  flags = {' '.join(flags + includes + ISA_FLAGS.get(isa or '', []))}")
+        lines.append(f"build {escape(target)}: link {' '.join(objects)}")
+        lines.append("")
+        (work / "build.ninja").write_text("\n".join(lines))
+        try:
+            subprocess.run([find_ninja(), "-C", str(work)], check=True)
+        except subprocess.CalledProcessError:
+            sys.exit(f"fastvq: compiling {ext.name} failed; the compiler's message is above")
+
+
+cpu_sources = [p.relative_to(ROOT) for p in [ROOT / "csrc/bind_cpu.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]]
+setup(
+    ext_modules=[Extension("fastvq._cpu", [str(p) for p in cpu_sources if X86 or isa_of(p) is None])],
+    cmdclass={"build_ext": NinjaBuild},
+)
