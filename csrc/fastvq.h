@@ -40,4 +40,9 @@ const char* isa_name(Isa isa);
 std::vector<Isa> available_isas();
 std::string compiler();
 
+// Counts and sums per code (statistics.cpp). sums [H, K, D] is float, double where x is f64; counts [H, K].
+// Returns -1, or the first h*N + r whose index is neither -1 nor a code; sums and counts then hold nothing of use.
+int64_t code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, void* sums, int64_t* counts, Isa isa,
+                        int n_threads);
+
 }  // namespace fastvq
