@@ -27,7 +27,7 @@ VARIABLES = {
 
 
 def read(name: str) -> str | None:
-    """The value of a variable of the table, or None where it is unset or empty; ValueError where it is not one it may hold."""
+    """The value of a variable of the table, None where it is unset or empty; ValueError where the table forbids it."""
     variable = VARIABLES[name]
     value = os.environ.get(name) or None
     if value is not None and value not in variable.values:

@@ -1,4 +1,4 @@
-"""The compiled extension ``fastvq._cpu``: whether it is there, which instruction set it uses, how tensors are handed to it.
+"""The compiled extension ``fastvq._cpu``: is it there, which instruction set it uses, how tensors are handed to it.
 
 Nothing of torch is compiled in: a tensor crosses as a tuple of integers, its address, dtype, sizes and strides.
 """

@@ -69,6 +69,8 @@ def nearest(
     Codes that hold NaN or infinity are never chosen unless every code does; a row that does gets 0; where every d_k
     overflows, 0. Same arguments and result as ``fastvq.ops.nearest``.
     """
+    if x.device.type == "mps":  # it has no float64
+        return nearest(x.cpu(), codebook.cpu(), metric, precision).to(x.device)
     if codebook.dim() == 3:
         return torch.stack([nearest(a, c, metric, precision) for a, c in zip(x, codebook, strict=True)])
     flat = x.reshape(-1, x.shape[-1])

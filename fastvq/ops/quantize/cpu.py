@@ -48,7 +48,8 @@ def quantize(
     mask = None if mask is None else mask.contiguous()
     square, n_rows = _native._cpu.quantize_forward(
         rows, _native.codes_view(codebook), _native.metric_code(metric), precision == "fast",
-        0 if mask is None else mask.data_ptr(), quantized.view, indices.data_ptr(), _native.isa(), torch.get_num_threads(),
+        0 if mask is None else mask.data_ptr(), quantized.view, indices.data_ptr(), _native.isa(),
+        torch.get_num_threads(),
     )  # fmt: skip
     mean = square / (n_rows * x.shape[-1]) if n_rows else 0.0
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -101,7 +102,7 @@ def _pull(
     codebook: Tensor,  # [K, D] or [H, K, D]
     indices: Tensor,  # [...] or [H, ...]
 ) -> None:
-    """total_k += sum of (c_k - x) over the finite vectors whose index is k, in chunks so that no N x D tensor is made."""
+    """total_k += sum of (c_k - x) over the finite vectors whose index is k, in chunks: no N x D tensor is made."""
     if codebook.dim() == 3:
         for arguments in zip(total, x, codebook, indices, strict=True):
             _pull(*arguments)
