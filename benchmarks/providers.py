@@ -124,6 +124,7 @@ def prepare_faiss(codebook: Tensor) -> Lookup:
     name_blas_kernels()
     import faiss
 
+    faiss.omp_set_num_threads(torch.get_num_threads())  # an OpenMP runtime of its own, which torch does not reach
     index = faiss.IndexFlatL2(codebook.shape[1])
     index.add(codebook.numpy())
     return lambda x: index.search(x.numpy(), 1)[1][:, 0]

@@ -6,7 +6,6 @@ import gc
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,18 +70,13 @@ def environment(values: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def thread_count(n_threads: int) -> Iterator[None]:
-    """Hold torch, and faiss where it is loaded, to ``n_threads``; each brings an OpenMP runtime of its own."""
+    """Hold torch, and what takes its number from torch, to ``n_threads``."""
     before = torch.get_num_threads()
-    faiss = sys.modules.get("faiss")
+    torch.set_num_threads(n_threads)
     try:
-        torch.set_num_threads(n_threads)
-        if faiss is not None:
-            faiss.omp_set_num_threads(n_threads)
         yield
     finally:
         torch.set_num_threads(before)
-        if faiss is not None:
-            faiss.omp_set_num_threads(before)
 
 
 def timed(call: Call, times: Times) -> None:
