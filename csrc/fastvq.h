@@ -40,9 +40,55 @@ const char* isa_name(Isa isa);
 std::vector<Isa> available_isas();
 std::string compiler();
 
-// Counts and sums per code (statistics.cpp). sums [H, K, D] is float, double where x is f64; counts [H, K].
+// ---- nearest code and quantization (cpu/nearest.cpp) ----
+
+struct LookupCounts {
+  int64_t rescored = 0;  // rows whose few survivors of the filter were scored by the definition
+  int64_t scanned = 0;   // rows scored against every code by the definition
+};
+// indices [H, N]: for every row the lexicographic minimum of (d_k, k), d_k in float64 in the order of the definition.
+// fast: the winner of the float32 filter instead. x and codes have as many heads (a shared codebook: stride_head 0).
+LookupCounts nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, int64_t* indices, Isa isa,
+                     int n_threads);
+
+struct QuantizeSums {
+  double squares;  // of (x - c) over real vectors, NaN where one of them is not finite
+  int64_t n_rows;  // real vectors
+};
+// mask [H, N] or null, zero where there is no vector: index -1 and zeros there. quantized: x's shape and dtype.
+QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask,
+                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads);
+// grad_x = G + scale (x - c), zero where the index is -1; G is grad_quantized (null: zero), or with rotation
+// lambda (g - 2 r (r.g) + 2 x^ (q^.g)), see quantize_rows.h.
+void quantize_backward(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized,
+                       double scale, bool rotation, const Rows& grad_x, Isa isa, int n_threads);
+
+// GFLOP/s of float32 multiply-adds on the calling thread; GB/s of reading memory.
+double fma_peak(Isa isa, double milliseconds);
+double read_peak(int64_t n_bytes, int n_threads);
+
+// ---- statistics per code and their moving average (cpu/statistics.cpp, cpu/ema.cpp) ----
+
+// Counts and sums per code. sums [H, K, D] is float, double where x is f64; counts [H, K].
 // Returns -1, or the first h*N + r whose index is neither -1 nor a code; sums and counts then hold nothing of use.
 int64_t code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, void* sums, int64_t* counts, Isa isa,
                         int n_threads);
+
+// What ema_update_ writes: [H, K, D] and [H, K], float or double (all three the same), strides in elements.
+struct EmaBuffers {
+  DType dtype;
+  int64_t n_heads, n_codes, dim;
+  void *codebook, *embed_sum, *cluster_size;
+  int64_t codebook_head, codebook_k, codebook_d;
+  int64_t embed_sum_head, embed_sum_k, embed_sum_d;
+  int64_t cluster_size_head, cluster_size_k;
+};
+struct EmaOptions {
+  double decay, eps;
+  bool laplace, debias;
+};
+// sums [H, K, D] (float, or double where sums_double) and counts [H, K] (int64) are contiguous.
+void ema_update(const EmaBuffers& buffers, const void* sums, bool sums_double, const int64_t* counts,
+                const EmaOptions& options, int n_threads);
 
 }  // namespace fastvq
