@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,8 @@ def scores(
     square = codebook.new_zeros(codebook.shape[0])
     for d in range(x.shape[1]):
         square += codebook[:, d] * codebook[:, d]
-    norm = square.sqrt()
+    # math.sqrt rounds correctly; torch.sqrt need not (a vector library's may miss the last bit).
+    norm = codebook.new_tensor([math.sqrt(s) for s in square.tolist()])
     return torch.where(norm == 0, torch.inf, -accumulator / norm)
 
 

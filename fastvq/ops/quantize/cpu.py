@@ -92,7 +92,7 @@ def quantize_backward(
         if grad_codebook_loss is not None:
             _pull(total, x, codebook, indices)
             total *= grad_codebook_loss.double() * scale
-        grad_codebook = total.to(codebook.dtype)
+        grad_codebook = torch.empty_like(codebook).copy_(total)
     return grad_x, grad_codebook
 
 

@@ -33,7 +33,7 @@ def quantize(
     indices = reference.nearest(x, codebook, metric, precision)
     real = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask
     codes = gather(codebook, indices)
-    quantized = torch.where(real[..., None], codes, 0).to(x.dtype)
+    quantized = torch.empty_like(x).copy_(torch.where(real[..., None], codes, 0))
     difference = torch.where(real[..., None], x.double() - codes.double(), 0)
     elements = max(1, int(real.sum()) * x.shape[-1])
     mean = (difference * difference).sum() / elements
@@ -94,7 +94,7 @@ def quantize_backward(
             total = total + (rotate_back(g, wide, codes) if estimator == "rotation" else g)
         if grad_commitment is not None:
             total = total + grad_commitment.double() * beta * scale * (wide - codes)
-        grad_x = torch.where(real, total, 0).to(x.dtype)
+        grad_x = torch.empty_like(x).copy_(torch.where(real, total, 0))
     if need_codebook:
         total = torch.zeros_like(codebook, dtype=torch.float64)
         if grad_codebook_loss is not None:
@@ -103,5 +103,5 @@ def quantize_backward(
             for out, i, p in heads:
                 out.index_add_(0, i.clamp(min=0).reshape(-1), p.reshape(-1, x.shape[-1]))
             total *= grad_codebook_loss.double() * scale
-        grad_codebook = total.to(codebook.dtype)
+        grad_codebook = torch.empty_like(codebook).copy_(total)
     return grad_x, grad_codebook
