@@ -139,7 +139,7 @@ def plot_photographs(path: Path, n_codes: Sequence[int], n_photographs: int = 4)
             coded = codebook[nearest(patches, codebook)]
             picture = photographs.join(coded.numpy(), pixels.shape, 4).clip(0, 1)
             bits = math.log2(k) / PIXELS_PER_PATCH
-            show(panel, picture, f"{bits:.2g} bits per pixel · {photographs.psnr(pixels, picture):.1f} dB")
+            show(panel, picture, f"{bits:g} bits per pixel · {photographs.psnr(pixels, picture):.1f} dB")
     for panel, title in zip(panels[0], ["photograph", *(f"{k} codes" for k in n_codes)], strict=True):
         panel.set_title(title, fontsize=13, pad=8)
     figure.tight_layout(w_pad=0.4, h_pad=0.6)
