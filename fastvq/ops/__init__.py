@@ -3,5 +3,15 @@
 from fastvq.ops.ema import code_statistics, ema_update_, replace_dead_codes_
 from fastvq.ops.nearest import nearest
 from fastvq.ops.quantize import Quantized, quantize
+from fastvq.ops.residual import ResidualQuantized, residual_quantize
 
-__all__ = ["Quantized", "code_statistics", "ema_update_", "nearest", "quantize", "replace_dead_codes_"]
+__all__ = [
+    "Quantized",
+    "ResidualQuantized",
+    "code_statistics",
+    "ema_update_",
+    "nearest",
+    "quantize",
+    "replace_dead_codes_",
+    "residual_quantize",
+]
