@@ -51,7 +51,7 @@ class Budget:
 
 DEFAULT = Budget(call_seconds=0.12, headline_seconds=1.0, seconds=3)
 SWEEP = Budget(call_seconds=0.05, headline_seconds=0.2, seconds=0.5)
-QUICK = Budget(call_seconds=0.05, headline_seconds=0.05, seconds=0.4)
+QUICK = Budget(call_seconds=0.03, headline_seconds=0.03, seconds=0.2)
 FULL = Budget(call_seconds=float("inf"), headline_seconds=float("inf"), seconds=30, min_rounds=5, n_checked=None)
 
 
