@@ -1,7 +1,7 @@
 """What several processes need: statistics summed over ranks in one message, vectors gathered, sharded codebooks.
 
-Everything here works on any backend of ``torch.distributed`` (gloo, NCCL) and for one process without it. Ranks may hold
-batches of different sizes, or none: messages have sizes that do not depend on the batch.
+Everything here works on any backend of ``torch.distributed`` (gloo, NCCL) and for one process without it. Ranks may
+hold batches of different sizes, or none: messages have sizes that do not depend on the batch.
 """
 
 from __future__ import annotations
