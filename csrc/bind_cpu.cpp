@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind_conv.h"
 #include "fastvq.h"
 
 namespace py = pybind11;
@@ -14,4 +15,5 @@ PYBIND11_MODULE(_cpu, m) {
     for (Isa isa : available_isas()) names.emplace_back(isa_name(isa));
     return names;
   });
+  bind_masked_conv(m);
 }
