@@ -48,6 +48,12 @@ struct Gate {
   bool saved;
 };
 
+// Cache lines that will be written when a product is done: fetched while it runs, a few at the start of every segment.
+struct Touch {
+  const char* base;  // null: none
+  int64_t n_outer, stride_outer, n_lines;
+};
+
 // One thin matrix product: c[i] = init + sum over segments s and k of a[i*a_row + a_segment[s] + k*a_k] * b[s, k, :],
 // for n_rows rows i and n_vectors vectors of columns. Each element is one chain of fused multiply-adds in the order
 // of (s, k), whatever tile it lies in.
@@ -62,6 +68,7 @@ struct Product {
   const float* init;  // [n_vectors * lanes], or null: go on from what c holds
   int64_t n_rows;
   int n_vectors;
+  Touch touch;
 };
 
 struct ConvKernels {

@@ -114,20 +114,41 @@ struct Reach {
 // neighbouring pixels spreads over all sets of the first-level cache.
 inline int64_t pixel_stride(int64_t n_channels) { return ((n_channels + 15) / 16 | 1) * 16; }
 
-// Rows [y0, y0 + n_rows) of image b with zeros around, as far as the taps reach: [top + n_rows + bottom, left + W +
-// right, pixel] floats.
-inline void load_padded(const ConvKernels& k, const Image& im, int64_t b, int64_t y0, int64_t n_rows,
-                        const Reach& reach, float* dst, int64_t pixel) {
+// Rows of one image, dst[(y - y0) * dst_row + p * dst_pixel + c]. A contiguous image is read a few channels at a time
+// over all rows, so that memory sees long streams and not two lines a page.
+inline void load_rows(const ConvKernels& k, const Image& im, int64_t b, int64_t y0, int64_t n_rows, int64_t c0,
+                      int64_t n_channels, float* dst, int64_t dst_row, int64_t dst_pixel) {
+  const int64_t together = im.stride_c == 1 ? n_channels : 16;
+  for (int64_t c = 0; c < n_channels; c += together)
+    for (int64_t y = 0; y < n_rows; ++y)
+      load_pixels(k, im, b, y0 + y, 0, im.width, c0 + c, together < n_channels - c ? together : n_channels - c,
+                  dst + y * dst_row + c, dst_pixel);
+}
+
+// Rows [y0, y0 + n_rows) of image b, channels from c0 on, with zeros around as far as the taps reach:
+// [top + n_rows + bottom, left + W + right, pixel] floats.
+inline void load_padded(const ConvKernels& k, const Image& im, int64_t b, int64_t c0, int64_t n_channels, int64_t y0,
+                        int64_t n_rows, const Reach& reach, float* dst, int64_t pixel) {
   const int64_t width = reach.left + im.width + reach.right, row = width * pixel;
-  for (int64_t y = y0 - reach.top; y < y0 + n_rows + reach.bottom; ++y, dst += row) {
-    if (y < 0 || y >= im.height) {
-      std::memset(dst, 0, static_cast<size_t>(row) * sizeof(float));
-      continue;
-    }
-    std::memset(dst, 0, static_cast<size_t>(reach.left * pixel) * sizeof(float));
-    load_pixels(k, im, b, y, 0, im.width, 0, im.channels, dst + reach.left * pixel, pixel);
-    std::memset(dst + (reach.left + im.width) * pixel, 0, static_cast<size_t>(reach.right * pixel) * sizeof(float));
+  const auto clear = [](float* p, int64_t n) { std::memset(p, 0, static_cast<size_t>(n) * sizeof(float)); };
+  const int64_t begin = y0 - reach.top, end = y0 + n_rows + reach.bottom;
+  const int64_t first = begin < 0 ? 0 : begin, last = end > im.height ? im.height : end;  // rows that exist
+  clear(dst, (first - begin) * row);
+  clear(dst + (last - begin) * row, (end - last) * row);
+  for (int64_t y = first; y < last; ++y) {
+    clear(dst + (y - begin) * row, reach.left * pixel);
+    clear(dst + (y - begin) * row + (reach.left + im.width) * pixel, reach.right * pixel);
   }
+  load_rows(k, im, b, first, last - first, c0, n_channels, dst + (first - begin) * row + reach.left * pixel, row, pixel);
+}
+
+// The lines that store_pixels will write, if it writes whole stretches.
+inline Touch lines_of(const Image& im, int64_t b, int64_t y, int64_t c0, int64_t n_channels) {
+  const int64_t size = im.dtype == DType::bf16 ? 2 : 4;
+  const char* base = static_cast<const char*>(im.data) + offset_of(im, b, y, 0, c0) * size;
+  if (im.stride_c == 1) return {base, im.width, im.stride_w * size, (n_channels * size + 63) / 64};
+  if (im.stride_w == 1) return {base, n_channels, im.stride_c * size, (im.width * size + 63) / 64};
+  return {};
 }
 
 }  // namespace fastvq

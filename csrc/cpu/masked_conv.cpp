@@ -41,10 +41,10 @@ std::vector<Block> split_channels(int64_t n_channels, const ConvKernels& kernels
 
 namespace {
 
-constexpr int64_t kBandBytes = 640 << 10;     // of scratch a band's input may take
-constexpr int64_t kGroupBytes = 64LL << 20;   // of scratch the weight gradient may take for each operand
+constexpr int64_t kBandBytes = 512 << 10;     // of scratch a band's input may take
+constexpr int64_t kGroupBytes = 2LL << 20;    // of scratch the weight gradient may take for each operand
 constexpr int64_t kPixelsPerChunk = 128;      // whose gradients (128 x 48 floats) stay in the first-level cache
-constexpr int64_t kChannelsPerTask = 32;
+constexpr int64_t kSlice = 16;                // input channels that make one cache line of a pixel
 
 int64_t lanes_of(const Block& block, const ConvKernels& k) { return static_cast<int64_t>(block.n_vectors) * k.lanes; }
 
@@ -57,16 +57,19 @@ float weight_at(const MaskedWeight& w, int64_t i) {
 void pack_block(const MaskedWeight& w, bool swapped, int64_t first, int64_t n_channels, int64_t lanes, float* dst) {
   const int64_t depth = swapped ? w.c_out : w.c_in, tap_size = depth * lanes;
   std::memset(dst, 0, static_cast<size_t>(tap_size) * w.taps.size() * sizeof(float));
-  for (int64_t lane = 0; lane < n_channels; ++lane)
-    for (int64_t d = 0; d < depth; ++d) {
-      const int64_t out = swapped ? d : first + lane, in = swapped ? first + lane : d;
-      const int64_t at = (out * w.c_in + in) * w.kernel_size;
-      float* to = dst + d * lanes + lane;
-      for (const Tap& tap : w.taps) {
-        if (w.active(tap.index, out, in)) *to = weight_at(w, at + tap.index);
-        to += tap_size;
-      }
+  const auto copy = [&](int64_t d, int64_t lane) {
+    const int64_t out = swapped ? d : first + lane, in = swapped ? first + lane : d;
+    const int64_t at = (out * w.c_in + in) * w.kernel_size;
+    float* to = dst + d * lanes + lane;
+    for (const Tap& tap : w.taps) {
+      if (w.active(tap.index, out, in)) *to = weight_at(w, at + tap.index);
+      to += tap_size;
     }
+  };
+  // Few channels of depth at a time: what is read is contiguous, what is written stays in the first-level cache.
+  for (int64_t d0 = 0; d0 < depth; d0 += kSlice)
+    for (int64_t lane = 0; lane < n_channels; ++lane)
+      for (int64_t d = d0; d < std::min(depth, d0 + kSlice); ++d) copy(d, lane);
 }
 
 struct Packed {
@@ -115,7 +118,8 @@ int64_t band_rows(const Image& x, const Reach& reach, int64_t pixel, int n_threa
   // Enough bands for every thread, though none so thin that copying the rows around it outweighs its work.
   const int64_t per_image = (4 * n_threads + x.batch - 1) / x.batch;
   if (n_threads > 1) rows = std::min(rows, std::max<int64_t>(4, (x.height + per_image - 1) / per_image));
-  return std::min(rows, x.height);
+  const int64_t n_bands = (x.height + rows - 1) / rows;
+  return (x.height + n_bands - 1) / n_bands;  // all about as high: a thin last band would read all weights for little
 }
 
 // The bias of a block, and for a gated convolution the part of the condition that is the same for every position.
@@ -156,7 +160,7 @@ void convolve(const Image& x, const std::vector<Tap>& taps, const Packed& packed
       s.row_out.resize(x.width * widest);
       if (mapped) s.condition.resize(x.width * widest);
     }
-    load_padded(k, x, b, y0, n_rows, reach, s.input.get(), pixel);
+    load_padded(k, x, b, 0, x.channels, y0, n_rows, reach, s.input.get(), pixel);
 
     const size_t step = gate ? 2 : 1;
     for (size_t i = 0; i < packed.blocks.size(); i += step) {
@@ -169,7 +173,8 @@ void convolve(const Image& x, const std::vector<Tap>& taps, const Packed& packed
         for (size_t part = 0; part < step; ++part) {
           k.product({s.input.get() + y * row, pixel, 1, segments.data(), static_cast<int64_t>(segments.size()),
                      x.channels, packed.weights.get() + packed.start[i + part], rows_of[part], lanes,
-                     rows_of[part] + x.width * widest, x.width, block.n_vectors});
+                     rows_of[part] + x.width * widest, x.width, block.n_vectors,
+                     part == 0 ? lines_of(out, b, y0 + y, block.first, block.n_channels) : Touch{}});
           if (mapped) add_condition(k, gate->condition, b, y0 + y, packed.blocks[i + part], lanes, s, rows_of[part]);
         }
         const float* result = s.row_a.get();
@@ -239,75 +244,77 @@ struct WeightGrad {
 
   void add_bias(const Block& block, const float* grad, int64_t n_pixels) {
     const int64_t lanes = lanes_of(block, k);
+    constexpr float one = 1.0f;
+    const int64_t none = 0;
     std::vector<float> sum(static_cast<size_t>(lanes), 0.0f);
-    for (int64_t p = 0; p < n_pixels; ++p)
-      for (int64_t c = 0; c < lanes; ++c) sum[static_cast<size_t>(c)] += grad[p * lanes + c];
+    k.product({&one, 0, 0, &none, 1, n_pixels, grad, sum.data(), lanes, nullptr, 1, block.n_vectors, {}});
     for (int64_t c = 0; c < block.n_channels; ++c)
       bias[static_cast<size_t>(block.first + c)] += static_cast<double>(sum[static_cast<size_t>(c)]);
   }
 
   void add_group(const Image& x, const Image& grad, int64_t b0, int64_t n_images, bool with_bias, int n_threads) {
     const Reach reach(weight.taps);
-    const int64_t pixel = pixel_stride(x.channels), row = (reach.left + x.width + reach.right) * pixel;
-    const int64_t image = (reach.top + x.height + reach.bottom) * row, n_pixels = n_images * x.height * x.width;
-    const int64_t lanes_total = blocks.back().first + lanes_of(blocks.back(), k);
-    input.resize(n_images * image);
+    const int64_t row = (reach.left + x.width + reach.right) * kSlice, n_pixels = n_images * x.height * x.width;
+    const int64_t image = (reach.top + x.height + reach.bottom) * row;
+    const int64_t n_slices = (x.channels + kSlice - 1) / kSlice, lanes_total = blocks.back().first + lanes_of(blocks.back(), k);
+    input.resize(n_slices * n_images * image);
     grads.resize(n_pixels * lanes_total);
     parallel_chunks(n_images, n_threads, [&](int64_t i, int) {
-      load_padded(k, x, b0 + i, 0, x.height, reach, input.get() + i * image, pixel);
+      for (int64_t slice = 0; slice < n_slices; ++slice) {
+        const int64_t c = slice * kSlice;
+        load_padded(k, x, b0 + i, c, std::min(kSlice, x.channels - c), 0, x.height, reach,
+                    input.get() + (slice * n_images + i) * image, kSlice);
+      }
       for (const Block& block : blocks) {
         const int64_t lanes = lanes_of(block, k);
         float* dst = grads.get() + block.first * n_pixels + i * x.height * x.width * lanes;
         if (block.n_channels < lanes)
           std::memset(dst, 0, static_cast<size_t>(x.height * x.width * lanes) * sizeof(float));
-        for (int64_t y = 0; y < x.height; ++y)
-          load_pixels(k, grad, b0 + i, y, 0, x.width, block.first, block.n_channels, dst + y * x.width * lanes, lanes);
+        load_rows(k, grad, b0 + i, 0, x.height, block.first, block.n_channels, dst, x.width * lanes, lanes);
       }
     });
 
-    const int64_t n_slices = (x.channels + kChannelsPerTask - 1) / kChannelsPerTask;
     const int64_t rows = std::max<int64_t>(1, std::min(x.height, kPixelsPerChunk / x.width));
     parallel_chunks(static_cast<int64_t>(blocks.size()) * n_slices, n_threads, [&](int64_t task, int) {
       const size_t i = static_cast<size_t>(task / n_slices);
-      const int64_t c0 = task % n_slices * kChannelsPerTask, c1 = std::min(x.channels, c0 + kChannelsPerTask);
-      const int64_t lanes = lanes_of(blocks[i], k);
+      const int64_t slice = task % n_slices, first = slice * kSlice, lanes = lanes_of(blocks[i], k);
+      const float* slice_input = input.get() + slice * n_images * image;
       std::vector<int64_t> segments(static_cast<size_t>(rows));
       for (int64_t y = 0; y < rows; ++y) segments[static_cast<size_t>(y)] = y * row;
       for (int64_t n = 0; n < n_images; ++n)
         for (int64_t y0 = 0; y0 < x.height; y0 += rows) {
           const int64_t n_rows = std::min(rows, x.height - y0);
-          const float* grad_at =
-              grads.get() + blocks[i].first * n_pixels + (n * x.height + y0) * x.width * lanes;
-          if (with_bias && c0 == 0) add_bias(blocks[i], grad_at, n_rows * x.width);
-          // 16 channels are one cache line of every pixel: all taps while they are near.
-          for (int64_t c = c0; c < c1; c += 16)
-            for (size_t t = 0; t < weight.taps.size(); ++t) {
-              const Tap& tap = weight.taps[t];
-              k.product({input.get() + n * image + (y0 + reach.top + tap.dy) * row + (reach.left + tap.dx) * pixel + c,
-                         1, pixel, segments.data(), n_rows, x.width, grad_at,
-                         sums.get() + start[i] + (static_cast<int64_t>(t) * x.channels + c) * lanes, lanes, nullptr,
-                         std::min<int64_t>(16, c1 - c), blocks[i].n_vectors});
-            }
+          const float* grad_at = grads.get() + blocks[i].first * n_pixels + (n * x.height + y0) * x.width * lanes;
+          if (with_bias && slice == 0) add_bias(blocks[i], grad_at, n_rows * x.width);
+          for (size_t t = 0; t < weight.taps.size(); ++t) {
+            const Tap& tap = weight.taps[t];
+            k.product({slice_input + n * image + (y0 + reach.top + tap.dy) * row + (reach.left + tap.dx) * kSlice, 1,
+                       kSlice, segments.data(), n_rows, x.width, grad_at,
+                       sums.get() + start[i] + (static_cast<int64_t>(t) * x.channels + first) * lanes, lanes, nullptr,
+                       std::min(kSlice, x.channels - first), blocks[i].n_vectors, {}});
+          }
         }
     });
   }
 
-  void write(float* grad_weight, float* grad_bias) const {
+  void write(float* grad_weight, float* grad_bias, int n_threads) const {
     const int64_t n = weight.c_out * weight.c_in * weight.kernel_size;
     std::memset(grad_weight, 0, static_cast<size_t>(n) * sizeof(float));
-    for (size_t i = 0; i < blocks.size(); ++i) {
-      const int64_t lanes = lanes_of(blocks[i], k);
-      for (int64_t lane = 0; lane < blocks[i].n_channels; ++lane)
-        for (int64_t in = 0; in < weight.c_in; ++in) {
-          const int64_t out = blocks[i].first + lane;
-          float* to = grad_weight + (out * weight.c_in + in) * weight.kernel_size;
-          const float* from = sums.get() + start[i] + in * lanes + lane;
-          for (const Tap& tap : weight.taps) {
-            if (weight.active(tap.index, out, in)) to[tap.index] = *from;
-            from += weight.c_in * lanes;
-          }
-        }
-    }
+    const auto copy = [&](size_t i, int64_t lane, int64_t in) {
+      const int64_t out = blocks[i].first + lane, lanes = lanes_of(blocks[i], k);
+      float* to = grad_weight + (out * weight.c_in + in) * weight.kernel_size;
+      const float* from = sums.get() + start[i] + in * lanes + lane;
+      for (const Tap& tap : weight.taps) {
+        if (weight.active(tap.index, out, in)) to[tap.index] = *from;
+        from += weight.c_in * lanes;
+      }
+    };
+    parallel_chunks(static_cast<int64_t>(blocks.size()), n_threads, [&](int64_t task, int) {
+      const size_t i = static_cast<size_t>(task);
+      for (int64_t c0 = 0; c0 < weight.c_in; c0 += kSlice)
+        for (int64_t lane = 0; lane < blocks[i].n_channels; ++lane)
+          for (int64_t in = c0; in < std::min(weight.c_in, c0 + kSlice); ++in) copy(i, lane, in);
+    });
     if (grad_bias)
       for (int64_t c = 0; c < weight.c_out; ++c) grad_bias[c] = static_cast<float>(bias[static_cast<size_t>(c)]);
   }
@@ -327,7 +334,7 @@ void masked_conv_weight_grad(const Image& x, const Image& grad_out, const Masked
     for (int64_t b = 0; b < x.batch; b += group)
       work.add_group(x, grad_out, b, std::min(group, x.batch - b), grad_bias != nullptr, n_threads);
   }
-  work.write(grad_weight, grad_bias);
+  work.write(grad_weight, grad_bias, n_threads);
 }
 
 void gate_backward(const float* grad, const float* tanh_a, const float* sigmoid_b, float* grad_ab, int64_t n_outer,
