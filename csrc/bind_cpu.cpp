@@ -2,11 +2,33 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <optional>
+
 #include "bind_conv.h"
 #include "fastvq.h"
 
 namespace py = pybind11;
 using namespace fastvq;
+
+namespace {
+
+// Tensors come as tuples of numbers: data_ptr, dtype, sizes, strides.
+using RowsTuple = std::array<int64_t, 10>;
+using CodesTuple = std::array<int64_t, 8>;
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
+}
+Rows rows(const RowsTuple& t) {
+  return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9]};
+}
+Codes codes(const CodesTuple& t) {
+  return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7]};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.def("compiler", &compiler);
@@ -14,6 +36,43 @@ PYBIND11_MODULE(_cpu, m) {
     std::vector<std::string> names;
     for (Isa isa : available_isas()) names.emplace_back(isa_name(isa));
     return names;
+  });
+
+  m.def("nearest", [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t indices, int isa,
+                      int n_threads) {
+    LookupCounts counts;
+    {
+      py::gil_scoped_release release;
+      counts = nearest(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<int64_t>(indices),
+                       static_cast<Isa>(isa), n_threads);
+    }
+    return py::make_tuple(counts.rescored, counts.scanned);
+  });
+  m.def("quantize_forward", [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t mask,
+                               const RowsTuple& quantized, int64_t indices, int isa, int n_threads) {
+    QuantizeSums sums;
+    {
+      py::gil_scoped_release release;
+      sums = quantize_forward(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask),
+                              rows(quantized), pointer<int64_t>(indices), static_cast<Isa>(isa), n_threads);
+    }
+    return py::make_tuple(sums.squares, sums.n_rows);
+  });
+  m.def("quantize_backward", [](const RowsTuple& x, const CodesTuple& c, int64_t indices,
+                                const std::optional<RowsTuple>& grad_quantized, double scale, bool rotation,
+                                const RowsTuple& grad_x, int isa, int n_threads) {
+    py::gil_scoped_release release;
+    const Rows g = rows(grad_quantized.value_or(RowsTuple{}));
+    quantize_backward(rows(x), codes(c), pointer<const int64_t>(indices), grad_quantized ? &g : nullptr, scale,
+                      rotation, rows(grad_x), static_cast<Isa>(isa), n_threads);
+  });
+  m.def("fma_peak", [](int isa, double milliseconds) {
+    py::gil_scoped_release release;
+    return fma_peak(static_cast<Isa>(isa), milliseconds);
+  });
+  m.def("read_peak", [](int64_t n_bytes, int n_threads) {
+    py::gil_scoped_release release;
+    return read_peak(n_bytes, n_threads);
   });
   bind_masked_conv(m);
 }

@@ -40,4 +40,31 @@ const char* isa_name(Isa isa);
 std::vector<Isa> available_isas();
 std::string compiler();
 
+// ---- nearest code and quantization (cpu/nearest.cpp) ----
+
+struct LookupCounts {
+  int64_t rescored = 0;  // rows whose few survivors of the filter were scored by the definition
+  int64_t scanned = 0;   // rows scored against every code by the definition
+};
+// indices [H, N]: for every row the lexicographic minimum of (d_k, k), d_k in float64 in the order of the definition.
+// fast: the winner of the float32 filter instead. x and codes have as many heads (a shared codebook: stride_head 0).
+LookupCounts nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, int64_t* indices, Isa isa,
+                     int n_threads);
+
+struct QuantizeSums {
+  double squares;  // of (x - c) over real vectors, NaN where one of them is not finite
+  int64_t n_rows;  // real vectors
+};
+// mask [H, N] or null, zero where there is no vector: index -1 and zeros there. quantized: x's shape and dtype.
+QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask,
+                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads);
+// grad_x = G + scale (x - c), zero where the index is -1; G is grad_quantized (null: zero), or with rotation
+// lambda (g - 2 r (r.g) + 2 x^ (q^.g)), see quantize_rows.h.
+void quantize_backward(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized,
+                       double scale, bool rotation, const Rows& grad_x, Isa isa, int n_threads);
+
+// GFLOP/s of float32 multiply-adds on the calling thread; GB/s of reading memory.
+double fma_peak(Isa isa, double milliseconds);
+double read_peak(int64_t n_bytes, int n_threads);
+
 }  // namespace fastvq

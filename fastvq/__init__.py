@@ -1,0 +1,7 @@
+"""Exact, fast kernels for vector-quantized models. The ops are in ``fastvq.ops``."""
+
+from fastvq._backends import use_backend
+from fastvq._build_info import build_info
+from fastvq._version import VERSION as __version__
+
+__all__ = ["__version__", "build_info", "use_backend"]

@@ -1,0 +1,173 @@
+"""One case, every provider: indices are compared first, then those that may be timed are timed side by side."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness import (
+    Call,
+    Ceilings,
+    PeakMemory,
+    Row,
+    count_differing,
+    interleave,
+    nearest_float64,
+    paired_ratio,
+    thread_count,
+)
+from harness.machine import available_mib
+from harness.timing import environment
+from providers import Lookup, Provider
+from quantize_cases import SEED, Case
+
+PILOT_VECTORS = 512
+# The least a slow provider is timed on: below that its products are too small to be what it does at full size.
+LEAST_VECTORS = 1024
+# A call that fits its time nearly is timed whole: a figure that needs no scaling is worth the difference.
+ENOUGH = 0.6
+MEMORY_SHARE = 0.5  # of what the machine has free
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a case may take."""
+
+    call_seconds: float  # a call that would take longer is timed on fewer vectors
+    seconds: float  # for all rounds of a case together, beyond the least number of rounds
+    min_rounds: int = 3
+    n_checked: int | None = 4096  # sampled rows whose indices are compared; None: all
+
+
+DEFAULT = Budget(call_seconds=0.3, seconds=6)
+SWEEP = Budget(call_seconds=0.1, seconds=0.7)
+QUICK = Budget(call_seconds=0.05, seconds=0.4)
+FULL = Budget(call_seconds=float("inf"), seconds=30, min_rounds=5, n_checked=None)
+
+
+@dataclass
+class Contender:
+    provider: Provider
+    row: Row
+    lookup: Lookup
+    x: Tensor  # [rows timed, D]
+    seconds: float  # of one call
+
+    @property
+    def scale(self) -> float:
+        return 1 / self.row.subset
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The vectors whose right indices are known, and all vectors with those first."""
+
+    positions: np.ndarray  # [S] sorted
+    expected: np.ndarray  # [S]
+    sample_first: Tensor  # [N, D]
+
+    @classmethod
+    def draw(cls, x: Tensor, codebook: Tensor, n_checked: int | None) -> Sample:
+        order = np.random.default_rng(SEED).permutation(len(x))
+        positions = np.sort(order[:n_checked])
+        expected = nearest_float64(x[positions].numpy(), codebook.numpy())
+        if n_checked is None or n_checked >= len(x):
+            return cls(positions, expected, x)
+        return cls(positions, expected, x[np.concatenate([positions, order[n_checked:]])])
+
+
+def as_array(indices: Tensor | np.ndarray) -> np.ndarray:
+    return np.asarray(indices, np.int64)
+
+
+def set_up(provider: Provider, case: Case, x: Tensor, codebook: Tensor, sample: Sample, budget: Budget) -> Contender:
+    """Warm a provider up, choose how many vectors it is timed on, measure its memory and compare its indices."""
+    row = Row(case.title, case.shape, case.data, case.n_threads, provider.name)
+    n_vectors = len(x)
+    x = x.to(provider.input_dtype)
+    # What a first call ever costs (thread pools, compilation, library buffers) is not what a call costs.
+    provider.prepare(codebook[:16])(x[:16])
+    lookup = provider.prepare(codebook)
+    if provider.compiles:
+        lookup(x[:PILOT_VECTORS])
+    pilot = x[:PILOT_VECTORS]
+    with PeakMemory() as memory:
+        lookup(pilot)
+        start = time.perf_counter()
+        lookup(pilot)
+        pilot_seconds = time.perf_counter() - start
+    n_timed = vectors_to_time(n_vectors, len(pilot), pilot_seconds, memory.mib, budget)
+    timed = x if n_timed == n_vectors else sample.sample_first[:n_timed].to(provider.input_dtype)
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        found = as_array(lookup(timed))
+        seconds = time.perf_counter() - start
+    found = found[sample.positions] if n_timed == n_vectors else found[: len(sample.positions)]
+    row.subset = n_timed / n_vectors
+    row.extra_mib, row.memory_method = memory.mib, memory.method
+    row.compared = len(found)
+    row.differing = count_differing(found, sample.expected[: len(found)])
+    return Contender(provider, row, lookup, timed, min(seconds, pilot_seconds * n_timed / len(pilot)))
+
+
+def vectors_to_time(n_vectors: int, n_pilot: int, pilot_seconds: float, pilot_mib: float | None, budget: Budget) -> int:
+    share = min(1.0, budget.call_seconds / (pilot_seconds * n_vectors / n_pilot))
+    free = available_mib()
+    if pilot_mib and free is not None:
+        share = min(share, MEMORY_SHARE * free / (pilot_mib * n_vectors / n_pilot))
+    if share > ENOUGH:
+        return n_vectors
+    return min(n_vectors, max(LEAST_VECTORS, int(share * n_vectors) // LEAST_VECTORS * LEAST_VECTORS))
+
+
+def measure(case: Case, providers: Sequence[Provider], budget: Budget) -> list[Row]:
+    """A row for each provider. No time is taken of one of ours that has a wrong index, or of one that fails."""
+    gc.collect()  # between cases: a collection inside one would release memory that a call is measured against
+    x, codebook = case.make()
+    contenders, rows = [], []
+    with thread_count(case.n_threads), torch.no_grad():
+        sample = Sample.draw(x, codebook, budget.n_checked)
+        for provider in providers:
+            try:
+                with environment(provider.environment):
+                    contender = set_up(provider, case, x, codebook, sample, budget)
+            except Exception as error:  # a peer may raise anything, and the others must still be compared
+                note = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+                rows.append(Row(case.title, case.shape, case.data, case.n_threads, provider.name, note=note))
+                continue
+            rows.append(contender.row)
+            if provider.ours and contender.row.differing:
+                contender.row.note = "WRONG INDICES, not timed"
+                continue
+            contenders.append(contender)
+        time_side_by_side(case, contenders, budget)
+    return rows
+
+
+def time_side_by_side(case: Case, contenders: Sequence[Contender], budget: Budget) -> None:
+    calls = {
+        c.provider.name: Call(lambda c=c: c.lookup(c.x), c.seconds, c.provider.environment)  # type: ignore[misc]
+        for c in contenders
+    }
+    ceilings = Ceilings(case.n_threads, [c.provider.isa for c in contenders if c.provider.isa])
+    measured = interleave(calls, seconds=budget.seconds, min_rounds=budget.min_rounds, probe=ceilings.probe)
+    base = next((c for c in contenders if c.provider.ours), None)
+    for c in contenders:
+        times, row = measured[c.provider.name], c.row
+        row.calls = len(times.calls)
+        row.p20_ms, row.p50_ms, row.p80_ms = (1e3 * c.scale * times.quantile(q) for q in (0.2, 0.5, 0.8))
+        row.cores = times.cores
+        row.gflops = 2e-6 * case.n_vectors * case.n_codes * case.dim / row.p50_ms
+        row.ceiling_gflops = ceilings.gflops(c.provider.isa) if c.provider.isa else ceilings.strongest()
+        if row.ceiling_gflops:
+            row.ceiling_share = row.gflops / row.ceiling_gflops
+        if base is not None:
+            row.ratio = paired_ratio(times, measured[base.provider.name], c.scale / base.scale)
+        if row.subset < 1:
+            row.note = f"timed on {len(c.x)} vectors"

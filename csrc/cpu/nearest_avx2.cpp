@@ -1,0 +1,3 @@
+#include "simd_avx2.h"
+#define FASTVQ_NEAREST_TABLE nearest_avx2
+#include "nearest_table.h"

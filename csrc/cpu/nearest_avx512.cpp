@@ -1,0 +1,3 @@
+#include "simd_avx512.h"
+#define FASTVQ_NEAREST_TABLE nearest_avx512
+#include "nearest_table.h"

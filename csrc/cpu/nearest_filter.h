@@ -1,0 +1,283 @@
+// The lookup: a float32 filter that proves its winner, or hands its few survivors to the definition.
+//
+// Panels of kWidth codes meet tiles of kTileRows rows, the sums of all of them in registers:
+//
+//        panel [D][kWidth]            1. pack a block of rows: tiles [D][kTileRows], norms
+//   tile    c c c ... c               2. chunk of panels by tile: scores, and the largest score of each lane of a panel
+//   [D]   x . . . . . .               3. per row: can this chunk hold a winner? Then raise the row's lower bound
+//         x . . . . . .                  L = max (score - bound) and note the codes with score + bound >= L
+//         x . . . . . .               4. per row: one code noted: it is proved. Several: the definition decides.
+//                                        Too many, or a norm beyond the filter's range: every code by the definition.
+//
+// The bound is derived in nearest_pack.h. A chunk is small enough for the second-level cache with the block of rows,
+// so a codebook of any size is read from memory once per block. Nothing of size N x K exists.
+#pragma once
+#include "nearest_exact.h"
+#include "nearest_pack.h"
+
+namespace fastvq {
+namespace {
+
+constexpr int kWidth = kTileVectors * kLanes;
+constexpr int kChunkCodes = 768;
+constexpr int kChunkPanels = kChunkCodes / kWidth;
+constexpr int kScoreStride = kChunkCodes + 16;  // off a multiple of the first-level cache's sets
+constexpr int kMaximaStride = kChunkPanels * kLanes + 16;
+constexpr int64_t kChunkBytes = 384 << 10;
+constexpr int kMaxNoted = 16;
+
+// Step 2 for one tile and one panel. tile [D][kTileRows], panel [D][kWidth].
+inline void score_tile(const float* tile, const float* panel, const float* bias, int64_t D, float* scores,
+                       float* maxima) {
+  V sums[kTileRows][kTileVectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) sums[i][v] = load(bias + v * kLanes);
+  for (int64_t d = 0; d < D; ++d) {
+    V codes[kTileVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) codes[v] = load(panel + v * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const V row = spread(tile[i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) sums[i][v] = mul_add(row, codes[v], sums[i][v]);
+    }
+    tile += kTileRows;
+    panel += kWidth;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+    V top = sums[i][0];
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) {
+      store(scores + i * kScoreStride + v * kLanes, sums[i][v]);
+      if (v) top = larger(top, sums[i][v]);
+    }
+    store(maxima + i * kMaximaStride, top);
+  }
+}
+
+// What is known of one row. upper = score + bound; fast: the score.
+struct RowState {
+  float norm, own, lower;
+  int32_t n_noted;  // -1: too many, or out of the filter's range
+  float upper[kMaxNoted];
+  int64_t code[kMaxNoted];
+};
+
+inline void note(RowState& row, int64_t code, float upper, bool fast) {
+  if (row.n_noted == kMaxNoted) {
+    // Fast: those noted have the largest score already and came first, this one ties with them or loses.
+    if (fast) return;
+    row.n_noted = -1;
+    row.lower = HUGE_VALF;
+    return;
+  }
+  row.upper[row.n_noted] = upper;
+  row.code[row.n_noted++] = code;
+}
+
+inline void drop_beaten(RowState& row) {
+  int kept = 0;
+  for (int i = 0; i < row.n_noted; ++i)
+    if (row.upper[i] >= row.lower) {
+      row.upper[kept] = row.upper[i];
+      row.code[kept++] = row.code[i];
+    }
+  row.n_noted = kept;
+}
+
+// Step 3 where the chunk may hold a winner. Bounds grow with the panel's coefficients and rounding is monotone,
+// so a panel that fails its test holds no code that would pass its own.
+inline void search_chunk(RowState& row, const PackedCodes& packed, int64_t first_panel, int n_panels,
+                         const float* scores, const float* maxima, bool fast) {
+  const V norm = spread(row.norm), own = spread(row.own);
+  V best = spread(-HUGE_VALF);
+  for (int p = 0; p < n_panels; ++p) {
+    const V bound = add(mul_add(norm, spread(packed.panel_slope[first_panel + p]),
+                                spread(packed.panel_offset[first_panel + p])), own);
+    best = larger(best, sub(load(maxima + p * kLanes), bound));
+  }
+  const float lower = largest(best);
+  if (lower > row.lower) {
+    row.lower = lower;
+    drop_beaten(row);
+  }
+  const V limit = spread(row.lower);
+  for (int p = 0; p < n_panels; ++p) {
+    const V bound = add(mul_add(norm, spread(packed.panel_slope[first_panel + p]),
+                                spread(packed.panel_offset[first_panel + p])), own);
+    if (!at_least(add(load(maxima + p * kLanes), bound), limit)) continue;
+    const int64_t k0 = (first_panel + p) * kWidth;
+    for (int v = 0; v < kTileVectors; ++v) {
+      const int64_t k = k0 + v * kLanes;
+      const V code_bound = add(mul_add(norm, load(packed.slope + k), load(packed.offset + k)), own);
+      const V upper = add(load(scores + p * kWidth + v * kLanes), code_bound);
+      unsigned mask = at_least(upper, limit);
+      if (!mask) continue;
+      float values[kLanes];
+      store(values, upper);
+      for (; mask && row.n_noted >= 0; mask &= mask - 1) {
+        const int lane = __builtin_ctz(mask);
+        note(row, k + lane, values[lane], fast);
+      }
+    }
+    if (row.n_noted < 0) return;
+  }
+}
+
+// Step 1 for one tile: rows [first, first + n) into out [D][kTileRows], room for 8 floats behind it.
+template <class E>
+void pack_tile(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean, float* out, float* eight,
+               void* room, double* squares) {
+  using Real = typename E::Real;
+  const int64_t D = x.dim;
+  if (x.stride_d != 1 && x.stride_inner == 1 && n == kTileRows && first / x.n_inner == (first + n - 1) / x.n_inner) {
+    // Channel-first: neighbouring rows are neighbours in memory.
+    const auto* p = row_at<E>(x, h, first);
+    for (int i = 0; i < kTileRows; ++i) squares[i] = 0;
+    for (int64_t d = 0; d < D; ++d, p += x.stride_d)
+      for (int i = 0; i < kTileRows; ++i) {
+        const float v = static_cast<float>(E::get(p[i]) - static_cast<Real>(mean[d]));
+        out[d * kTileRows + i] = v;
+        squares[i] += static_cast<double>(v) * static_cast<double>(v);
+      }
+    return;
+  }
+  for (int i = 0; i < kTileRows; ++i) {
+    if (i < n) {
+      const auto* p = contiguous(row_at<E>(x, h, first + i), x.stride_d, D, room);
+      squares[i] = place_code<E>(p, D, mean, 0, eight + i * D);
+    } else {
+      for (int64_t d = 0; d < D; ++d) eight[i * D + d] = 0;
+    }
+  }
+  transpose8(eight, D, out, kTileRows);
+}
+
+struct SearchScratch {
+  float *tiles, *scores, *maxima, *eight;
+  double* room;  // [2 D]
+  RowState* rows;
+  ExactScratch exact;
+};
+
+inline size_t search_layout(int64_t D, char* base, SearchScratch* s) {
+  size_t used = 0;
+  const auto take = [&](int64_t bytes) {
+    char* at = base + used;
+    used += (static_cast<size_t>(bytes) + 63) / 64 * 64;
+    return at;
+  };
+  SearchScratch out;
+  const int64_t filter_dim = D <= kMaxFilterDim ? D : 0;
+  const int64_t rows = block_rows(D);
+  out.scores = reinterpret_cast<float*>(take(4 * kTileRows * kScoreStride));
+  out.maxima = reinterpret_cast<float*>(take(4 * kTileRows * kMaximaStride));
+  out.rows = reinterpret_cast<RowState*>(take(static_cast<int64_t>(sizeof(RowState)) * rows));
+  out.tiles = reinterpret_cast<float*>(take(4 * (rows * filter_dim + 8)));
+  out.eight = reinterpret_cast<float*>(take(4 * 8 * filter_dim));
+  out.room = reinterpret_cast<double*>(take(8 * 2 * filter_dim));
+  out.exact.pending = reinterpret_cast<int64_t*>(take(8 * rows));
+  out.exact.best = reinterpret_cast<double*>(take(8 * rows));
+  out.exact.sums = reinterpret_cast<double*>(take(8 * kExactCodes * rows));
+  out.exact.codes = reinterpret_cast<double*>(take(8 * kExactCodes * kExactDims));
+  out.exact.row = reinterpret_cast<double*>(take(8 * kExactDims));
+  if (s) *s = out;
+  return used;
+}
+
+size_t search_bytes(int64_t dim) { return search_layout(dim, nullptr, nullptr); }
+
+// Steps 1 to 3 for a block of rows.
+inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+                         SearchScratch& s) {
+  const int64_t D = packed.dim, n_tiles = (n + kTileRows - 1) / kTileRows;
+  for (int64_t t = 0; t < n_tiles; ++t) {
+    const int64_t row = t * kTileRows, here = n - row < kTileRows ? n - row : kTileRows;
+    double squares[kTileRows];
+    with_element(lookup.x->dtype, [&](auto e) {
+      pack_tile<decltype(e)>(*lookup.x, h, first + row, here,
+                             packed.mean + (lookup.metric == Metric::euclidean ? 0 : D), s.tiles + row * D, s.eight,
+                             s.room, squares);
+    });
+    for (int64_t i = 0; i < here; ++i) {
+      RowState& state = s.rows[row + i];
+      const double norm = std::sqrt(squares[i]);
+      const bool inside = norm < packed.row_limit;  // false for NaN
+      state.norm = lookup.fast || !inside ? 0.0f : static_cast<float>(norm * kSlack) + 0x1p-149f;
+      state.own = packed.row_part > 0 ? state.norm * state.norm * packed.row_part : 0.0f;
+      state.lower = inside ? -HUGE_VALF : HUGE_VALF;
+      state.n_noted = inside ? 0 : -1;
+    }
+  }
+  int64_t chunk = kChunkBytes / (4 * D * kWidth);
+  chunk = chunk < 1 ? 1 : chunk > kChunkPanels ? kChunkPanels : chunk;
+  for (int64_t p0 = 0; p0 < packed.n_panels; p0 += chunk) {
+    const int n_panels = static_cast<int>(packed.n_panels - p0 < chunk ? packed.n_panels - p0 : chunk);
+    float slope = 0, offset = 0;
+    for (int p = 0; p < n_panels; ++p) {
+      slope = packed.panel_slope[p0 + p] > slope ? packed.panel_slope[p0 + p] : slope;
+      offset = packed.panel_offset[p0 + p] > offset ? packed.panel_offset[p0 + p] : offset;
+    }
+    for (int64_t t = 0; t < n_tiles; ++t) {
+      for (int p = 0; p < n_panels; ++p)
+        score_tile(s.tiles + t * kTileRows * D, packed.panels + (p0 + p) * kWidth * D, packed.bias + (p0 + p) * kWidth,
+                   D, s.scores + p * kWidth, s.maxima + p * kLanes);
+      const int64_t here = n - t * kTileRows < kTileRows ? n - t * kTileRows : kTileRows;
+      for (int64_t i = 0; i < here; ++i) {
+        RowState& row = s.rows[t * kTileRows + i];
+        const float* maxima = s.maxima + i * kMaximaStride;
+        V top = load(maxima);
+        for (int p = 1; p < n_panels; ++p) top = larger(top, load(maxima + p * kLanes));
+        const V bound = add(mul_add(spread(row.norm), spread(slope), spread(offset)), spread(row.own));
+        if (at_least(add(top, bound), spread(row.lower)))
+          search_chunk(row, packed, p0, n_panels, s.scores + i * kScoreStride, maxima, lookup.fast);
+      }
+    }
+  }
+}
+
+void search(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n, char* scratch,
+            LookupCounts& counts) {
+  SearchScratch s;
+  search_layout(packed.dim, scratch, &s);
+  const int64_t N = lookup.x->n_rows();
+  const uint8_t* mask = lookup.mask ? lookup.mask + h * N + first : nullptr;
+  int64_t* indices = lookup.indices + h * N + first;
+  if (!packed.only_exact) filter_block(lookup, packed, h, first, n, s);
+  int64_t n_pending = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (mask && !mask[i]) {
+      indices[i] = -1;
+      continue;
+    }
+    RowState& row = s.rows[i];
+    if (packed.only_exact || row.n_noted <= 0) {
+      s.exact.pending[n_pending++] = i;
+      continue;
+    }
+    if (lookup.fast) {
+      int best = 0;
+      for (int j = 1; j < row.n_noted; ++j)
+        if (row.upper[j] > row.upper[best]) best = j;
+      indices[i] = row.code[best];
+      continue;
+    }
+    drop_beaten(row);
+    indices[i] = row.code[0];
+    if (row.n_noted > 1) {
+      indices[i] = best_of(lookup, h, first + i, row.code, row.n_noted, s.room);
+      ++counts.rescored;
+    }
+  }
+  if (n_pending) {
+    counts.scanned += n_pending;
+    scan_rows(lookup, h, first, n_pending, s.exact, indices);
+  }
+}
+
+}  // namespace
+}  // namespace fastvq

@@ -1,0 +1,81 @@
+// Eight elements of any input type at once, in the compiler's own vectors: each instruction set's file compiles
+// them to what it has. Included by files compiled per instruction set: everything has internal linkage.
+#pragma once
+#include "elements.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi"  // these vectors never cross a call that is not inlined into one file
+#endif
+
+namespace fastvq {
+namespace {
+
+typedef double D8 __attribute__((vector_size(64)));
+typedef float F8 __attribute__((vector_size(32)));
+typedef uint32_t U8 __attribute__((vector_size(32)));
+typedef uint16_t H8 __attribute__((vector_size(16)));
+
+template <class T>
+inline T load_as(const void* p) {
+  T v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store_as(void* p, T v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+inline D8 widen(F8 v) { return __builtin_convertvector(v, D8); }
+inline D8 widen(D8 v) { return v; }
+inline F8 narrow(D8 v) { return __builtin_convertvector(v, F8); }
+inline F8 narrow(F8 v) { return v; }
+
+inline F8 load8(Element<DType::f32>, const float* p) { return load_as<F8>(p); }
+inline D8 load8(Element<DType::f64>, const double* p) { return load_as<D8>(p); }
+inline F8 load8(Element<DType::bf16>, const uint16_t* p) {
+  return (F8)(__builtin_convertvector(load_as<H8>(p), U8) << 16);
+}
+inline F8 load8(Element<DType::f16>, const uint16_t* p) {
+  const U8 half = __builtin_convertvector(load_as<H8>(p), U8);
+  const U8 magnitude = (half & 0x7fff) << 13;
+  const F8 finite = (F8)magnitude * 0x1p112f;
+  const U8 special = (U8)(magnitude >= 0x0f800000u);
+  const U8 value = (special & (magnitude | 0x7f800000u)) | (~special & (U8)finite);
+  return (F8)(value | ((half & 0x8000) << 16));
+}
+
+inline void store8(Element<DType::f32>, float* p, F8 v) { store_as(p, v); }
+inline void store8(Element<DType::f32>, float* p, D8 v) { store_as(p, narrow(v)); }
+inline void store8(Element<DType::f64>, double* p, F8 v) { store_as(p, widen(v)); }
+inline void store8(Element<DType::f64>, double* p, D8 v) { store_as(p, v); }
+template <class E, class W>
+inline void store8(E, uint16_t* p, W v) {
+  const F8 f = narrow(v);
+  for (int i = 0; i < 8; ++i) p[i] = E::put(f[i]);
+}
+
+// One fixed tree: the sum does not depend on the instruction set.
+inline double sum8(D8 v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+
+// Copies a strided row so that what follows sees contiguous elements; returns the row itself where it is contiguous.
+template <class T>
+inline const T* contiguous(const T* p, int64_t stride, int64_t n, void* room) {
+  if (stride == 1) return p;
+  T* out = static_cast<T*>(room);
+  for (int64_t d = 0; d < n; ++d) out[d] = p[d * stride];
+  return out;
+}
+
+template <class E>
+inline bool all_finite(const typename E::Stored* p, int64_t stride, int64_t n) {
+  bool finite = true;
+  for (int64_t d = 0; d < n; ++d) {
+    const auto v = E::get(p[d * stride]);
+    finite &= v - v == 0;
+  }
+  return finite;
+}
+
+}  // namespace
+}  // namespace fastvq

@@ -1,0 +1,45 @@
+"""What was built, what was chosen, and why a backend cannot run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastvq import _native
+from fastvq._backends import BACKENDS
+from fastvq._version import VERSION
+
+__all__ = ["build_info"]
+
+
+def build_info() -> dict[str, Any]:
+    """What this build holds and what it uses on this machine.
+
+    Returns a dictionary:
+
+    - ``version``, ``torch``, ``threads``: of fastvq, of torch, and ``torch.get_num_threads()``;
+    - ``cpu``: ``compiler``, the instruction sets ``available`` here (weakest first) and the one in use, ``isa``
+      (None, with the reason under ``backends``, where the extension was not built);
+    - ``backends``: for each, fastest first, ``what`` it is, whether it is ``available``, and the ``reason`` if not.
+
+    Raises:
+        ValueError: ``FASTVQ_CPU_ISA`` names an instruction set that this machine does not have.
+    """
+    missing = _native.unavailable()
+    available = _native.available_isas()
+    names = {number: name for name, number in _native.ISAS.items()}
+    return {
+        "version": VERSION,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu": {
+            "compiler": None if missing else _native._cpu.compiler(),
+            "available": available,
+            "isa": None if missing else names[_native.isa()],
+        },
+        "backends": {
+            b.name: {"what": b.what, "available": (reason := b.unavailable()) is None, "reason": reason}
+            for b in BACKENDS.values()
+        },
+    }

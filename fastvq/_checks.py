@@ -1,0 +1,84 @@
+"""One style of error: the op, the argument, what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["FLOATS", "check_codebook", "check_float", "check_mask", "check_option", "check_same_device"]
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_option(op: str, argument: str, value: object, allowed: Iterable[str]) -> None:
+    if value not in (allowed := tuple(allowed)):
+        raise ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_float(op: str, argument: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{op}: {argument} must be a torch.Tensor, got {type(value).__name__}; convert it with torch.as_tensor"
+        )
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{op}: {argument} must be float32, float64, float16 or bfloat16, got {value.dtype}; "
+            "convert it with .float()"
+        )
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {argument} must be a dense tensor, got layout {value.layout}; convert with .to_dense()")
+
+
+def check_same_device(op: str, first: str, a: Tensor, second: str, b: Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(
+            f"{op}: {first} and {second} must be on one device, got {a.device} and {b.device}; move one with .to()"
+        )
+
+
+def check_codebook(op: str, x: Tensor, codebook: Tensor) -> None:
+    """x [..., D] against codebook [K, D], or x [H, ..., D] against [H, K, D]."""
+    check_float(op, "x", x)
+    check_float(op, "codebook", codebook)
+    check_same_device(op, "x", x, "codebook", codebook)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x must be [..., D], got a scalar; give one vector as x[None]")
+    width = x.shape[-1]
+    shape = list(codebook.shape)
+    if width == 0:
+        raise ValueError(
+            f"{op}: x must be [..., D] with D >= 1, got {list(x.shape)}; vectors need at least one element"
+        )
+    if codebook.dim() not in (2, 3):
+        raise ValueError(f"{op}: codebook must be [K, D], or [H, K, D] with heads, got {shape}")
+    if codebook.shape[-1] != width:
+        raise ValueError(
+            f"{op}: codebook must be [K, D] with D = {width} to match x, got {shape}; transpose it or project x first"
+        )
+    if codebook.shape[-2] == 0:
+        raise ValueError(f"{op}: codebook must hold at least one code (K >= 1), got {shape}")
+    if codebook.dim() == 3:
+        if x.dim() < 2 or x.shape[0] != codebook.shape[0]:
+            raise ValueError(
+                f"{op}: with a codebook [H, K, D] = {shape}, x must be [H, ..., D] with H = {codebook.shape[0]}, "
+                f"got {list(x.shape)}; put the heads first or pass one codebook [K, D]"
+            )
+        if codebook.shape[0] == 0:
+            raise ValueError(f"{op}: codebook must have at least one head (H >= 1), got {shape}")
+
+
+def check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:
+    """mask [...] bool, one element a vector of x [..., D]."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{op}: mask must be a bool tensor, got {got}; True marks a real vector, convert with .bool()")
+    check_same_device(op, "x", x, "mask", mask)
+    if mask.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{op}: mask must be {list(x.shape[:-1])}, one element a vector of x {list(x.shape)}, "
+            f"got {list(mask.shape)}; expand it to x.shape[:-1]"
+        )

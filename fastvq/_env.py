@@ -1,0 +1,38 @@
+"""Every environment variable that fastvq reads, in one table."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+__all__ = ["VARIABLES", "Variable", "read"]
+
+
+class Variable(NamedTuple):
+    name: str
+    values: tuple[str, ...]  # what it may hold, besides being unset or empty
+    meaning: str
+    when: str  # "call": read at every call; "build": read by setup.py
+
+
+VARIABLES = {
+    v.name: v
+    for v in (
+        Variable("FASTVQ_BACKEND", ("cpu", "reference"), "backend of every call that names none", "call"),
+        Variable(
+            "FASTVQ_CPU_ISA", ("generic", "avx2", "avx512"), "instruction set of the CPU kernels, not the best", "call"
+        ),
+    )
+}
+
+
+def read(name: str) -> str | None:
+    """The value of a variable of the table, None where it is unset or empty; ValueError where the table forbids it."""
+    variable = VARIABLES[name]
+    value = os.environ.get(name) or None
+    if value is not None and value not in variable.values:
+        raise ValueError(
+            f"{name}={value!r}: expected one of {', '.join(variable.values)} ({variable.meaning}); "
+            f"change it, or unset it for the default"
+        )
+    return value

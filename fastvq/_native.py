@@ -1,0 +1,107 @@
+"""The compiled extension ``fastvq._cpu``: is it there, which instruction set it uses, how tensors are handed to it.
+
+Nothing of torch is compiled in: a tensor crosses as a tuple of integers, its address, dtype, sizes and strides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvq import _env
+
+_import_error: str | None = None
+try:
+    from fastvq import _cpu  # type: ignore[attr-defined]
+except ImportError as error:
+    _import_error = f"{type(error).__name__}: {error}"
+
+__all__ = ["codes_view", "isa", "metric_code", "rows_view", "unavailable"]
+
+# The numbers of csrc/fastvq.h.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
+ISAS = {"generic": 0, "avx2": 1, "avx512": 2}
+
+
+def unavailable() -> str | None:
+    """Why the CPU kernels cannot run at all, or None."""
+    if _import_error is not None:
+        return f"the extension fastvq._cpu was not built or cannot be loaded ({_import_error}); reinstall fastvq"
+    return None
+
+
+def available_isas() -> list[str]:
+    """Instruction sets that this build holds and this machine runs, weakest first."""
+    return [] if _import_error is not None else _cpu.available_isas()
+
+
+def isa() -> int:
+    """The instruction set to use: the best one, or the one that FASTVQ_CPU_ISA names.
+
+    Raises:
+        ValueError: the machine does not have the one that is named.
+    """
+    available = _ISAS_HERE
+    forced = _env.read("FASTVQ_CPU_ISA")
+    if forced is None:
+        return ISAS[available[-1]]
+    if forced not in available:
+        raise ValueError(
+            f"FASTVQ_CPU_ISA={forced}: this machine or build does not have that instruction set; "
+            f"it has {', '.join(available)}; set one of those or unset it"
+        )
+    return ISAS[forced]
+
+
+def metric_code(metric: str) -> int:
+    return METRICS[metric]
+
+
+def rows_view(
+    x: Tensor,  # [..., D], or [H, ..., D] with heads
+    n_heads: int | None,
+) -> tuple[Tensor, tuple[int, ...]]:
+    """``x`` as the ``Rows`` of csrc/fastvq.h, without a copy wherever two strides can walk the rows.
+
+    Returns the tensor that the view points into, which the caller keeps alive, and the view's integers. Without heads,
+    ``n_heads`` is None and the view has one. Rows that need three strides or more are copied.
+    """
+    first = 0 if n_heads is None else 1
+    merged = _merge(list(zip(x.shape[first:-1], x.stride()[first:-1], strict=True)))
+    if len(merged) > 2:
+        x = x.contiguous()
+        merged = _merge(list(zip(x.shape[first:-1], x.stride()[first:-1], strict=True)))
+    (n_outer, stride_outer), (n_inner, stride_inner) = [(1, 0)] * (2 - len(merged)) + merged
+    heads, stride_head = (1, 0) if n_heads is None else (x.shape[0], x.stride(0))
+    return x, (
+        x.data_ptr(), DTYPES[x.dtype], heads, n_outer, n_inner, x.shape[-1],
+        stride_head, stride_outer, stride_inner, x.stride(-1),
+    )  # fmt: skip
+
+
+def _merge(dims: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """(size, stride) pairs, with dimensions that walk memory as one joined."""
+    merged: list[tuple[int, int]] = []
+    for size, stride in dims:
+        if size == 1:
+            continue
+        if merged and merged[-1][1] == stride * size:
+            merged[-1] = (merged[-1][0] * size, stride)
+        else:
+            merged.append((size, stride))
+    return merged
+
+
+def codes_view(
+    codebook: Tensor,  # [K, D] or [H, K, D]
+) -> tuple[int, ...]:
+    """``codebook`` as the ``Codes`` of csrc/fastvq.h. The caller keeps the tensor alive."""
+    heads, stride_head = (1, 0) if codebook.dim() == 2 else (codebook.shape[0], codebook.stride(0))
+    return (
+        codebook.data_ptr(), DTYPES[codebook.dtype], heads, codebook.shape[-2], codebook.shape[-1],
+        stride_head, codebook.stride(-2), codebook.stride(-1),
+    )  # fmt: skip
+
+
+_ISAS_HERE = available_isas()

@@ -1,0 +1,33 @@
+"""Registration with torch: every op of fastvq is ``torch.ops.fastvq.<name>``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["register"]
+
+LIBRARY = torch.library.Library("fastvq", "DEF")
+
+
+def register(
+    schema: str,
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., Any] | None = None,
+) -> None:
+    """Registers an op under ``schema``: one implementation for every device, which chooses its backend per call.
+
+    The choice is made inside the op rather than before it, so that a compiled or exported graph holds the op alone and
+    chooses where it runs. ``fake`` gives the outputs' shapes and dtypes; ``backward`` and ``setup_context`` are for
+    differentiable ops only (a registered autograd costs 15 to 30 microseconds a call).
+    """
+    name = "fastvq::" + schema.split("(", 1)[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(name, fake, lib=LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)

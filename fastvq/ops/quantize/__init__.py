@@ -1,0 +1,192 @@
+"""Lookup, gather, gradient estimator and losses in one op."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq._backends import Implementation, choose
+from fastvq._checks import check_codebook, check_mask, check_option
+from fastvq.ops._library import register
+from fastvq.ops.nearest import METRICS, PRECISIONS
+from fastvq.ops.quantize import cpu, reference
+
+__all__ = ["ESTIMATORS", "Quantized", "quantize"]
+
+OP = "fastvq.ops.quantize"
+ESTIMATORS = ("straight_through", "rotation", "none")
+FORWARD = {
+    "cpu": Implementation(cpu.quantize, cpu.refuse),
+    "reference": Implementation(reference.quantize, lambda *_: None),
+}
+BACKWARD = {
+    "cpu": Implementation(cpu.quantize_backward, cpu.refuse),
+    "reference": Implementation(reference.quantize_backward, lambda *_: None),
+}
+
+
+class Quantized(NamedTuple):
+    """What ``quantize`` returns; the shapes are those of its docstring."""
+
+    quantized: Tensor
+    indices: Tensor
+    commitment_loss: Tensor
+    codebook_loss: Tensor
+
+
+def quantize(
+    x: Tensor,  # [..., D], or [H, ..., D] with heads
+    codebook: Tensor,  # [K, D], or [H, K, D]
+    *,
+    metric: str = "euclidean",
+    estimator: str = "straight_through",
+    mask: Tensor | None = None,  # [...] or [H, ...] bool
+    beta: float = 1.0,
+    precision: str = "exact",
+    backend: str | None = None,
+) -> Quantized:
+    """Replaces every vector by its nearest code, with the losses that train both and a gradient estimator.
+
+    .. math::
+        quantized = c_{index}, \\quad
+        commitment\\_loss = \\beta \\, \\mathrm{mean} |x - sg(c)|^2, \\quad
+        codebook\\_loss = \\mathrm{mean} |sg(x) - c|^2
+
+    with ``index`` of ``fastvq.ops.nearest`` (exact, ties to the lowest index) and the means over all elements of the
+    vectors that ``mask`` does not exclude (van den Oord et al. 2017). ``sg`` stops the gradient: the commitment loss
+    trains x, the codebook loss trains the codebook.
+
+    What the gradient g at ``quantized`` gives x is the ``estimator``'s choice:
+
+    - "straight_through": g (Bengio et al. 2013);
+    - "rotation": lambda R^T g, with the rescaled rotation lambda R that takes x to its code, held constant (Fifty et
+      al. 2024, "Restructuring Vector Quantization with the Rotation Trick"); g where no rotation is defined (x or its
+      code zero, or opposite);
+    - "none": nothing; ``quantized`` is detached.
+
+    Args:
+        x: vectors, float32, float64, float16 or bfloat16; any strides, channel-first views included.
+        codebook: codes, any of those dtypes. With heads, one codebook a head.
+        metric: "euclidean", "cosine" or "dot"; with any of them the codes come out, and enter the losses, as stored.
+        mask: True marks a real vector. The others give zeros, index -1, no loss and no gradient.
+        beta: weight of the commitment loss.
+        precision, backend: as in ``fastvq.ops.nearest``.
+
+    Returns:
+        ``Quantized(quantized, indices, commitment_loss, codebook_loss)``: x's shape, dtype and memory order; int64 of
+        x's shape without its last dimension; two scalars, float32 (float64 for float64 x), summed in float64 in an
+        order that does not depend on the number of threads. With nothing unmasked, or N = 0, both losses are 0. A
+        vector that holds NaN or infinity gets index 0 and makes the losses NaN; it gives the codebook no gradient.
+
+    Raises:
+        ValueError, TypeError: as ``fastvq.ops.nearest``; an unknown estimator; a mask that is no bool tensor of x's
+            shape without its last dimension.
+        RuntimeError: a second derivative is asked for.
+
+    Example:
+        >>> x, codebook = torch.randn(8, 32, 32, 64, requires_grad=True), torch.randn(512, 64)
+        >>> q = quantize(x, codebook, beta=0.25)
+        >>> q.quantized.shape, q.indices.shape, q.commitment_loss.shape
+        (torch.Size([8, 32, 32, 64]), torch.Size([8, 32, 32]), torch.Size([]))
+    """
+    check_codebook(OP, x, codebook)
+    check_option(OP, "metric", metric, METRICS)
+    check_option(OP, "estimator", estimator, ESTIMATORS)
+    check_option(OP, "precision", precision, PRECISIONS)
+    check_mask(OP, x, mask)
+    quantized, commitment_loss, codebook_loss, indices = torch.ops.fastvq.quantize(
+        x, codebook, mask, metric, estimator, float(beta), precision, backend
+    )
+    if estimator == "none":
+        quantized = quantized.detach()
+    return Quantized(quantized, indices, commitment_loss, codebook_loss)
+
+
+def _run(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, precision: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    arguments = (x, codebook, mask, metric, beta, precision)
+    return choose(OP, FORWARD, backend, *arguments)(*arguments)
+
+
+def _fake(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, precision: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    loss = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        torch.empty_like(x),
+        x.new_empty((), dtype=loss),
+        x.new_empty((), dtype=loss),
+        x.new_empty(x.shape[:-1], dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, codebook, _mask, _metric, ctx.estimator, ctx.beta, _precision, ctx.backend = inputs
+    indices = output[3]
+    ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, codebook, indices)
+
+
+def _backward(
+    ctx: Any,
+    grad_quantized: Tensor | None,
+    grad_commitment: Tensor | None,
+    grad_codebook_loss: Tensor | None,
+    _grad_indices: None,
+) -> tuple[Tensor | None, ...]:
+    x, codebook, indices = ctx.saved_tensors
+    need_x, need_codebook = ctx.needs_input_grad[:2]
+    grad_x, grad_codebook = torch.ops.fastvq.quantize_backward(
+        x, codebook, indices, grad_quantized, grad_commitment, grad_codebook_loss,
+        ctx.estimator, ctx.beta, need_x, need_codebook, ctx.backend,
+    )  # fmt: skip
+    return grad_x if need_x else None, grad_codebook if need_codebook else None, *[None] * 6
+
+
+def _run_backward(
+    x: Tensor, codebook: Tensor, indices: Tensor, grad_quantized: Tensor | None, grad_commitment: Tensor | None,
+    grad_codebook_loss: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebook: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    arguments = (
+        x, codebook, indices, grad_quantized, grad_commitment, grad_codebook_loss, estimator, beta, need_x,
+        need_codebook,
+    )  # fmt: skip
+    return choose(OP, BACKWARD, backend, *arguments)(*arguments)
+
+
+def _fake_backward(
+    x: Tensor, codebook: Tensor, indices: Tensor, grad_quantized: Tensor | None, grad_commitment: Tensor | None,
+    grad_codebook_loss: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebook: bool,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(codebook) if need_codebook else codebook.new_empty(0),
+    )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+    raise RuntimeError(
+        f"{OP}: a second derivative was asked for (create_graph=True), and it has none: "
+        "the gradient is an estimate, not a derivative"
+    )
+
+
+register(
+    "quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
+    "str? backend) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, Tensor indices)",
+    _run, _fake, _backward, _setup_context,
+)  # fmt: skip
+register(
+    "quantize_backward(Tensor x, Tensor codebook, Tensor indices, Tensor? grad_quantized, Tensor? grad_commitment, "
+    "Tensor? grad_codebook_loss, str estimator, float beta, bool need_x, bool need_codebook, str? backend) "
+    "-> (Tensor grad_x, Tensor grad_codebook)",
+    _run_backward, _fake_backward, _no_second_derivative, lambda ctx, inputs, output: None,
+)  # fmt: skip

@@ -1,0 +1,114 @@
+"""Quantization by the C++ kernels: each block of rows is looked up, gathered and measured while it is in cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq import _native
+
+__all__ = ["quantize", "quantize_backward", "refuse"]
+
+
+def refuse(x: Tensor, codebook: Tensor, *_: Any) -> str | None:
+    if x.device.type != "cpu":
+        return f"it takes CPU tensors, x is on {x.device}"
+    return None
+
+
+def _heads(codebook: Tensor) -> int | None:
+    return codebook.shape[0] if codebook.dim() == 3 else None
+
+
+class _Output:
+    """A tensor like ``x`` for a kernel to write, through a buffer where two strides cannot walk its rows."""
+
+    def __init__(self, x: Tensor, n_heads: int | None) -> None:
+        self._tensor = torch.empty_like(x)
+        self._buffer, self.view = _native.rows_view(self._tensor, n_heads)
+
+    def tensor(self) -> Tensor:
+        return self._tensor if self._buffer is self._tensor else self._tensor.copy_(self._buffer)
+
+
+def quantize(
+    x: Tensor,  # [..., D] or [H, ..., D]
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    mask: Tensor | None,  # [...] or [H, ...] bool
+    metric: str,
+    beta: float,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    heads = _heads(codebook)
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
+    quantized = _Output(x, heads)
+    x, rows = _native.rows_view(x, heads)
+    mask = None if mask is None else mask.contiguous()
+    square, n_rows = _native._cpu.quantize_forward(
+        rows, _native.codes_view(codebook), _native.metric_code(metric), precision == "fast",
+        0 if mask is None else mask.data_ptr(), quantized.view, indices.data_ptr(), _native.isa(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    mean = square / (n_rows * x.shape[-1]) if n_rows else 0.0
+    loss = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return quantized.tensor(), torch.tensor(beta * mean, dtype=loss), torch.tensor(mean, dtype=loss), indices
+
+
+# Rows whose differences to their codes are held at once for the codebook's gradient.
+CHUNK = 4096
+
+
+def quantize_backward(
+    x: Tensor,  # [..., D] or [H, ..., D]
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    indices: Tensor,  # [...] or [H, ...], -1 where masked
+    grad_quantized: Tensor | None,  # as x
+    grad_commitment: Tensor | None,  # []
+    grad_codebook_loss: Tensor | None,  # []
+    estimator: str,
+    beta: float,
+    need_x: bool,
+    need_codebook: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_codebook = x.new_empty(0), codebook.new_empty(0)
+    indices = indices.contiguous()
+    scale = 2 / max(1, int((indices >= 0).sum()) * x.shape[-1])
+    if need_x:
+        heads = _heads(codebook)
+        out = _Output(x, heads)
+        incoming, g = (None, None) if grad_quantized is None else _native.rows_view(grad_quantized, heads)
+        kept, rows = _native.rows_view(x, heads)
+        _native._cpu.quantize_backward(
+            rows, _native.codes_view(codebook), indices.data_ptr(), None if estimator == "none" else g,
+            0.0 if grad_commitment is None else grad_commitment.item() * beta * scale,
+            estimator == "rotation", out.view, _native.isa(), torch.get_num_threads(),
+        )  # fmt: skip
+        del kept, incoming  # they had to live until here
+        grad_x = out.tensor()
+    if need_codebook:
+        total = torch.zeros_like(codebook, dtype=torch.float64, memory_format=torch.contiguous_format)
+        if grad_codebook_loss is not None:
+            _pull(total, x, codebook, indices)
+            total *= grad_codebook_loss.double() * scale
+        grad_codebook = torch.empty_like(codebook).copy_(total)
+    return grad_x, grad_codebook
+
+
+def _pull(
+    total: Tensor,  # [K, D] or [H, K, D] float64, added to
+    x: Tensor,  # [..., D] or [H, ..., D]
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    indices: Tensor,  # [...] or [H, ...]
+) -> None:
+    """total_k += sum of (c_k - x) over the finite vectors whose index is k, in chunks: no N x D tensor is made."""
+    if codebook.dim() == 3:
+        for arguments in zip(total, x, codebook, indices, strict=True):
+            _pull(*arguments)
+        return
+    flat = x.reshape(-1, x.shape[-1])
+    for rows, i in zip(flat.split(CHUNK), indices.view(-1).split(CHUNK), strict=True):
+        used = (i >= 0) & rows.isfinite().all(-1)
+        rows, i = rows[used], i[used]
+        total.index_add_(0, i, codebook[i].double() - rows.double())

@@ -1,0 +1,55 @@
+"""Fixtures of every test: the engines of this machine, and an environment that nothing outside has set."""
+
+import os
+
+import pytest
+import torch
+
+from fastvq import _native
+from fastvq._env import VARIABLES
+
+# reference, then the CPU kernels once for each instruction set that this machine has.
+ENGINES = ["reference", *(f"cpu-{isa}" for isa in _native.available_isas())]
+CPU_ENGINES = ENGINES[1:]
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch):
+    for name in VARIABLES:
+        if name in os.environ:
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def use_engine(monkeypatch):
+    """use_engine("cpu-avx2") forces that instruction set for the test and returns the backend's name."""
+
+    def use(engine: str) -> str:
+        backend, _, isa = engine.partition("-")
+        if isa:
+            monkeypatch.setenv("FASTVQ_CPU_ISA", isa)
+        return backend
+
+    return use
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request, use_engine):
+    """The backend's name, its instruction set forced: the test runs once for each."""
+    return use_engine(request.param)
+
+
+@pytest.fixture
+def threads():
+    """threads(n) sets torch's number of threads; it is put back after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        no_gpu = pytest.mark.skip(reason="needs a GPU, and torch sees none on this machine")
+        for item in items:
+            if "needs_gpu" in item.keywords:
+                item.add_marker(no_gpu)

@@ -1,0 +1,63 @@
+"""build_info, and what a build that went wrong says."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import fastvq
+from fastvq import _native
+from fastvq._env import VARIABLES
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_build_info(monkeypatch):
+    info = fastvq.build_info()
+    assert info["version"] == fastvq.__version__ and info["torch"] == torch.__version__
+    assert info["cpu"]["available"][0] == "generic" and info["cpu"]["isa"] == info["cpu"]["available"][-1]
+    assert re.match(r"gcc|clang", info["cpu"]["compiler"])
+    assert info["backends"]["cpu"] == {**info["backends"]["cpu"], "available": True, "reason": None}
+    monkeypatch.setenv("FASTVQ_CPU_ISA", "generic")
+    assert fastvq.build_info()["cpu"]["isa"] == "generic"
+
+
+def test_build_info_without_the_extension(monkeypatch):
+    monkeypatch.setattr(_native, "_import_error", "ImportError: no such file")
+    info = fastvq.build_info()
+    assert info["cpu"] == {"compiler": None, "available": [], "isa": None}
+    assert not info["backends"]["cpu"]["available"] and "no such file" in info["backends"]["cpu"]["reason"]
+    x, codebook = torch.randn(5, 3), torch.randn(7, 3)
+    assert fastvq.ops.nearest(x, codebook).shape == (5,)  # the reference serves
+    try:
+        fastvq.ops.nearest(x, codebook, backend="cpu")
+    except ValueError as error:
+        assert "was not built or cannot be loaded (ImportError: no such file); reinstall fastvq" in str(error)
+    else:
+        raise AssertionError("a named backend fell back")
+
+
+def test_every_variable_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in VARIABLES if name not in readme] == []
+
+
+def test_no_other_variable_is_read():
+    named = set()
+    for path in [ROOT / "setup.py", *(ROOT / "fastvq").rglob("*.py")]:
+        named |= set(re.findall(r"\bFASTVQ_[A-Z_]+\b", path.read_text()))
+    assert named == set(VARIABLES)
+
+
+def test_a_missing_compiler_gives_one_readable_line(tmp_path):
+    environment = {**os.environ, "PATH": str(tmp_path), "CXX": ""}
+    run = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "fastvq needs a C++17 compiler and found none" in run.stderr and "apt install g++" in run.stderr
+    assert "Traceback" not in run.stderr
