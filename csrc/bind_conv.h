@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "masked_conv.h"
+#include "pixelcnn.h"
 
 namespace fastvq {
 
@@ -32,6 +33,39 @@ inline MaskedWeight to_weight(const WeightTuple& given) {
 
 inline const float* const_floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
 inline float* floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+// (batch, height, width, channels, n_codes, kernel sizes)
+using PixelCNNTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, std::vector<int64_t>>;
+
+inline PixelCNNShape to_shape(const PixelCNNTuple& given) {
+  return {std::get<0>(given), std::get<1>(given), std::get<2>(given),
+          std::get<3>(given), std::get<4>(given), std::get<5>(given)};
+}
+
+inline void bind_pixelcnn(py::module_& m) {
+  m.def("pixelcnn_sizes", [](const PixelCNNTuple& shape, int isa) {
+    const PixelCNNSizes sizes = pixelcnn_sizes(to_shape(shape), static_cast<Isa>(isa));
+    return std::make_pair(sizes.weights, sizes.cache);
+  });
+  m.def("pixelcnn_pack", [](const PixelCNNTuple& shape, const std::vector<uintptr_t>& weights, uintptr_t packed,
+                            int isa) {
+    std::vector<const float*> pointers;
+    for (uintptr_t address : weights) pointers.push_back(const_floats(address));
+    const PixelCNNShape shape_ = to_shape(shape);
+    py::gil_scoped_release release;
+    pixelcnn_pack(shape_, pointers, floats(packed), static_cast<Isa>(isa));
+  });
+  m.def("pixelcnn_step", [](const PixelCNNTuple& shape, uintptr_t ids, uintptr_t weights, uintptr_t embedding,
+                            uintptr_t cache, uintptr_t condition, int64_t condition_height, int64_t condition_width,
+                            uintptr_t logits, int64_t row, int64_t column, int isa, int n_threads) {
+    const PixelCNNShape shape_ = to_shape(shape);
+    const PixelCNNCall call{reinterpret_cast<const int64_t*>(ids), const_floats(weights), const_floats(embedding),
+                            floats(cache), const_floats(condition), condition_height, condition_width, floats(logits),
+                            row, column};
+    py::gil_scoped_release release;
+    pixelcnn_step(shape_, call, static_cast<Isa>(isa), n_threads);
+  });
+}
 
 inline void bind_masked_conv(py::module_& m) {
   m.def("masked_conv_forward", [](const ImageTuple& x, const WeightTuple& weight, uintptr_t bias,

@@ -75,4 +75,5 @@ PYBIND11_MODULE(_cpu, m) {
     return read_peak(n_bytes, n_threads);
   });
   bind_masked_conv(m);
+  bind_pixelcnn(m);
 }

@@ -94,6 +94,8 @@ struct Block {
   int n_vectors;
 };
 std::vector<Block> split_channels(int64_t n_channels, const ConvKernels& kernels);
+// One block of channels [tap][depth][lane]. Forward: lanes are output channels, depth input ones; swapped: the reverse.
+void pack_block(const MaskedWeight& w, bool swapped, int64_t first, int64_t n_channels, int64_t lanes, float* dst);
 
 void masked_conv_forward(const Image& x, const MaskedWeight& weight, const float* bias, const Image& out, Isa isa,
                          int n_threads);

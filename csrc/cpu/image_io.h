@@ -5,6 +5,7 @@
 #include <new>
 
 #include "../masked_conv.h"
+#include "elements.h"
 
 namespace fastvq {
 
@@ -32,19 +33,7 @@ class Floats {
   int64_t size_ = 0;
 };
 
-inline float from_bf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, 4);
-  return x;
-}
-
-inline uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fc0;  // NaN: rounding could turn it into infinity
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to nearest, ties to even
-}
+using Bf16 = Element<DType::bf16>;
 
 // Where a row of pixels begins: image b, row y, column x0, channel c0.
 inline int64_t offset_of(const Image& im, int64_t b, int64_t y, int64_t x0, int64_t c0) {
@@ -59,7 +48,7 @@ inline void load_pixels(const ConvKernels& k, const Image& im, int64_t b, int64_
     const uint16_t* src = static_cast<const uint16_t*>(im.data) + at;
     for (int64_t p = 0; p < n_pixels; ++p)
       for (int64_t c = 0; c < n_channels; ++c)
-        dst[p * dst_pixel + c] = from_bf16(src[p * im.stride_w + c * im.stride_c]);
+        dst[p * dst_pixel + c] = Bf16::get(src[p * im.stride_w + c * im.stride_c]);
     return;
   }
   const float* src = static_cast<const float*>(im.data) + at;
@@ -82,7 +71,7 @@ inline void store_pixels(const ConvKernels& k, const Image& im, int64_t b, int64
     uint16_t* dst = static_cast<uint16_t*>(im.data) + at;
     for (int64_t p = 0; p < n_pixels; ++p)
       for (int64_t c = 0; c < n_channels; ++c)
-        dst[p * im.stride_w + c * im.stride_c] = to_bf16(src[p * src_pixel + c]);
+        dst[p * im.stride_w + c * im.stride_c] = Bf16::put(src[p * src_pixel + c]);
     return;
   }
   float* dst = static_cast<float*>(im.data) + at;

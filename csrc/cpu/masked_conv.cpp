@@ -49,11 +49,12 @@ constexpr int64_t kSlice = 16;                // input channels that make one ca
 int64_t lanes_of(const Block& block, const ConvKernels& k) { return static_cast<int64_t>(block.n_vectors) * k.lanes; }
 
 float weight_at(const MaskedWeight& w, int64_t i) {
-  return w.dtype == DType::bf16 ? from_bf16(static_cast<const uint16_t*>(w.data)[i])
+  return w.dtype == DType::bf16 ? Bf16::get(static_cast<const uint16_t*>(w.data)[i])
                                 : static_cast<const float*>(w.data)[i];
 }
 
-// One block of channels [tap][depth][lane]. Forward: lanes are output channels, depth input ones; swapped: the reverse.
+}  // namespace
+
 void pack_block(const MaskedWeight& w, bool swapped, int64_t first, int64_t n_channels, int64_t lanes, float* dst) {
   const int64_t depth = swapped ? w.c_out : w.c_in, tap_size = depth * lanes;
   std::memset(dst, 0, static_cast<size_t>(tap_size) * w.taps.size() * sizeof(float));
@@ -71,6 +72,8 @@ void pack_block(const MaskedWeight& w, bool swapped, int64_t first, int64_t n_ch
     for (int64_t lane = 0; lane < n_channels; ++lane)
       for (int64_t d = d0; d < std::min(depth, d0 + kSlice); ++d) copy(d, lane);
 }
+
+namespace {
 
 struct Packed {
   std::vector<Block> blocks;
