@@ -66,6 +66,21 @@ PYBIND11_MODULE(_cpu, m) {
     quantize_backward(rows(x), codes(c), pointer<const int64_t>(indices), grad_quantized ? &g : nullptr, scale,
                       rotation, rows(grad_x), static_cast<Isa>(isa), n_threads);
   });
+  m.def("code_statistics", [](const RowsTuple& x, int64_t indices, int64_t n_codes, int64_t sums, bool sums_double,
+                              int64_t counts, int isa, int n_threads) {
+    py::gil_scoped_release release;
+    return code_statistics(rows(x), pointer<const int64_t>(indices), n_codes, pointer<void>(sums),
+                           sums_double, pointer<int64_t>(counts), static_cast<Isa>(isa), n_threads);
+  });
+  m.def("ema_update", [](const std::array<int64_t, 15>& b, int64_t sums, bool sums_double, int64_t counts,
+                         double decay, double eps, bool laplace, bool debias, int n_threads) {
+    py::gil_scoped_release release;
+    const EmaBuffers buffers{static_cast<DType>(b[0]), b[1], b[2], b[3],
+                             pointer<void>(b[4]), pointer<void>(b[5]), pointer<void>(b[6]),
+                             b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14]};
+    ema_update(buffers, pointer<const void>(sums), sums_double, pointer<const int64_t>(counts),
+               {decay, eps, laplace, debias}, n_threads);
+  });
   m.def("fma_peak", [](int isa, double milliseconds) {
     py::gil_scoped_release release;
     return fma_peak(static_cast<Isa>(isa), milliseconds);

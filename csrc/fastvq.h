@@ -67,4 +67,28 @@ void quantize_backward(const Rows& x, const Codes& codes, const int64_t* indices
 double fma_peak(Isa isa, double milliseconds);
 double read_peak(int64_t n_bytes, int n_threads);
 
+// ---- statistics per code and their moving average (cpu/statistics.cpp, cpu/ema.cpp) ----
+
+// Counts and sums per code, added up in double. sums [H, K, D] is float, double where sums_double; counts [H, K].
+// Returns -1, or the first h*N + r whose index is neither -1 nor a code; sums and counts then hold nothing of use.
+int64_t code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, void* sums, bool sums_double,
+                        int64_t* counts, Isa isa, int n_threads);
+
+// What ema_update_ writes: [H, K, D] and [H, K], float or double (all three the same), strides in elements.
+struct EmaBuffers {
+  DType dtype;
+  int64_t n_heads, n_codes, dim;
+  void *codebook, *embed_sum, *cluster_size;
+  int64_t codebook_head, codebook_k, codebook_d;
+  int64_t embed_sum_head, embed_sum_k, embed_sum_d;
+  int64_t cluster_size_head, cluster_size_k;
+};
+struct EmaOptions {
+  double decay, eps;
+  bool laplace, debias;
+};
+// sums [H, K, D] (float, or double where sums_double) and counts [H, K] (int64) are contiguous.
+void ema_update(const EmaBuffers& buffers, const void* sums, bool sums_double, const int64_t* counts,
+                const EmaOptions& options, int n_threads);
+
 }  // namespace fastvq

@@ -22,6 +22,7 @@ VARIABLES = {
         Variable(
             "FASTVQ_CPU_ISA", ("generic", "avx2", "avx512"), "instruction set of the CPU kernels, not the best", "call"
         ),
+        Variable("FASTVQ_CHECK", ("0", "1"), "check indices on a GPU too, where that waits for the device", "call"),
     )
 }
 

@@ -16,7 +16,7 @@ def distances(
     codebook: np.ndarray,  # [K, D] float64
     metric: str,
 ) -> np.ndarray:  # [N, K] float64
-    """d_k: one accumulator, d = 0 ... D-1 in turn, multiply and add rounded apart. inf where a code may not be chosen."""
+    """d_k: one accumulator, d = 0 ... D-1 in turn, multiply and add rounded apart; inf for a code that may not win."""
     acc = np.zeros((x.shape[0], codebook.shape[0]))
     with np.errstate(all="ignore"):
         if metric == "euclidean":

@@ -57,7 +57,7 @@ def test_a_named_backend_never_falls_back():
     assert nearest(x, codebook).shape == (6,)  # shapes need no backend
     if not torch.cuda.is_available():
         return
-    with pytest.raises(ValueError, match=r"no backend can serve this call \(cpu: it takes CPU tensors, x is on cuda:0\)"):
+    with pytest.raises(ValueError, match=r"no backend can serve .* \(cpu: it takes CPU tensors, x is on cuda:0\)"):
         nearest(X.cuda(), C.cuda(), backend="cpu")
 
 

@@ -19,7 +19,8 @@ def pair(requires_grad=False):
 @pytest.mark.parametrize("metric", METRICS)
 def test_opcheck_nearest(metric, engine):
     opcheck(torch.ops.fastvq.nearest.default, (*pair(), metric, "exact", False, engine))
-    opcheck(torch.ops.fastvq.nearest.default, (torch.randn(2, 9, 7), torch.randn(2, 5, 7), metric, "exact", True, engine))
+    heads = torch.randn(2, 9, 7), torch.randn(2, 5, 7)
+    opcheck(torch.ops.fastvq.nearest.default, (*heads, metric, "exact", True, engine))
 
 
 @pytest.mark.parametrize("estimator", ["straight_through", "rotation", "none"])

@@ -1,0 +1,286 @@
+"""Codebooks that learn without a gradient: statistics per code, their moving average, replacement of dead codes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvq._backends import Implementation, choose
+from fastvq._checks import check_float, check_mask, check_option, check_same_device
+from fastvq.ops._library import register
+from fastvq.ops.ema import cpu, reference
+
+__all__ = ["SMOOTHINGS", "code_statistics", "ema_update_", "replace_dead_codes_"]
+
+STATISTICS, UPDATE, REPLACE = (
+    f"fastvq.ops.{name}" for name in ("code_statistics", "ema_update_", "replace_dead_codes_")
+)
+SMOOTHINGS = ("laplace", "none")
+IMPLEMENTATIONS = {
+    name: {
+        "cpu": Implementation(getattr(cpu, name), cpu.refuse),
+        "reference": Implementation(getattr(reference, name), lambda *_: None),
+    }
+    for name in ("code_statistics", "ema_update_", "replace_dead_codes_")
+}
+
+
+def code_statistics(
+    x: Tensor,  # [..., D], or [H, ..., D] with heads
+    indices: Tensor,  # [...] or [H, ...] int64
+    n_codes: int,
+    *,
+    mask: Tensor | None = None,  # [...] or [H, ...] bool
+    n_heads: int | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:  # [K, D] and [K], or [H, K, D] and [H, K]
+    """Sum and number of the vectors that chose each code, in one pass over x.
+
+    .. math:: sums_k = \\sum_{r: index_r = k} x_r, \\qquad counts_k = |\\{r: index_r = k\\}|
+
+    A sum is accumulated in float64 in row order and rounded once, to float32: with n vectors in a code it errs by at
+    most ``2^-24 |sum| + (n-1) 2^-53 sum |x_r|`` (to first order), so a code that holds 10^7 vectors is as right as one
+    that holds two. Bit-identical whatever the number of threads and the instruction set. For float64 x the sums are
+    float64 and the last rounding falls away.
+
+    Vectors with index -1, masked ones, and ones that hold NaN or infinity are left out of both.
+
+    Args:
+        x: float32, float64, float16 or bfloat16, any strides (a channel-first image moved to channel-last is read in
+            place). No gradient flows through the result.
+        indices: what ``nearest`` or ``quantize`` returned.
+        n_codes: K.
+        mask: True marks a real vector.
+        n_heads: with heads, their number H = x.shape[0]; each has its own K codes.
+        backend: "cpu" or "reference"; None takes the fastest that supports the call.
+
+    Returns:
+        sums, float32 (float64 for float64 x), and counts, int64.
+
+    Raises:
+        ValueError: an index that is neither -1 nor a code (names the row and the value; on other devices than the CPU
+            only under FASTVQ_CHECK=1), shapes or devices that do not fit, K < 1, D = 0.
+        TypeError: x is no floating-point tensor, indices are not int64, mask is not bool.
+
+    Example:
+        >>> sums, counts = code_statistics(torch.randn(1000, 64), torch.randint(512, (1000,)), 512)
+        >>> sums.shape, counts.shape
+        (torch.Size([512, 64]), torch.Size([512]))
+    """
+    check_float(STATISTICS, "x", x)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"{STATISTICS}: indices must be an int64 tensor, got {got}; convert it with .long()")
+    check_same_device(STATISTICS, "x", x, "indices", indices)
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"{STATISTICS}: x must be [..., D] with D >= 1, got {list(x.shape)}")
+    if indices.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{STATISTICS}: indices must be {list(x.shape[:-1])}, one a vector of x {list(x.shape)}, "
+            f"got {list(indices.shape)}; pass what nearest returned for this x"
+        )
+    if n_codes < 1:
+        raise ValueError(f"{STATISTICS}: n_codes must be at least 1, got {n_codes}; pass the codebook's K")
+    if n_heads is not None and (x.dim() < 2 or x.shape[0] != n_heads or n_heads < 1):
+        raise ValueError(
+            f"{STATISTICS}: with n_heads = {n_heads}, x must be [H, ..., D] with H = n_heads >= 1, "
+            f"got {list(x.shape)}; put the heads first"
+        )
+    check_mask(STATISTICS, x, mask)
+    if mask is not None:
+        indices = torch.where(mask, indices, -1)
+    return torch.ops.fastvq.code_statistics(x.detach(), indices, n_codes, n_heads, backend)
+
+
+def ema_update_(
+    codebook: Tensor,  # [K, D], or [H, K, D] with heads
+    embed_sum: Tensor,  # [K, D] or [H, K, D]
+    cluster_size: Tensor,  # [K] or [H, K]
+    sums: Tensor,  # [K, D] or [H, K, D]
+    counts: Tensor,  # [K] or [H, K] int64
+    *,
+    decay: float,
+    eps: float = 1e-5,
+    smoothing: str = "laplace",
+    debias: bool = False,
+    backend: str | None = None,
+) -> None:
+    """One step of the exponential moving average that learns a codebook, in place, in one pass over K x D.
+
+    .. math::
+        S_k &\\leftarrow \\gamma S_k + (1-\\gamma)\\, sums_k, \\qquad
+        n_k \\leftarrow \\gamma n_k + (1-\\gamma)\\, counts_k, \\qquad c_k \\leftarrow S_k / \\hat n_k
+
+    with :math:`\\gamma` = ``decay``, S = ``embed_sum``, n = ``cluster_size`` (van den Oord et al. 2017, appendix A.1)
+    and
+
+    - ``smoothing="laplace"``: ``n^_k = (n_k + eps) / (sum n + K eps) * sum n``;
+    - ``smoothing="none"``: ``n^_k = max(n_k, eps)``.
+
+    Arithmetic is float64, each stored value is rounded once; deterministic whatever the number of threads. A head
+    whose counts are all zero is left as it is: a batch without a usable vector teaches nothing.
+
+    ``debias`` is for buffers whose sizes start at zero. There S_k is a mere starting value that no size stands for, and
+    dividing by almost zero would throw unused codes far out. With it, a code of size zero drops its S_k, and keeps its
+    codebook row until a vector chooses it; from then on S_k and n_k hold the same weights, so their ratio is the
+    weighted mean without a start-up bias (the correction by 1 - decay^t cancels in the ratio, so no step is counted).
+
+    Args:
+        codebook, embed_sum, cluster_size: the caller's buffers, float32 or float64, all alike, any strides.
+        sums, counts: of ``code_statistics``, summed over processes where there are several.
+        decay: in [0, 1].
+
+    Raises:
+        ValueError: decay outside [0, 1], eps < 0, shapes or devices that do not fit, an unknown smoothing.
+        TypeError: buffers that are not float32 or float64 or differ in dtype, counts that are not int64.
+    """
+    _check_buffers(UPDATE, codebook, embed_sum, cluster_size)
+    check_option(UPDATE, "smoothing", smoothing, SMOOTHINGS)
+    if not 0 <= decay <= 1:
+        raise ValueError(f"{UPDATE}: decay must be in [0, 1], got {decay}; 0.99 keeps 99 % of the old average")
+    if not eps >= 0:
+        raise ValueError(f"{UPDATE}: eps must be 0 or more, got {eps}")
+    check_float(UPDATE, "sums", sums)
+    if sums.dtype not in (torch.float32, torch.float64) or counts.dtype != torch.int64:
+        raise TypeError(
+            f"{UPDATE}: sums must be float32 or float64 and counts int64, got {sums.dtype} and {counts.dtype}; "
+            "pass what code_statistics returned"
+        )
+    for name, value, like in (("sums", sums, codebook), ("counts", counts, cluster_size)):
+        check_same_device(UPDATE, "codebook", codebook, name, value)
+        if value.shape != like.shape:
+            raise ValueError(
+                f"{UPDATE}: {name} must be {list(like.shape)} to match the buffers, got {list(value.shape)}; "
+                "pass what code_statistics returned"
+            )
+    with torch.no_grad():
+        torch.ops.fastvq.ema_update_(
+            codebook.detach(),
+            embed_sum,
+            cluster_size,
+            sums,
+            counts,
+            float(decay),
+            float(eps),
+            smoothing,
+            debias,
+            backend,
+        )
+
+
+def replace_dead_codes_(
+    codebook: Tensor,  # [K, D], or [H, K, D] with heads
+    embed_sum: Tensor,  # [K, D] or [H, K, D]
+    cluster_size: Tensor,  # [K] or [H, K]
+    x: Tensor,  # [..., D] or [H, ..., D]
+    *,
+    threshold: float,
+    generator: torch.Generator | None = None,
+    backend: str | None = None,
+) -> Tensor:  # [] int64
+    """Gives every code whose cluster_size fell below ``threshold`` a randomly chosen vector of x, in place.
+
+    A replaced code gets ``codebook = v``, ``cluster_size = threshold``, ``embed_sum = v * threshold``. Vectors that
+    hold NaN or infinity are never taken, and none twice while there are enough: the usable vectors are cut, in order,
+    into one stretch for each dead code, which takes one of its stretch at random. Without a usable vector nothing
+    changes.
+
+    K numbers are drawn from ``generator`` at every call, whatever is dead, so generators that started alike stay alike
+    on all ranks; with the same x (gather candidates first, see ``fastvq.distributed``) so do the codebooks.
+
+    Returns:
+        How many codes were replaced, int64, on x's device; nothing waits for the device.
+
+    Raises:
+        ValueError: threshold < 0, shapes or devices that do not fit.
+        TypeError: buffers that are not float32 or float64 or differ in dtype, x that is no floating-point tensor.
+    """
+    _check_buffers(REPLACE, codebook, embed_sum, cluster_size)
+    check_float(REPLACE, "x", x)
+    check_same_device(REPLACE, "codebook", codebook, "x", x)
+    lead = codebook.shape[:-2]
+    if x.dim() < 1 + len(lead) or x.shape[: len(lead)] != lead or x.shape[-1] != codebook.shape[-1]:
+        expected = ", ".join(map(str, (*lead, "...", codebook.shape[-1])))
+        raise ValueError(
+            f"{REPLACE}: x must be [{expected}] to match the codebook {list(codebook.shape)}, got {list(x.shape)}; "
+            "put heads first, or project x first"
+        )
+    if not threshold >= 0:
+        raise ValueError(f"{REPLACE}: threshold must be 0 or more, got {threshold}")
+    uniforms = torch.rand(cluster_size.shape, generator=generator, device=x.device)
+    with torch.no_grad():
+        return torch.ops.fastvq.replace_dead_codes_(
+            codebook.detach(), embed_sum, cluster_size, x.detach(), uniforms, float(threshold), backend
+        )
+
+
+def _check_buffers(op: str, codebook: Tensor, embed_sum: Tensor, cluster_size: Tensor) -> None:
+    for name, value in (("codebook", codebook), ("embed_sum", embed_sum), ("cluster_size", cluster_size)):
+        check_float(op, name, value)
+        check_same_device(op, "codebook", codebook, name, value)
+        if value.dtype not in (torch.float32, torch.float64) or value.dtype != codebook.dtype:
+            raise TypeError(
+                f"{op}: codebook, embed_sum and cluster_size must be all float32 or all float64, got {name} in "
+                f"{value.dtype}; keep them in float32 (narrower types lose small updates)"
+            )
+    if codebook.dim() not in (2, 3) or 0 in codebook.shape:
+        raise ValueError(f"{op}: codebook must be [K, D] or [H, K, D], none of them 0, got {list(codebook.shape)}")
+    for name, value, shape in (
+        ("embed_sum", embed_sum, codebook.shape),
+        ("cluster_size", cluster_size, codebook.shape[:-1]),
+    ):
+        if value.shape != shape:
+            raise ValueError(
+                f"{op}: {name} must be {list(shape)} to match codebook {list(codebook.shape)}, got {list(value.shape)}"
+            )
+
+
+def _run_statistics(
+    x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    arguments = (x, indices, n_codes, n_heads)
+    return choose(STATISTICS, IMPLEMENTATIONS["code_statistics"], backend, *arguments)(*arguments)
+
+
+def _fake_statistics(
+    x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    lead = () if n_heads is None else (n_heads,)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(*lead, n_codes, x.shape[-1], dtype=dtype), indices.new_empty(*lead, n_codes)
+
+
+def _run_update(
+    codebook: Tensor, embed_sum: Tensor, cluster_size: Tensor, sums: Tensor, counts: Tensor, decay: float, eps: float,
+    smoothing: str, debias: bool, backend: str | None,
+) -> None:  # fmt: skip
+    arguments = (codebook, embed_sum, cluster_size, sums, counts, decay, eps, smoothing, debias)
+    choose(UPDATE, IMPLEMENTATIONS["ema_update_"], backend, *arguments)(*arguments)
+
+
+def _run_replace(
+    codebook: Tensor, embed_sum: Tensor, cluster_size: Tensor, x: Tensor, uniforms: Tensor, threshold: float,
+    backend: str | None,
+) -> Tensor:  # fmt: skip
+    arguments = (codebook, embed_sum, cluster_size, x, uniforms, threshold)
+    return choose(REPLACE, IMPLEMENTATIONS["replace_dead_codes_"], backend, *arguments)(*arguments)
+
+
+register(
+    "code_statistics(Tensor x, Tensor indices, int n_codes, int? n_heads, str? backend) "
+    "-> (Tensor sums, Tensor counts)",
+    _run_statistics,
+    _fake_statistics,
+)
+register(
+    "ema_update_(Tensor(a!) codebook, Tensor(b!) embed_sum, Tensor(c!) cluster_size, Tensor sums, Tensor counts, "
+    "float decay, float eps, str smoothing, bool debias, str? backend) -> ()",
+    _run_update,
+    lambda *_: None,
+)
+register(
+    "replace_dead_codes_(Tensor(a!) codebook, Tensor(b!) embed_sum, Tensor(c!) cluster_size, Tensor x, "
+    "Tensor uniforms, float threshold, str? backend) -> Tensor",
+    _run_replace,
+    lambda codebook, embed_sum, cluster_size, x, *_: x.new_empty((), dtype=torch.int64),
+)

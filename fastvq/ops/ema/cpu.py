@@ -1,0 +1,85 @@
+"""Code statistics and their moving average by the C++ kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq import _native
+from fastvq.ops.ema import reference
+
+__all__ = ["code_statistics", "ema_update_", "refuse", "replace_dead_codes_"]
+
+
+def refuse(tensor: Tensor, *_: Any) -> str | None:
+    if tensor.device.type != "cpu":
+        return f"it takes CPU tensors, got one on {tensor.device}"
+    return None
+
+
+def code_statistics(
+    x: Tensor,  # [..., D] or [H, ..., D]
+    indices: Tensor,  # [...] or [H, ...] int64
+    n_codes: int,
+    n_heads: int | None,
+    sums_dtype: torch.dtype | None = None,  # float32 or float64; x's own, at least float32, where None
+) -> tuple[Tensor, Tensor]:
+    if sums_dtype is None:
+        sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    lead = () if n_heads is None else (n_heads,)
+    sums = torch.empty(*lead, n_codes, x.shape[-1], dtype=sums_dtype)
+    counts = torch.empty(*lead, n_codes, dtype=torch.int64)
+    indices = indices.contiguous()
+    x, rows = _native.rows_view(x, n_heads)
+    bad = _native._cpu.code_statistics(
+        rows, indices.data_ptr(), n_codes, sums.data_ptr(), sums_dtype == torch.float64, counts.data_ptr(),
+        _native.isa(), torch.get_num_threads(),
+    )  # fmt: skip
+    if bad >= 0:
+        reference.raise_bad_index("fastvq.ops.code_statistics", indices, n_codes, bad)
+    return sums, counts
+
+
+def ema_update_(
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    embed_sum: Tensor,  # [K, D] or [H, K, D]
+    cluster_size: Tensor,  # [K] or [H, K]
+    sums: Tensor,  # [K, D] or [H, K, D]
+    counts: Tensor,  # [K] or [H, K] int64
+    decay: float,
+    eps: float,
+    smoothing: str,
+    debias: bool,
+) -> None:
+    heads = codebook.shape[0] if codebook.dim() == 3 else 1
+    lead = 1 if codebook.dim() == 3 else 0
+
+    def strides(t: Tensor) -> tuple[int, ...]:
+        return t.stride() if lead else (0, *t.stride())
+
+    sums, counts = sums.contiguous(), counts.contiguous()
+    buffers = (
+        _native.DTYPES[codebook.dtype], heads, *codebook.shape[lead:],
+        codebook.data_ptr(), embed_sum.data_ptr(), cluster_size.data_ptr(),
+        *strides(codebook), *strides(embed_sum), *strides(cluster_size),
+    )  # fmt: skip
+    _native._cpu.ema_update(
+        buffers, sums.data_ptr(), sums.dtype == torch.float64, counts.data_ptr(),
+        decay, eps, smoothing == "laplace", debias, torch.get_num_threads() if codebook.numel() > 1 << 17 else 1,
+    )  # fmt: skip
+
+
+def replace_dead_codes_(
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    embed_sum: Tensor,  # [K, D] or [H, K, D]
+    cluster_size: Tensor,  # [K] or [H, K]
+    x: Tensor,  # [..., D] or [H, ..., D]
+    uniforms: Tensor,  # [K] or [H, K]
+    threshold: float,
+) -> Tensor:  # [] int64
+    # Here the answer is at hand, and nearly always it is that nothing is to be done.
+    if not (cluster_size < threshold).any():
+        return torch.zeros((), dtype=torch.int64)
+    return reference.replace_dead_codes_(codebook, embed_sum, cluster_size, x, uniforms, threshold)
