@@ -5,6 +5,7 @@
 #include <array>
 #include <optional>
 
+#include "bind_conv.h"
 #include "fastvq.h"
 
 namespace py = pybind11;
@@ -115,4 +116,6 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     return read_peak(n_bytes, n_threads);
   });
+  bind_masked_conv(m);
+  bind_pixelcnn(m);
 }
