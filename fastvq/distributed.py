@@ -126,5 +126,5 @@ def _scores_of(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Ten
     if metric == "cosine":
         norm = reference.norms(wide)[indices]
         total = torch.where(norm == 0, torch.inf, total / norm)
-    usable = codebook.isfinite().all(dim=1)[indices] & ~total.isnan()
+    usable = codebook.isfinite().all(dim=1)[indices] & x.isfinite().all(dim=1) & ~total.isnan()
     return torch.where(usable, total, torch.inf)
