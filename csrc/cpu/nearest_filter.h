@@ -25,6 +25,8 @@ constexpr int kScoreStride = kChunkCodes + 16;  // off a multiple of the first-l
 constexpr int kMaximaStride = kLongChunkPanels * kLanes + 16;
 constexpr int64_t kChunkBytes = 256 << 10;
 constexpr int kMaxNoted = 16;
+// A panel is read from the first-level cache for all tiles of a group but the first.
+constexpr int kGroupTiles = 3;
 // Narrower vectors leave so few multiply-adds a score that writing every score out would cost a third of the time;
 // the scores of the few panels that matter are made again.
 constexpr int64_t kKeepScoresDim = 32;
@@ -65,20 +67,20 @@ __attribute__((noinline)) void score_tile(const float* tile, const float* panel,
 
 // Step 2 for one tile and a chunk of panels; the last panel of a codebook may be partly empty.
 template <bool KeepScores>
-void score_panels(const float* tile, const PackedCodes& packed, int64_t first, int n_panels, float* scores,
-                  float* maxima) {
+void score_panels(const float* tiles, int n_tiles, const PackedCodes& packed, int64_t first, int n_panels,
+                  float* scores, float* maxima) {
   const int64_t D = packed.dim, empty = packed.n_panels * kWidth - packed.n_codes;
   const int partial = first + n_panels == packed.n_panels && empty >= kLanes;
   const float* panel = packed.panels + first * kWidth * D;
   const float* bias = packed.bias + first * kWidth;
-  int p = 0;
-  for (; p < n_panels - partial; ++p, panel += kWidth * D, bias += kWidth)
-    score_tile<kTileVectors, KeepScores>(tile, panel, bias, D, scores + p * kWidth, maxima + p * kLanes);
-  if (!partial) return;
-  if (empty >= (kTileVectors - 1) * kLanes)
-    score_tile<1, KeepScores>(tile, panel, bias, D, scores + p * kWidth, maxima + p * kLanes);
-  else
-    score_tile<kTileVectors - 1, KeepScores>(tile, panel, bias, D, scores + p * kWidth, maxima + p * kLanes);
+  for (int p = 0; p < n_panels; ++p, panel += kWidth * D, bias += kWidth) {
+    const auto score = p < n_panels - partial                    ? score_tile<kTileVectors, KeepScores>
+                       : empty >= (kTileVectors - 1) * kLanes ? score_tile<1, KeepScores>
+                                                              : score_tile<kTileVectors - 1, KeepScores>;
+    for (int t = 0; t < n_tiles; ++t)
+      score(tiles + t * kTileRows * D, panel, bias, D, scores + t * kTileRows * kScoreStride + p * kWidth,
+            maxima + t * kTileRows * kMaximaStride + p * kLanes);
+  }
 }
 
 // The scores of one row of a tile against one panel once more.
@@ -264,8 +266,8 @@ inline size_t search_layout(int64_t D, char* base, SearchScratch* s) {
   SearchScratch out;
   const int64_t filter_dim = D <= kMaxFilterDim ? D : 0;
   const int64_t rows = block_rows(D);
-  out.scores = reinterpret_cast<float*>(take(4 * kTileRows * kScoreStride));
-  out.maxima = reinterpret_cast<float*>(take(4 * kTileRows * kMaximaStride));
+  out.scores = reinterpret_cast<float*>(take(4 * kGroupTiles * kTileRows * kScoreStride));
+  out.maxima = reinterpret_cast<float*>(take(4 * kGroupTiles * kTileRows * kMaximaStride));
   out.rows = reinterpret_cast<RowState*>(take(static_cast<int64_t>(sizeof(RowState)) * rows));
   out.tiles = reinterpret_cast<float*>(take(4 * (rows * filter_dim + 8)));
   out.eight = reinterpret_cast<float*>(take(4 * 8 * filter_dim));
@@ -314,22 +316,25 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
     const int64_t next_bytes = whole ? 0 : (left < chunk_panels ? left : chunk_panels) * panel_bytes;
     const int64_t piece = next_bytes / n_tiles + 64;
     for (int64_t t = 0; t < n_tiles; ++t) {
-      const float* tile = s.tiles + t * kTileRows * D;
       if (t * piece < next_bytes)
         prefetch(reinterpret_cast<const char*>(packed.panels) + next * panel_bytes + t * piece,
                  next_bytes - t * piece < piece ? next_bytes - t * piece : piece);
+      if (t % kGroupTiles) continue;
+      const int64_t g0 = t * kTileRows, here = n - g0 < kGroupTiles * kTileRows ? n - g0 : kGroupTiles * kTileRows;
+      const float* tiles = s.tiles + g0 * D;
+      const int n_group = static_cast<int>((here + kTileRows - 1) / kTileRows);
       if (keep_scores)
-        score_panels<true>(tile, packed, p0, chunk.n, s.scores, s.maxima);
+        score_panels<true>(tiles, n_group, packed, p0, chunk.n, s.scores, s.maxima);
       else
-        score_panels<false>(tile, packed, p0, chunk.n, s.scores, s.maxima);
-      const int64_t here = n - t * kTileRows < kTileRows ? n - t * kTileRows : kTileRows;
+        score_panels<false>(tiles, n_group, packed, p0, chunk.n, s.scores, s.maxima);
       for (int64_t i = 0; i < here; ++i) {
-        RowState& row = s.rows[t * kTileRows + i];
+        RowState& row = s.rows[g0 + i];
+        const float* tile = tiles + i / kTileRows * kTileRows * D;
         const float* maxima = s.maxima + i * kMaximaStride;
         const V top = top_of(maxima, chunk.n);
         const V bound = add(mul_add(spread(row.norm), spread(chunk.slope), spread(chunk.offset)), spread(row.own));
         if (at_least(add(top, bound), spread(row.lower)))
-          search_chunk(row, packed, chunk, top, bound, tile + i, keep_scores ? s.scores + i * kScoreStride : nullptr,
+          search_chunk(row, packed, chunk, top, bound, tile + i % kTileRows, keep_scores ? s.scores + i * kScoreStride : nullptr,
                        maxima, lookup.fast);
       }
     }
