@@ -3,5 +3,15 @@
 from fastvq._backends import use_backend
 from fastvq._build_info import build_info
 from fastvq._version import VERSION as __version__
+from fastvq.compat import PatchReport, patch, patch_class, unpatch, unpatch_class
 
-__all__ = ["__version__", "build_info", "use_backend"]
+__all__ = [
+    "PatchReport",
+    "__version__",
+    "build_info",
+    "patch",
+    "patch_class",
+    "unpatch",
+    "unpatch_class",
+    "use_backend",
+]
