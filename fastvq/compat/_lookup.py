@@ -63,8 +63,8 @@ def image_quantize(
     codebook: Tensor,  # [K, D]
     commitment_weight: float,
     codebook_weight: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # quantized [B, ..., D] with the straight-through estimator, loss [], indices [B, ...]
-    """The learnable VQ-VAE layer: ``commitment_weight |sg(c) - z|^2 + codebook_weight |c - sg(z)|^2``, means of both."""
+) -> tuple[Tensor, Tensor, Tensor]:  # [B, ..., D] with the straight-through estimator, loss [], indices [B, ...]
+    """The learnable VQ-VAE layer; loss = ``commitment_weight |sg(c) - z|^2 + codebook_weight |c - sg(z)|^2``, means."""
     if z.dtype == codebook.dtype == torch.float32:
         q = ops.quantize(z, codebook)
         return q.quantized, commitment_weight * q.commitment_loss + codebook_weight * q.codebook_loss, q.indices

@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -50,9 +50,14 @@ class Fast(nn.Module):
 
     original: ClassVar[type[nn.Module]]
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the peer's attributes, whatever they are
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as (ours, theirs) instead of by name: the class that both make has no name to import it by."""
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        plain: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = plain
         cls = type(self)
         if "original" not in cls.__dict__ or arguments[:1] != (cls,):
             return (make, arguments, *rest)
@@ -75,16 +80,22 @@ def _warn_once(name: str, reason: str) -> None:
     warnings.warn(f"fastvq: {name} used its original code: {reason}", FallbackWarning, stacklevel=4)
 
 
-@functools.cache
+# One class a pair, so that two patched modules of one class are of one class again.
+_made: dict[tuple[type, type], type[Fast]] = {}
+
+
 def _class_for(fast: type[Fast], original: type[nn.Module]) -> type[Fast]:
-    """One class a pair, named like the peer's, so that repr and log lines stay as they were."""
+    """The class that does ours and falls back to theirs, named like theirs: repr and log lines stay as they were."""
+    if (fast, original) in _made:
+        return _made[fast, original]
     members = {
         "original": original,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    return type(original.__name__, (fast, original), members)
+    _made[fast, original] = made = cast(type[Fast], type(original.__name__, (fast, original), members))
+    return made
 
 
 def swap(module: nn.Module, fast: type[Fast]) -> None:
@@ -95,7 +106,7 @@ def swap_back(module: nn.Module) -> bool:
     cls = type(module)
     if not (isinstance(module, Fast) and "original" in cls.__dict__):
         return False
-    module.__class__ = cls.original
+    module.__class__ = cls.__dict__["original"]
     return True
 
 
