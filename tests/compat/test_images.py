@@ -39,10 +39,8 @@ DEEP = by_embedding(lambda outputs: outputs[2][2])
 @pytest.mark.parametrize("options", [{}, {"legacy": False}, {"sane_index_shape": True}], ids=str)
 @pytest.mark.parametrize("which", ["taming", "diffusers"])
 def test_taming_and_diffusers(which, options):
-    if which == "taming":
-        cls = doubles.VectorQuantizer2
-    else:
-        cls = peer("diffusers.models.autoencoders.vae").VectorQuantizer
+    mine = which == "taming"
+    cls = doubles.VectorQuantizer2 if mine else peer("diffusers.models.autoencoders.vae").VectorQuantizer
     steps = FEW if options else 50
     lockstep(lambda: cls(K, D, 0.25, **options), image, lambda m, x: flatten(m(x)), cls.__name__, DEEP, steps=steps)
 

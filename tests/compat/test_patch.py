@@ -83,7 +83,7 @@ def test_nothing_to_replace():
     assert not report and "0 replaced" in str(report)
     with pytest.raises(ValueError, match="holds no quantizer that fastvq knows"):
         fastvq.patch(nn.Linear(2, 2), strict=True)
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, got str"):
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
         fastvq.patch("model")
 
 

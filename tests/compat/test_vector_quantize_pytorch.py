@@ -74,7 +74,7 @@ def test_heads(vqp, separate, cosine):
     heads = 2
 
     def look_at_heads(module, x, out, state):
-        # [H, B N, D], and the codes of all heads shifted apart, so that one lookup can stand for all.
+        # [H, B N, D]; the second head stands for all, whose results are compared anyway.
         split = module.project_in(x).detach().unflatten(-1, (heads, -1)).movedim(2, 0).flatten(1, 2)
         split = F.normalize(split, dim=-1, eps=1e-6) if cosine else split
         head = 1 if separate else 0
@@ -155,10 +155,13 @@ def test_sim_vq(vqp, rotation):
 
 @pytest.mark.parametrize("cosine", [False, True])
 def test_kmeans_init(vqp, cosine):
+    def look_after(module, x, out, state):
+        return look(module, x, out, module.state_dict())
+
     lockstep(
         lambda: vqp.VectorQuantize(D, K, kmeans_init=True, use_cosine_sim=cosine, threshold_ema_dead_code=1),
         # From far apart clusters, so that ten iterations of k-means meet no tie. The first step initialises.
-        clustered, outputs, "VectorQuantize", lambda m, x, out, state: look(m, x, out, m.state_dict()), steps=1, train=False,
+        clustered, outputs, "VectorQuantize", look_after, steps=1, train=False,
     )  # fmt: skip
 
 
