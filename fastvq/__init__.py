@@ -4,5 +4,17 @@ from fastvq._backends import use_backend
 from fastvq._build_info import build_info
 from fastvq._kmeans import KMeans, kmeans
 from fastvq._version import VERSION as __version__
+from fastvq.compat import PatchReport, patch, patch_class, unpatch, unpatch_class
 
-__all__ = ["KMeans", "__version__", "build_info", "kmeans", "use_backend"]
+__all__ = [
+    "KMeans",
+    "PatchReport",
+    "__version__",
+    "build_info",
+    "kmeans",
+    "patch",
+    "patch_class",
+    "unpatch",
+    "unpatch_class",
+    "use_backend",
+]

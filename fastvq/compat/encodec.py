@@ -1,0 +1,88 @@
+"""encodec and audiocraft: ``EuclideanCodebook`` of their ``core_vq``.
+
+``ResidualVectorQuantizer`` and all between are made of it and stay the peer's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastvq.compat._exports import subclasses_of
+from fastvq.compat._lookup import lloyd, nearest, statistics
+from fastvq.compat._target import Fast, Target, home, needs
+
+__all__ = ["TARGETS", "FastEuclideanCodebook"]
+
+
+class FastEuclideanCodebook(Fast):
+    """Lookup, statistics and k-means without N x K matrices; expiry, averages and smoothing in the peer's order."""
+
+    def quantize(self, x: Tensor) -> Tensor:  # [N, D] -> [N]
+        return nearest(x, self.embed)
+
+    def init_embed_(self, data: Tensor) -> None:  # [N, D]
+        """The peer's k-means on the first batch, whose differences alone would take N x K x D."""
+        if self.inited:
+            return
+        peer = home(self, "EuclideanCodebook")
+        samples = data.detach()
+        embed, counts = lloyd(samples, peer.sample_vectors(samples, self.codebook_size), self.kmeans_iters)
+        self.embed.data.copy_(embed)
+        self.embed_avg.data.copy_(embed)
+        self.cluster_size.data.copy_(counts)
+        self.inited.data.fill_(1)
+        # All ranks go on from the first one's codebook, as in the peer.
+        _shared(peer).broadcast_tensors(self.buffers())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [..., D] -> [..., D], [...]
+        """As the peer's: the codes are those before the update, and expiry comes before the averages."""
+        shape = x.shape
+        x = self.preprocess(x)
+        self.init_embed_(x)
+        flat = self.quantize(x)
+        indices = self.postprocess_emb(flat, shape)
+        quantized = self.dequantize(indices)
+        if self.training:
+            self.expire_codes_(x)
+            peer = home(self, "EuclideanCodebook")
+            sums, counts = statistics(x, flat, self.codebook_size)
+            peer.ema_inplace(self.cluster_size, counts, self.decay)
+            peer.ema_inplace(self.embed_avg, sums, self.decay)
+            smoothed = peer.laplace_smoothing(self.cluster_size, self.codebook_size, self.epsilon)
+            self.embed.data.copy_(self.embed_avg / (smoothed * self.cluster_size.sum())[:, None])
+        return quantized, indices
+
+
+def _shared(peer: Any) -> Any:
+    """The peer's module for several processes: encodec calls it ``distrib``, audiocraft takes it from flashy."""
+    return getattr(peer, "distrib", None) or peer.flashy.distrib
+
+
+SEAMS = ("quantize", "init_embed_", "forward", "preprocess", "postprocess_emb", "dequantize", "expire_codes_")
+UNFIT = needs(embed="2", embed_avg="2", cluster_size="1", inited="", decay="", epsilon="", threshold_ema_dead_code="")
+TARGETS = tuple(
+    Target(
+        peer=peer,
+        name="EuclideanCodebook",
+        modules=rf"{peer}\.quantization\.core_vq",
+        fast=FastEuclideanCodebook,
+        seams=SEAMS,
+        unfit=UNFIT,
+        importable=(f"{peer}.quantization.core_vq",),
+        distribution=peer,
+        tested=tested,
+    )
+    for peer, tested in (("encodec", "0.1"), ("audiocraft", "1.4"))
+)
+
+__getattr__ = subclasses_of(
+    __name__,
+    {
+        "EuclideanCodebook": "encodec.quantization.core_vq",
+        "VectorQuantization": "encodec.quantization.core_vq",
+        "ResidualVectorQuantization": "encodec.quantization.core_vq",
+        "ResidualVectorQuantizer": "encodec.quantization.vq",
+    },
+)

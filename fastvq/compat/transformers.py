@@ -1,0 +1,131 @@
+"""transformers: the quantizers of Encodec, Xcodec, Higgs, Mimi, DAC, Chameleon, Janus, Emu3 and GLM-Image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvq.compat._exports import subclasses_of
+from fastvq.compat._lookup import image_quantize, nearest
+from fastvq.compat._target import Fast, Target, needs
+
+__all__ = [
+    "TARGETS",
+    "FastDacVectorQuantize",
+    "FastEmu3Quantizer",
+    "FastEuclideanCodebook",
+    "FastGlmImageQuantizer",
+    "FastMimiCodebook",
+    "FastVQVAEQuantizer",
+]
+
+
+class FastEuclideanCodebook(Fast):
+    """Encodec, Xcodec, Higgs."""
+
+    def quantize(self, hidden_states: Tensor) -> Tensor:  # [N, D] -> [N]
+        return nearest(hidden_states, self.embed)
+
+
+class FastMimiCodebook(Fast):
+    """Mimi; ``embed`` stays the peer's cached quotient."""
+
+    def quantize(self, hidden_states: Tensor) -> Tensor:  # [N, D] -> [N]
+        return nearest(hidden_states, self.embed)
+
+
+class FastDacVectorQuantize(Fast):
+    """DAC: looked up by angle, gathered as stored."""
+
+    def decode_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:  # [B, D, T] -> [B, D, T], [B, T]
+        """As the peer's. It normalises both sides and compares distances: that is the angle, without the rounding."""
+        if hasattr(self.codebook, "_hf_hook"):
+            self._fall_back("accelerate moves its codebook in and out of memory")
+            theirs: Any = super()
+            return theirs.decode_latents(hidden_states)
+        indices = nearest(hidden_states.transpose(1, 2), self.codebook.weight, "cosine")
+        return self.codebook(indices).transpose(1, 2), indices
+
+
+class FastVQVAEQuantizer(Fast):
+    """Chameleon, Janus: the loss with beta on the codebook's side, as taming-transformers' legacy one."""
+
+    def forward(self, hidden_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, D, H, W]
+        """As the peer's."""
+        quantized, loss, indices = image_quantize(
+            hidden_state.permute(0, 2, 3, 1), self.embedding.weight, commitment_weight=1.0, codebook_weight=self.beta
+        )
+        return quantized.permute(0, 3, 1, 2).contiguous(), loss, indices.flatten()
+
+
+class FastGlmImageQuantizer(Fast):
+    """GLM-Image: both sides normalised, and the normalised code comes out."""
+
+    def forward(self, hidden_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, D, H, W]
+        """As the peer's, looked up by angle."""
+        z = hidden_state.permute(0, 2, 3, 1)
+        indices = nearest(z, self.embedding.weight, "cosine")
+        z = F.normalize(z, p=2, dim=-1)
+        chosen = F.normalize(F.embedding(indices, self.embedding.weight), p=2, dim=-1)
+        loss = torch.mean((chosen.detach() - z) ** 2) + self.beta * torch.mean((chosen - z.detach()) ** 2)
+        quantized = z + (chosen - z).detach()
+        return quantized.permute(0, 3, 1, 2).contiguous(), loss, indices.flatten()
+
+
+class FastEmu3Quantizer(Fast):
+    """Emu3: indices alone."""
+
+    def forward(self, hidden_state: Tensor) -> Tensor:  # [B, T, D, H, W] -> [B, T, H, W]
+        return nearest(hidden_state.permute(0, 1, 3, 4, 2), self.embedding.weight)
+
+
+def _target(model: str, name: str, fast: type[Fast], seam: str, **attributes: str) -> Target:
+    module = f"transformers.models.{model}.modeling_{model}"
+    return Target(
+        peer="transformers",
+        name=name,
+        modules=module.replace(".", r"\."),
+        fast=fast,
+        seams=(seam,),
+        unfit=needs(**attributes),
+        importable=(module,),
+        distribution="transformers",
+        tested="5.23",
+    )
+
+
+EMBEDDING = {"embedding__weight": "2"}
+TARGETS = (
+    *(
+        _target(model, f"{prefix}EuclideanCodebook", FastEuclideanCodebook, "quantize", embed="2")
+        for model, prefix in (
+            ("encodec", "Encodec"),
+            ("xcodec", "Xcodec"),
+            ("higgs_audio_v2_tokenizer", "HiggsAudioV2Tokenizer"),
+        )
+    ),
+    _target("mimi", "MimiEuclideanCodebook", FastMimiCodebook, "quantize", embed_sum="2", cluster_usage="1"),
+    _target("dac", "DacVectorQuantize", FastDacVectorQuantize, "decode_latents", codebook__weight="2"),
+    *(
+        _target(model, f"{prefix}VQVAEVectorQuantizer", fast, "forward", **EMBEDDING, **extra)
+        for model, prefix, fast, extra in (
+            ("chameleon", "Chameleon", FastVQVAEQuantizer, {"beta": ""}),
+            ("janus", "Janus", FastVQVAEQuantizer, {"beta": ""}),
+            ("glm_image", "GlmImage", FastGlmImageQuantizer, {"beta": ""}),
+            ("emu3", "Emu3", FastEmu3Quantizer, {}),
+        )
+    ),
+)
+
+__getattr__ = subclasses_of(
+    __name__,
+    {
+        **{target.name: target.importable[0] for target in TARGETS},
+        "EncodecResidualVectorQuantizer": "transformers.models.encodec.modeling_encodec",
+        "MimiSplitResidualVectorQuantizer": "transformers.models.mimi.modeling_mimi",
+        "DacResidualVectorQuantizer": "transformers.models.dac.modeling_dac",
+    },
+)
