@@ -1,0 +1,11 @@
+"""A training that kills itself without warning: python -m tests.models.killed_run FOLDER STEP."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from .test_training import run
+
+last = int(sys.argv[2])
+run(Path(sys.argv[1]), on_step=lambda step: os.kill(os.getpid(), signal.SIGKILL) if step == last else None)
