@@ -27,7 +27,7 @@ CXXFLAGS = [
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # gcc takes its own headers of AVX-512 for reads of uninitialised variables.
-ISA_FLAGS = {"avx2": AVX2, "avx512": [*AVX512, "-Wno-maybe-uninitialized"]}
+ISA_FLAGS = {"avx2": AVX2, "avx512": [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]}
 
 
 def find_compiler() -> str:

@@ -15,6 +15,10 @@ FILES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
 
 
+# Top left corner of the square that is shown, where its middle is not the best of a photograph; multiples of 4.
+CORNERS = {"astronaut": (0, 96), "coffee": (64, 120), "rocket": (120, 192)}
+
+
 @dataclass(frozen=True)
 class Photograph:
     name: str

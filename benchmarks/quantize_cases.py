@@ -80,6 +80,28 @@ def photograph_codebook(kind: str, n_codes: int) -> Tensor:
     return trained.codebook
 
 
+def gaussian_cases(shapes: Sequence[tuple[int, int, int]] = SHAPES, n_threads: int = 1) -> list[Case]:
+    return [Case("gaussian", *shape, n_threads) for shape in shapes]
+
+
+def photograph_cases(n_threads: int = 1, quick: bool = False) -> list[Case]:
+    cases = []
+    for kind, codes in PHOTOGRAPH_CODES.items():
+        n_vectors, dim = photograph_vectors(kind).shape
+        for n_codes in QUICK_CODES[:1] if quick else codes:
+            cases.append(Case(f"photographs {kind}", n_vectors, n_codes, dim, n_threads))
+    return cases
+
+
+def sweep_cases(n_threads: int = 1, quick: bool = False) -> list[Case]:
+    cases = []
+    for axis, values in (QUICK_SWEEPS if quick else SWEEPS).items():
+        for value in values:
+            sizes = {**SWEEP_CENTRE, axis: value}
+            cases.append(Case("gaussian", sizes["N"], sizes["K"], sizes["D"], n_threads, axis))
+    return cases
+
+
 def chosen_cases(
     *,
     shapes: Sequence[tuple[int, int, int]] | None,
@@ -90,25 +112,18 @@ def chosen_cases(
 ) -> list[Case]:
     """The cases of a run. ``shapes`` given replaces the Gaussian ones and leaves the sweeps out.
 
-    Unless threads are named, everything runs on one, and the first shape on all of them as well.
+    Unless threads are named, everything runs on one, and the first shape on all of them as well (all shapes, in full).
     """
+    gaussian = shapes or (QUICK_SHAPES if quick else SHAPES)
+    n_cores = os.cpu_count() or 1
     cases = []
     for n_threads in threads or (1,):
         if "gaussian" in data:
-            standard = QUICK_SHAPES if quick else SHAPES
-            cases += [Case("gaussian", *shape, n_threads) for shape in (shapes or standard)]
+            cases += gaussian_cases(gaussian, n_threads)
         if "photographs" in data:
-            for kind, codes in PHOTOGRAPH_CODES.items():
-                n_vectors, dim = photograph_vectors(kind).shape
-                for n_codes in QUICK_CODES[:1] if quick else codes:
-                    cases.append(Case(f"photographs {kind}", n_vectors, n_codes, dim, n_threads))
-    n_cores = os.cpu_count() or 1
+            cases += photograph_cases(n_threads, quick)
     if "gaussian" in data and not threads and n_cores > 1:
-        all_cores = [Case("gaussian", *shape, n_cores) for shape in (shapes or (QUICK_SHAPES if quick else SHAPES))]
-        cases += all_cores if full else all_cores[:1]
+        cases += gaussian_cases(gaussian if full else gaussian[:1], n_cores)
     if "gaussian" in data and shapes is None:
-        for axis, values in (QUICK_SWEEPS if quick else SWEEPS).items():
-            for value in values:
-                sizes = {**SWEEP_CENTRE, axis: value}
-                cases.append(Case("gaussian", sizes["N"], sizes["K"], sizes["D"], (threads or (1,))[0], axis))
+        cases += sweep_cases((threads or (1,))[0], quick)
     return cases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ from providers import Lookup, Provider
 from quantize_cases import SEED, Case
 
 PILOT_VECTORS = 512
+PILOT_CALLS = 3
 # The least a slow provider is timed on: below that its products are too small to be what it does at full size.
 LEAST_VECTORS = 1024
 # A call that fits its time nearly is timed whole: a figure that needs no scaling is worth the difference.
@@ -45,8 +46,8 @@ class Budget:
     n_checked: int | None = 4096  # sampled rows whose indices are compared; None: all
 
 
-DEFAULT = Budget(call_seconds=0.3, seconds=6)
-SWEEP = Budget(call_seconds=0.1, seconds=0.7)
+DEFAULT = Budget(call_seconds=0.2, seconds=4)
+SWEEP = Budget(call_seconds=0.06, seconds=0.5)
 QUICK = Budget(call_seconds=0.05, seconds=0.4)
 FULL = Budget(call_seconds=float("inf"), seconds=30, min_rounds=5, n_checked=None)
 
@@ -82,32 +83,31 @@ class Sample:
         return cls(positions, expected, x[np.concatenate([positions, order[n_checked:]])])
 
 
-def as_array(indices: Tensor | np.ndarray) -> np.ndarray:
-    return np.asarray(indices, np.int64)
+def seconds_of(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def set_up(provider: Provider, case: Case, x: Tensor, codebook: Tensor, sample: Sample, budget: Budget) -> Contender:
     """Warm a provider up, choose how many vectors it is timed on, measure its memory and compare its indices."""
     row = Row(case.title, case.shape, case.data, case.n_threads, provider.name)
     n_vectors = len(x)
-    x = x.to(provider.input_dtype)
+    x, sample_first = x.to(provider.input_dtype), sample.sample_first.to(provider.input_dtype)
+    pilot = x[:PILOT_VECTORS]
     # What a first call ever costs (thread pools, compilation, library buffers) is not what a call costs.
     provider.prepare(codebook[:16])(x[:16])
     lookup = provider.prepare(codebook)
     if provider.compiles:
-        lookup(x[:PILOT_VECTORS])
-    pilot = x[:PILOT_VECTORS]
-    with PeakMemory() as memory:
         lookup(pilot)
-        start = time.perf_counter()
-        lookup(pilot)
-        pilot_seconds = time.perf_counter() - start
-    n_timed = vectors_to_time(n_vectors, len(pilot), pilot_seconds, memory.mib, budget)
-    timed = x if n_timed == n_vectors else sample.sample_first[:n_timed].to(provider.input_dtype)
     with PeakMemory() as memory:
+        pilot_seconds = min(seconds_of(lambda: lookup(pilot)) for _ in range(PILOT_CALLS))
+        n_timed = vectors_to_time(n_vectors, len(pilot), pilot_seconds, memory.so_far(), budget)
+        timed = x if n_timed == n_vectors else sample_first[:n_timed]
         start = time.perf_counter()
-        found = as_array(lookup(timed))
+        indices = lookup(timed)
         seconds = time.perf_counter() - start
+    found = np.asarray(indices, np.int64)
     found = found[sample.positions] if n_timed == n_vectors else found[: len(sample.positions)]
     row.subset = n_timed / n_vectors
     row.extra_mib, row.memory_method = memory.mib, memory.method

@@ -131,7 +131,7 @@ def plot_photographs(path: Path, n_codes: Sequence[int], n_photographs: int = 4)
         len(shown), columns, figsize=(2.6 * columns, 2.86 * len(shown)), facecolor="white", squeeze=False
     )
     for line, photograph in zip(panels, shown, strict=True):
-        pixels = middle(photograph.pixels)
+        pixels = detail(photograph)
         show(line[0], pixels, "24 bits per pixel")
         patches = torch.from_numpy(photographs.cut(pixels, 4))
         for panel, k in zip(line[1:], n_codes, strict=True):
@@ -139,18 +139,19 @@ def plot_photographs(path: Path, n_codes: Sequence[int], n_photographs: int = 4)
             coded = codebook[nearest(patches, codebook)]
             picture = photographs.join(coded.numpy(), pixels.shape, 4).clip(0, 1)
             bits = math.log2(k) / PIXELS_PER_PATCH
-            show(panel, picture, f"{bits:.2g} bits per pixel · {photographs.psnr(pixels, picture):.1f} dB")
+            show(panel, picture, f"{bits:g} bits per pixel · {photographs.psnr(pixels, picture):.1f} dB")
     for panel, title in zip(panels[0], ["photograph", *(f"{k} codes" for k in n_codes)], strict=True):
         panel.set_title(title, fontsize=13, pad=8)
     figure.tight_layout(w_pad=0.4, h_pad=0.6)
     save(figure, path)
 
 
-def middle(pixels: np.ndarray) -> np.ndarray:
-    """A square from the middle, its top left corner on the grid of patches."""
-    side = min(*pixels.shape[:2], CROP)
-    top, left = ((size - side) // 8 * 4 for size in pixels.shape[:2])
-    return np.ascontiguousarray(pixels[top : top + side, left : left + side])
+def detail(photograph: photographs.Photograph) -> np.ndarray:
+    """A square of the photograph, its corner on the grid of patches."""
+    height, width = photograph.pixels.shape[:2]
+    middle = ((height - CROP) // 8 * 4, (width - CROP) // 8 * 4)
+    top, left = photographs.CORNERS.get(photograph.name, middle)
+    return np.ascontiguousarray(photograph.pixels[top : top + CROP, left : left + CROP])
 
 
 def show(panel: plt.Axes, pixels: np.ndarray, caption: str) -> None:

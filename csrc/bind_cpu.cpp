@@ -5,6 +5,7 @@
 #include <array>
 #include <optional>
 
+#include "bind_conv.h"
 #include "fastvq.h"
 
 namespace py = pybind11;
@@ -65,11 +66,11 @@ PYBIND11_MODULE(_cpu, m) {
     quantize_backward(rows(x), codes(c), pointer<const int64_t>(indices), grad_quantized ? &g : nullptr, scale,
                       rotation, rows(grad_x), static_cast<Isa>(isa), n_threads);
   });
-  m.def("code_statistics", [](const RowsTuple& x, int64_t indices, int64_t n_codes, int64_t sums, int64_t counts,
-                              int isa, int n_threads) {
+  m.def("code_statistics", [](const RowsTuple& x, int64_t indices, int64_t n_codes, int64_t sums, bool sums_double,
+                              int64_t counts, int isa, int n_threads) {
     py::gil_scoped_release release;
     return code_statistics(rows(x), pointer<const int64_t>(indices), n_codes, pointer<void>(sums),
-                           pointer<int64_t>(counts), static_cast<Isa>(isa), n_threads);
+                           sums_double, pointer<int64_t>(counts), static_cast<Isa>(isa), n_threads);
   });
   m.def("ema_update", [](const std::array<int64_t, 15>& b, int64_t sums, bool sums_double, int64_t counts,
                          double decay, double eps, bool laplace, bool debias, int n_threads) {
@@ -88,4 +89,6 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     return read_peak(n_bytes, n_threads);
   });
+  bind_masked_conv(m);
+  bind_pixelcnn(m);
 }

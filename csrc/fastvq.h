@@ -69,10 +69,10 @@ double read_peak(int64_t n_bytes, int n_threads);
 
 // ---- statistics per code and their moving average (cpu/statistics.cpp, cpu/ema.cpp) ----
 
-// Counts and sums per code. sums [H, K, D] is float, double where x is f64; counts [H, K].
+// Counts and sums per code, added up in double. sums [H, K, D] is float, double where sums_double; counts [H, K].
 // Returns -1, or the first h*N + r whose index is neither -1 nor a code; sums and counts then hold nothing of use.
-int64_t code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, void* sums, int64_t* counts, Isa isa,
-                        int n_threads);
+int64_t code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, void* sums, bool sums_double,
+                        int64_t* counts, Isa isa, int n_threads);
 
 // What ema_update_ writes: [H, K, D] and [H, K], float or double (all three the same), strides in elements.
 struct EmaBuffers {

@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 
-__all__ = ["codes_view", "isa", "metric_code", "rows_view", "unavailable"]
+__all__ = ["codes_view", "image_view", "isa", "metric_code", "rows_view", "unavailable"]
 
 # The numbers of csrc/fastvq.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -102,6 +102,13 @@ def codes_view(
         codebook.data_ptr(), DTYPES[codebook.dtype], heads, codebook.shape[-2], codebook.shape[-1],
         stride_head, codebook.stride(-2), codebook.stride(-1),
     )  # fmt: skip
+
+
+def image_view(
+    x: Tensor,  # [B, C, H, W]
+) -> tuple[int, int, list[int], list[int]]:
+    """``x`` as the ``Image`` of csrc/masked_conv.h, any strides. The caller keeps the tensor alive."""
+    return x.data_ptr(), DTYPES[x.dtype], list(x.shape), list(x.stride())
 
 
 _ISAS_HERE = available_isas()

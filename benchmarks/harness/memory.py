@@ -51,12 +51,17 @@ class PeakMemory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.method == "VmHWM":
-            self.mib = max(0, _status_kib("VmHWM") - self._before) / 1024
-        elif self.method == "sampled":
+        if self.method == "sampled":
             self._stop.set()
             self._thread.join()
-            self.mib = max(0, self._peak - self._before_pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        self.mib = self.so_far()
+
+    def so_far(self) -> float | None:
+        if self.method == "VmHWM":
+            return max(0, _status_kib("VmHWM") - self._before) / 1024
+        if self.method == "sampled":
+            return max(0, self._peak - self._before_pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return None
 
     def _start_sampling(self) -> None:
         self._before_pages = self._peak = self._pages()

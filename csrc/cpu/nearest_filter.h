@@ -20,29 +20,33 @@ namespace {
 
 constexpr int kWidth = kTileVectors * kLanes;
 constexpr int kChunkCodes = 768;
-constexpr int kChunkPanels = kChunkCodes / kWidth;
+constexpr int kChunkPanels = kChunkCodes / kWidth, kLongChunkPanels = 2 * kChunkPanels;
 constexpr int kScoreStride = kChunkCodes + 16;  // off a multiple of the first-level cache's sets
-constexpr int kMaximaStride = kChunkPanels * kLanes + 16;
-constexpr int64_t kChunkBytes = 384 << 10;
+constexpr int kMaximaStride = kLongChunkPanels * kLanes + 16;
+constexpr int64_t kChunkBytes = 256 << 10;
 constexpr int kMaxNoted = 16;
+// Narrower vectors leave so few multiply-adds a score that writing every score out would cost a third of the time;
+// the scores of the few panels that matter are made again.
+constexpr int64_t kKeepScoresDim = 32;
 
-// Step 2 for one tile and one panel. tile [D][kTileRows], panel [D][kWidth].
-inline void score_tile(const float* tile, const float* panel, const float* bias, int64_t D, float* scores,
+// Step 2 for one tile and the first `Vectors` vectors of one panel. tile [D][kTileRows], panel [D][kWidth].
+template <int Vectors, bool KeepScores>
+__attribute__((noinline)) void score_tile(const float* tile, const float* panel, const float* bias, int64_t D, float* scores,
                        float* maxima) {
-  V sums[kTileRows][kTileVectors];
+  V sums[kTileRows][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i)
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) sums[i][v] = load(bias + v * kLanes);
+    for (int v = 0; v < Vectors; ++v) sums[i][v] = load(bias + v * kLanes);
   for (int64_t d = 0; d < D; ++d) {
-    V codes[kTileVectors];
+    V codes[Vectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) codes[v] = load(panel + v * kLanes);
+    for (int v = 0; v < Vectors; ++v) codes[v] = load(panel + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
       const V row = spread(tile[i]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) sums[i][v] = mul_add(row, codes[v], sums[i][v]);
+      for (int v = 0; v < Vectors; ++v) sums[i][v] = mul_add(row, codes[v], sums[i][v]);
     }
     tile += kTileRows;
     panel += kWidth;
@@ -51,13 +55,49 @@ inline void score_tile(const float* tile, const float* panel, const float* bias,
   for (int i = 0; i < kTileRows; ++i) {
     V top = sums[i][0];
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) {
-      store(scores + i * kScoreStride + v * kLanes, sums[i][v]);
+    for (int v = 0; v < Vectors; ++v) {
+      if (KeepScores) store(scores + i * kScoreStride + v * kLanes, sums[i][v]);
       if (v) top = larger(top, sums[i][v]);
     }
     store(maxima + i * kMaximaStride, top);
   }
 }
+
+// Step 2 for one tile and a chunk of panels; the last panel of a codebook may be partly empty.
+template <bool KeepScores>
+void score_panels(const float* tile, const PackedCodes& packed, int64_t first, int n_panels, float* scores,
+                  float* maxima) {
+  const int64_t D = packed.dim, empty = packed.n_panels * kWidth - packed.n_codes;
+  const int partial = first + n_panels == packed.n_panels && empty >= kLanes;
+  const float* panel = packed.panels + first * kWidth * D;
+  const float* bias = packed.bias + first * kWidth;
+  int p = 0;
+  for (; p < n_panels - partial; ++p, panel += kWidth * D, bias += kWidth)
+    score_tile<kTileVectors, KeepScores>(tile, panel, bias, D, scores + p * kWidth, maxima + p * kLanes);
+  if (!partial) return;
+  if (empty >= (kTileVectors - 1) * kLanes)
+    score_tile<1, KeepScores>(tile, panel, bias, D, scores + p * kWidth, maxima + p * kLanes);
+  else
+    score_tile<kTileVectors - 1, KeepScores>(tile, panel, bias, D, scores + p * kWidth, maxima + p * kLanes);
+}
+
+// The scores of one row of a tile against one panel once more.
+inline void score_row(const float* row, const float* panel, const float* bias, int64_t D, float* scores) {
+  V sums[kTileVectors];
+  for (int v = 0; v < kTileVectors; ++v) sums[v] = load(bias + v * kLanes);
+  for (int64_t d = 0; d < D; ++d)
+    for (int v = 0; v < kTileVectors; ++v)
+      sums[v] = mul_add(spread(row[d * kTileRows]), load(panel + d * kWidth + v * kLanes), sums[v]);
+  for (int v = 0; v < kTileVectors; ++v) store(scores + v * kLanes, sums[v]);
+}
+
+// Asks for a piece of what is needed next, so that it is in the second-level cache by then.
+inline void prefetch(const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+// A lower bound that no score passes, not even an infinite one.
+constexpr float kClosed = __builtin_nanf("");
 
 // What is known of one row. upper = score + bound; fast: the score.
 struct RowState {
@@ -72,7 +112,7 @@ inline void note(RowState& row, int64_t code, float upper, bool fast) {
     // Fast: those noted have the largest score already and came first, this one ties with them or loses.
     if (fast) return;
     row.n_noted = -1;
-    row.lower = HUGE_VALF;
+    row.lower = kClosed;
     return;
   }
   row.upper[row.n_noted] = upper;
@@ -89,48 +129,94 @@ inline void drop_beaten(RowState& row) {
   row.n_noted = kept;
 }
 
-// Step 3 where the chunk may hold a winner. Bounds grow with the panel's coefficients and rounding is monotone,
-// so a panel that fails its test holds no code that would pass its own.
-inline void search_chunk(RowState& row, const PackedCodes& packed, int64_t first_panel, int n_panels,
-                         const float* scores, const float* maxima, bool fast) {
-  const V norm = spread(row.norm), own = spread(row.own);
-  V best = spread(-HUGE_VALF);
-  for (int p = 0; p < n_panels; ++p) {
-    const V bound = add(mul_add(norm, spread(packed.panel_slope[first_panel + p]),
-                                spread(packed.panel_offset[first_panel + p])), own);
-    best = larger(best, sub(load(maxima + p * kLanes), bound));
+// A chunk of panels with the largest coefficients of them. Where the panels' differ much, the largest would say too
+// little about the others, and each panel's own is used.
+struct Chunk {
+  int64_t first;
+  int n;
+  float slope, offset;
+  bool uneven;
+};
+
+inline Chunk chunk_at(const PackedCodes& packed, int64_t first, int64_t chunk_panels) {
+  const int64_t left = packed.n_panels - first;
+  Chunk c{first, static_cast<int>(left < chunk_panels ? left : chunk_panels), 0, 0, false};
+  float least_slope = HUGE_VALF, least_offset = HUGE_VALF;
+  for (int64_t p = first; p < first + c.n; ++p) {
+    const float slope = packed.panel_slope[p], offset = packed.panel_offset[p];
+    c.slope = slope > c.slope ? slope : c.slope;
+    c.offset = offset > c.offset ? offset : c.offset;
+    least_slope = slope < least_slope ? slope : least_slope;
+    least_offset = offset < least_offset ? offset : least_offset;
   }
+  c.uneven = c.slope > 4 * least_slope || c.offset > 16 * least_offset;
+  return c;
+}
+
+inline V panel_bound(const PackedCodes& packed, int64_t panel, V norm, V own) {
+  return add(mul_add(norm, spread(packed.panel_slope[panel]), spread(packed.panel_offset[panel])), own);
+}
+
+// Step 3 where the chunk may hold a winner: top >= score of each lane, bound >= bound of each panel. Bounds grow with
+// their coefficients and rounding is monotone, so a panel that fails its test holds no code that would pass its own.
+__attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& packed, const Chunk& chunk, V top,
+                                            V bound, const float* tile_row, const float* kept_scores,
+                                            const float* maxima, bool fast) {
+  const V norm = spread(row.norm), own = spread(row.own);
+  V best = sub(top, bound);
+  if (chunk.uneven)
+    for (int p = 0; p < chunk.n; ++p)
+      best = larger(best, sub(load(maxima + p * kLanes), panel_bound(packed, chunk.first + p, norm, own)));
   const float lower = largest(best);
   if (lower > row.lower) {
     row.lower = lower;
-    drop_beaten(row);
+    if (row.n_noted) drop_beaten(row);
   }
   const V limit = spread(row.lower);
-  for (int p = 0; p < n_panels; ++p) {
-    const V bound = add(mul_add(norm, spread(packed.panel_slope[first_panel + p]),
-                                spread(packed.panel_offset[first_panel + p])), own);
-    if (!at_least(add(load(maxima + p * kLanes), bound), limit)) continue;
-    const int64_t k0 = (first_panel + p) * kWidth;
-    for (int v = 0; v < kTileVectors; ++v) {
+  for (int p = 0; p < chunk.n; ++p) {
+    const V panel_top = load(maxima + p * kLanes);
+    if (!at_least(add(panel_top, bound), limit)) continue;
+    if (chunk.uneven && !at_least(add(panel_top, panel_bound(packed, chunk.first + p, norm, own)), limit)) continue;
+    const int64_t k0 = (chunk.first + p) * kWidth;
+    float again[kWidth], upper[kWidth];
+    const float* scores = again;
+    if (kept_scores)
+      scores = kept_scores + p * kWidth;
+    else
+      score_row(tile_row, packed.panels + k0 * packed.dim, packed.bias + k0, packed.dim, again);
+    uint64_t mask = 0;
+    for (int v = 0; v < kTileVectors && k0 + v * kLanes < packed.n_codes; ++v) {
       const int64_t k = k0 + v * kLanes;
       const V code_bound = add(mul_add(norm, load(packed.slope + k), load(packed.offset + k)), own);
-      const V upper = add(load(scores + p * kWidth + v * kLanes), code_bound);
-      unsigned mask = at_least(upper, limit);
-      if (!mask) continue;
-      float values[kLanes];
-      store(values, upper);
-      for (; mask && row.n_noted >= 0; mask &= mask - 1) {
-        const int lane = __builtin_ctz(mask);
-        note(row, k + lane, values[lane], fast);
-      }
+      const V code_upper = add(load(scores + v * kLanes), code_bound);
+      store(upper + v * kLanes, code_upper);
+      mask |= static_cast<uint64_t>(at_least(code_upper, limit)) << (v * kLanes);
     }
-    if (row.n_noted < 0) return;
+    for (; mask; mask &= mask - 1) {
+      const int j = __builtin_ctzll(mask);
+      note(row, k0 + j, upper[j], fast);
+      if (row.n_noted < 0) return;
+    }
   }
+}
+
+// The largest score of each lane over n panels. Two chains of maxima: one alone would wait for itself.
+inline V top_of(const float* maxima, int n) {
+  V even = load(maxima), odd = even;
+  int p = 1;
+  for (; p + 4 <= n; p += 4) {
+    even = larger(even, load(maxima + p * kLanes));
+    odd = larger(odd, load(maxima + (p + 1) * kLanes));
+    even = larger(even, load(maxima + (p + 2) * kLanes));
+    odd = larger(odd, load(maxima + (p + 3) * kLanes));
+  }
+  for (; p < n; ++p) even = larger(even, load(maxima + p * kLanes));
+  return larger(even, odd);
 }
 
 // Step 1 for one tile: rows [first, first + n) into out [D][kTileRows], room for 8 floats behind it.
 template <class E>
-void pack_tile(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean, float* out, float* eight,
+__attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean, float* out, float* eight,
                void* room, double* squares) {
   using Real = typename E::Real;
   const int64_t D = x.dim;
@@ -209,32 +295,38 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
       const bool inside = norm < packed.row_limit;  // false for NaN
       state.norm = lookup.fast || !inside ? 0.0f : static_cast<float>(norm * kSlack) + 0x1p-149f;
       state.own = packed.row_part > 0 ? state.norm * state.norm * packed.row_part : 0.0f;
-      state.lower = inside ? -HUGE_VALF : HUGE_VALF;
+      state.lower = inside ? -HUGE_VALF : kClosed;
       state.n_noted = inside ? 0 : -1;
     }
   }
-  int64_t chunk = kChunkBytes / (4 * D * kWidth);
-  chunk = chunk < 1 ? 1 : chunk > kChunkPanels ? kChunkPanels : chunk;
-  for (int64_t p0 = 0; p0 < packed.n_panels; p0 += chunk) {
-    const int n_panels = static_cast<int>(packed.n_panels - p0 < chunk ? packed.n_panels - p0 : chunk);
-    float slope = 0, offset = 0;
-    for (int p = 0; p < n_panels; ++p) {
-      slope = packed.panel_slope[p0 + p] > slope ? packed.panel_slope[p0 + p] : slope;
-      offset = packed.panel_offset[p0 + p] > offset ? packed.panel_offset[p0 + p] : offset;
-    }
+  const bool keep_scores = D >= kKeepScoresDim;
+  const int64_t most = keep_scores ? kChunkPanels : kLongChunkPanels, panel_bytes = 4 * D * kWidth;
+  const int64_t fit = kChunkBytes / panel_bytes, chunk_panels = fit < 1 ? 1 : fit > most ? most : fit;
+  const bool whole = packed.n_panels * panel_bytes <= 2 * kChunkBytes;
+  for (int64_t p0 = 0; p0 < packed.n_panels; p0 += chunk_panels) {
+    const Chunk chunk = chunk_at(packed, p0, chunk_panels);
+    // After the last chunk comes the first, for the next block.
+    const int64_t next = p0 + chunk_panels < packed.n_panels ? p0 + chunk_panels : 0, left = packed.n_panels - next;
+    const int64_t next_bytes = whole ? 0 : (left < chunk_panels ? left : chunk_panels) * panel_bytes;
+    const int64_t piece = next_bytes / n_tiles + 64;
     for (int64_t t = 0; t < n_tiles; ++t) {
-      for (int p = 0; p < n_panels; ++p)
-        score_tile(s.tiles + t * kTileRows * D, packed.panels + (p0 + p) * kWidth * D, packed.bias + (p0 + p) * kWidth,
-                   D, s.scores + p * kWidth, s.maxima + p * kLanes);
+      const float* tile = s.tiles + t * kTileRows * D;
+      if (t * piece < next_bytes)
+        prefetch(reinterpret_cast<const char*>(packed.panels) + next * panel_bytes + t * piece,
+                 next_bytes - t * piece < piece ? next_bytes - t * piece : piece);
+      if (keep_scores)
+        score_panels<true>(tile, packed, p0, chunk.n, s.scores, s.maxima);
+      else
+        score_panels<false>(tile, packed, p0, chunk.n, s.scores, s.maxima);
       const int64_t here = n - t * kTileRows < kTileRows ? n - t * kTileRows : kTileRows;
       for (int64_t i = 0; i < here; ++i) {
         RowState& row = s.rows[t * kTileRows + i];
         const float* maxima = s.maxima + i * kMaximaStride;
-        V top = load(maxima);
-        for (int p = 1; p < n_panels; ++p) top = larger(top, load(maxima + p * kLanes));
-        const V bound = add(mul_add(spread(row.norm), spread(slope), spread(offset)), spread(row.own));
+        const V top = top_of(maxima, chunk.n);
+        const V bound = add(mul_add(spread(row.norm), spread(chunk.slope), spread(chunk.offset)), spread(row.own));
         if (at_least(add(top, bound), spread(row.lower)))
-          search_chunk(row, packed, p0, n_panels, s.scores + i * kScoreStride, maxima, lookup.fast);
+          search_chunk(row, packed, chunk, top, bound, tile + i, keep_scores ? s.scores + i * kScoreStride : nullptr,
+                       maxima, lookup.fast);
       }
     }
   }

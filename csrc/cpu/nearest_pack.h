@@ -22,13 +22,17 @@ constexpr double kSlack = 1 + 0x1p-10;
 constexpr double kLargeCode = 0x1p60, kLargeRow = 0x1p58;  // euclidean: see finish_packing in nearest.cpp
 constexpr float kNever = -0x1p127f;                        // bias of a code that cannot win
 
+// A mean of up to kSampledCodes of the codes, evenly spread, is near enough to the mean of all.
+constexpr int64_t kSampledCodes = 128;
+
 template <class E>
 void centre_codes(const Codes& codes, int64_t h, double* sums, PackedCodes& packed) {
   const int64_t D = packed.dim;
   for (int64_t d = 0; d < D; ++d) sums[d] = 0;
   double squares = 0;
   int64_t n = 0;
-  for (int64_t k = 0; k < codes.n_codes; ++k) {
+  const int64_t stride = (codes.n_codes + kSampledCodes - 1) / kSampledCodes;
+  for (int64_t k = 0; k < codes.n_codes; k += stride) {
     const auto* c = contiguous(code_at<E>(codes, h, k), codes.stride_d, D, sums + D);
     D8 lanes = {};
     double rest = 0;

@@ -1,6 +1,7 @@
 // What quantize adds to the lookup, row by row: the chosen code and its squared distance; and the gradient for x.
 #pragma once
 #include <cmath>
+#include <type_traits>
 
 #include "nearest.h"
 #include "vectors.h"
@@ -81,9 +82,13 @@ template <>
 struct Wider<F8, F8> {
   using type = F8;
 };
-inline F8 as(F8, F8 v) { return v; }
-inline D8 as(D8, F8 v) { return widen(v); }
-inline D8 as(D8, D8 v) { return v; }
+template <class Sum, class T>
+inline Sum as(const T& v) {
+  if constexpr (std::is_same<Sum, F8>::value)
+    return v;
+  else
+    return widen(v);
+}
 
 // The rotation estimator's gradient: lambda (g - 2 r (r.g) + 2 x^ (q^.g)) with x^ = x/|x|, q^ = c/|c|,
 // lambda = |c|/|x|, r = (x^ + q^)/|x^ + q^|: the transpose of the rotation that takes x to its code, rescaled.
@@ -164,10 +169,10 @@ void backward_rows(const Rows& x, const Codes& codes, const int64_t* indices, co
     const bool turned = turn.a != 1 || turn.b != 0 || turn.e != 0;
     int64_t d = 0;
     for (; d + 8 <= D; d += 8) {
-      const Sum vx = as(Sum{}, load8(EX{}, row + d)), vc = as(Sum{}, load8(EC{}, code + d));
+      const Sum vx = as<Sum>(load8(EX{}, row + d)), vc = as<Sum>(load8(EC{}, code + d));
       Sum v = s == 0 ? Sum{} : s * (vx - vc);
       if (g) {
-        const Sum vg = as(Sum{}, load8(EX{}, g + d));
+        const Sum vg = as<Sum>(load8(EX{}, g + d));
         v = turned ? (a * vg + (b * vx + e * vc)) + v : vg + v;
       }
       store8(EX{}, out.at + d, v);

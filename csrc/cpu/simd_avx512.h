@@ -6,6 +6,12 @@
 
 #include "transpose_avx.h"
 
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC 12's own intrinsics start from registers that are undefined on purpose, and it warns of them.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 namespace fastvq {
 namespace {
 

@@ -1,7 +1,7 @@
 // Counts and sums of the rows that chose each code.
 //
 //   x        [H, N, D]  Rows, any dtype and strides       indices  [H, N]  int64, contiguous; -1 = no code
-//   sums     [H, K, D]  float, or double for f64           counts   [H, K]  int64
+//   sums     [H, K, D]  float or double, as asked          counts   [H, K]  int64
 //
 // Every sum is defined as: start at 0, add the rows of the code in row order, in float64, round once at the end.
 // With n rows in a code and u = 2^-53 the sum before rounding errs by at most (n-1)*u/(1-(n-1)*u) * sum|x|, which for
@@ -66,8 +66,9 @@ int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DT
 
 class Statistics {
  public:
-  Statistics(const Rows& x, const int64_t* indices, int64_t n_codes, void* sums, int64_t* counts, Isa isa, int n_threads)
-      : x_(x), indices_(indices), n_codes_(n_codes), n_rows_(x.n_rows()), sums_(sums), counts_(counts),
+  Statistics(const Rows& x, const int64_t* indices, int64_t n_codes, void* sums, bool sums_double,
+             int64_t* counts, Isa isa, int n_threads)
+      : x_(x), indices_(indices), n_codes_(n_codes), n_rows_(x.n_rows()), sums_(sums), sums_double_(sums_double), counts_(counts),
         kernels_(kernels_for(isa)) {
     const int64_t work = x.n_heads * n_rows_ * x.dim;
     n_threads_ = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(n_threads, work / kWorkPerThread)));
@@ -186,8 +187,8 @@ class Statistics {
       }
       add_rows(rows, row_offsets, slots, n, width, scratch.table.data());
     }
-    return is_double ? store(task, scratch.table, static_cast<double*>(sums_))
-                     : store(task, scratch.table, static_cast<float*>(sums_));
+    return sums_double_ ? store(task, scratch.table, static_cast<double*>(sums_))
+                        : store(task, scratch.table, static_cast<float*>(sums_));
   }
 
   template <class Out>
@@ -233,6 +234,7 @@ class Statistics {
   const int64_t* indices_;
   const int64_t n_codes_, n_rows_;
   void* sums_;
+  bool sums_double_;
   int64_t* counts_;
   const StatisticsKernels& kernels_;
   int n_threads_;
@@ -241,9 +243,9 @@ class Statistics {
 
 }  // namespace
 
-int64_t code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, void* sums, int64_t* counts, Isa isa,
-                        int n_threads) {
-  return Statistics(x, indices, n_codes, sums, counts, isa, n_threads).run();
+int64_t code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, void* sums, bool sums_double,
+                        int64_t* counts, Isa isa, int n_threads) {
+  return Statistics(x, indices, n_codes, sums, sums_double, counts, isa, n_threads).run();
 }
 
 }  // namespace fastvq

@@ -2,9 +2,9 @@
 
 from fastvq.models.autoencoder import Output
 from fastvq.models.editing import Edited, edit
-from fastvq.models.pixelcnn import PixelCNN
+from fastvq.models.pixelcnn import PixelCNN, PixelCNNLoss
 from fastvq.models.prior import Prior
 from fastvq.models.vqvae import VQVAE
 from fastvq.models.vqvae2 import VQVAE2
 
-__all__ = ["VQVAE", "VQVAE2", "Edited", "Output", "PixelCNN", "Prior", "edit"]
+__all__ = ["VQVAE", "VQVAE2", "Edited", "Output", "PixelCNN", "PixelCNNLoss", "Prior", "edit"]

@@ -1,7 +1,21 @@
 """The kernels' public face: torch ops, each with a plain-torch reference and a CPU kernel beside it."""
 
 from fastvq.ops.ema import code_statistics, ema_update_, replace_dead_codes_
+from fastvq.ops.masked_conv import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.nearest import nearest
+from fastvq.ops.pixelcnn import PixelCNNState, pixelcnn_start, pixelcnn_step
 from fastvq.ops.quantize import Quantized, quantize
 
-__all__ = ["Quantized", "code_statistics", "ema_update_", "nearest", "quantize", "replace_dead_codes_"]
+__all__ = [
+    "PixelCNNState",
+    "Quantized",
+    "code_statistics",
+    "ema_update_",
+    "gated_masked_conv2d",
+    "masked_conv2d",
+    "nearest",
+    "pixelcnn_start",
+    "pixelcnn_step",
+    "quantize",
+    "replace_dead_codes_",
+]

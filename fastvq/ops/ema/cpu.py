@@ -24,15 +24,19 @@ def code_statistics(
     indices: Tensor,  # [...] or [H, ...] int64
     n_codes: int,
     n_heads: int | None,
+    sums_dtype: torch.dtype | None = None,  # float32 or float64; x's own, at least float32, where None
 ) -> tuple[Tensor, Tensor]:
+    if sums_dtype is None:
+        sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     lead = () if n_heads is None else (n_heads,)
-    sums = torch.empty(*lead, n_codes, x.shape[-1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    sums = torch.empty(*lead, n_codes, x.shape[-1], dtype=sums_dtype)
     counts = torch.empty(*lead, n_codes, dtype=torch.int64)
     indices = indices.contiguous()
     x, rows = _native.rows_view(x, n_heads)
     bad = _native._cpu.code_statistics(
-        rows, indices.data_ptr(), n_codes, sums.data_ptr(), counts.data_ptr(), _native.isa(), torch.get_num_threads()
-    )
+        rows, indices.data_ptr(), n_codes, sums.data_ptr(), sums_dtype == torch.float64, counts.data_ptr(),
+        _native.isa(), torch.get_num_threads(),
+    )  # fmt: skip
     if bad >= 0:
         reference.raise_bad_index("fastvq.ops.code_statistics", indices, n_codes, bad)
     return sums, counts

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
+from fastvq.ops.ema.cpu import code_statistics
 
 __all__ = ["quantize", "quantize_backward", "refuse"]
 
@@ -56,10 +57,6 @@ def quantize(
     return quantized.tensor(), torch.tensor(beta * mean, dtype=loss), torch.tensor(mean, dtype=loss), indices
 
 
-# Rows whose differences to their codes are held at once for the codebook's gradient.
-CHUNK = 4096
-
-
 def quantize_backward(
     x: Tensor,  # [..., D] or [H, ..., D]
     codebook: Tensor,  # [K, D] or [H, K, D]
@@ -88,27 +85,11 @@ def quantize_backward(
         del kept, incoming  # they had to live until here
         grad_x = out.tensor()
     if need_codebook:
-        total = torch.zeros_like(codebook, dtype=torch.float64, memory_format=torch.contiguous_format)
+        grad_codebook = torch.zeros_like(codebook)
         if grad_codebook_loss is not None:
-            _pull(total, x, codebook, indices)
-            total *= grad_codebook_loss.double() * scale
-        grad_codebook = torch.empty_like(codebook).copy_(total)
+            # The sum of (c_k - x) over the vectors that chose k, from their count and sum.
+            sums, counts = code_statistics(x, indices, codebook.shape[-2], _heads(codebook), torch.float64)
+            total = counts[..., None] * codebook.double() - sums
+            used = (counts > 0)[..., None]  # a code that is not finite is not used, and zero times it is not zero
+            grad_codebook.copy_(torch.where(used, total * (grad_codebook_loss.double() * scale), 0))
     return grad_x, grad_codebook
-
-
-def _pull(
-    total: Tensor,  # [K, D] or [H, K, D] float64, added to
-    x: Tensor,  # [..., D] or [H, ..., D]
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    indices: Tensor,  # [...] or [H, ...]
-) -> None:
-    """total_k += sum of (c_k - x) over the finite vectors whose index is k, in chunks: no N x D tensor is made."""
-    if codebook.dim() == 3:
-        for arguments in zip(total, x, codebook, indices, strict=True):
-            _pull(*arguments)
-        return
-    flat = x.reshape(-1, x.shape[-1])
-    for rows, i in zip(flat.split(CHUNK), indices.view(-1).split(CHUNK), strict=True):
-        used = (i >= 0) & rows.isfinite().all(-1)
-        rows, i = rows[used], i[used]
-        total.index_add_(0, i, codebook[i].double() - rows.double())

@@ -1,0 +1,167 @@
+// Kernels of the masked convolution, compiled once per instruction set.
+//
+// The including file defines, inside an anonymous namespace: Lanes, MaxVectors, MaxRows, the types F (Lanes floats)
+// and I (Lanes int32) as compiler vectors, F fma(F, F, F), and transpose_tile with its TransposeTile. Only builtin
+// vector arithmetic is used here: an inline std:: function compiled for a wide instruction set could be the copy
+// that the linker keeps for every machine.
+//
+// Product tile, AVX-512: 8 rows (pixels) x 3 vectors = 24 sums in registers over all taps and channels; 3 registers
+// hold the weights of one input channel, the pixels' values are broadcast from memory. Weights are read in the order
+// they were packed and fetched 8 channels ahead: they come from the second-level cache.
+
+inline F load(const float* p) {
+  F v;
+  __builtin_memcpy(&v, p, sizeof(F));
+  return v;
+}
+inline void store(float* p, F v) { __builtin_memcpy(p, &v, sizeof(F)); }
+inline F splat(float x) { return x - F{}; }  // x - 0 is x, for -0 too: no instruction is spent on it
+
+// Walks the lines of a Touch; `share` of them at every segment of every tile.
+struct Toucher {
+  const char* at;
+  int64_t share, outer_left, line, n_lines, stride;
+
+  Toucher(const Touch& t, int64_t n_segments_in_all)
+      : at(t.base), share(0), outer_left(t.base ? t.n_outer : 0), line(0), n_lines(t.n_lines), stride(t.stride_outer) {
+    if (outer_left && n_segments_in_all) share = (outer_left * n_lines + n_segments_in_all - 1) / n_segments_in_all;
+  }
+  void some() {
+    for (int64_t i = 0; i < share && outer_left > 0; ++i) {
+      __builtin_prefetch(at + 64 * line, 1);
+      if (++line == n_lines) {
+        line = 0;
+        at += stride;
+        --outer_left;
+      }
+    }
+  }
+};
+
+template <int Rows, int Vectors>
+void product_tile(const Product& p, const float* a, float* c, Toucher& toucher) {
+  F sum[Rows][Vectors];
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vectors; ++v) sum[i][v] = load(p.init ? p.init + v * Lanes : c + i * p.c_row + v * Lanes);
+  const float* b = p.b;
+  const int64_t row = p.a_row, step = p.a_k;
+  for (int64_t s = 0; s < p.n_segments; ++s) {
+    toucher.some();
+    // A pointer for every three rows: an x86 address is a base plus an index times 1 or 2, so three rows share one.
+    const float* base[(Rows + 2) / 3];
+    for (int i = 0; i < (Rows + 2) / 3; ++i) base[i] = a + p.a_segment[s] + 3 * i * row;
+    // A copy for the loop over channels: GCC 12 stores the outer array in every turn of it.
+    F local[Rows][Vectors];
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < Vectors; ++v) local[i][v] = sum[i][v];
+    for (int64_t k = 0; k < p.depth; ++k) {
+      F w[Vectors];
+      for (int v = 0; v < Vectors; ++v) {
+        w[v] = load(b + v * Lanes);
+        __builtin_prefetch(b + (8 * Vectors + v) * Lanes);
+      }
+      for (int i = 0; i < Rows; ++i) {
+        const F x = splat(base[i / 3][(i % 3) * row]);
+        for (int v = 0; v < Vectors; ++v) local[i][v] = fma(x, w[v], local[i][v]);
+      }
+      for (int i = 0; i < (Rows + 2) / 3; ++i) base[i] += step;
+      b += Vectors * Lanes;
+    }
+    for (int i = 0; i < Rows; ++i)
+      for (int v = 0; v < Vectors; ++v) sum[i][v] = local[i][v];
+  }
+  for (int i = 0; i < Rows; ++i)
+    for (int v = 0; v < Vectors; ++v) store(c + i * p.c_row + v * Lanes, sum[i][v]);
+}
+
+template <int Rows, int Vectors>
+void product_tail(const Product& p, int64_t n, const float* a, float* c, Toucher& toucher) {
+  if (n == Rows) return product_tile<Rows, Vectors>(p, a, c, toucher);
+  if constexpr (Rows > 1) product_tail<Rows - 1, Vectors>(p, n, a, c, toucher);
+}
+
+template <int Vectors>
+void product_columns(const Product& p) {
+  Toucher toucher(p.touch, p.n_segments * ((p.n_rows + MaxRows - 1) / MaxRows));
+  int64_t i = 0;
+  for (; i + MaxRows <= p.n_rows; i += MaxRows)
+    product_tile<MaxRows, Vectors>(p, p.a + i * p.a_row, p.c + i * p.c_row, toucher);
+  if (i < p.n_rows) product_tail<MaxRows, Vectors>(p, p.n_rows - i, p.a + i * p.a_row, p.c + i * p.c_row, toucher);
+}
+
+void product(const Product& p) {
+  if (p.n_vectors == 1) return product_columns<1>(p);
+  if (p.n_vectors == 2) return product_columns<2>(p);
+  if constexpr (MaxVectors >= 3) product_columns<3>(p);
+}
+
+inline F select(I mask, F yes, F no) { return (F)((mask & (I)yes) | (~mask & (I)no)); }
+
+// 2^n and expm1(r) with x = n ln2 + r, for x <= 0. The series is cut after r^7/7!: its relative error on
+// |r| <= ln2/2 is below 0.26 * 2^-24. x below -87 is taken as -87 (2^n stays normal); NaN stays NaN.
+struct Exp {
+  F scale, series;
+};
+inline Exp split_exp(F x) {
+  x = select(x < splat(-87.0f), splat(-87.0f), x);
+  const F shifted = fma(x, splat(1.44269504f), splat(12582912.0f));  // rounds to an integer in the low bits
+  const F n = shifted - splat(12582912.0f);
+  F r = fma(n, splat(-0.693145752f), x);  // ln2 in two pieces, the first short enough for an exact product
+  r = fma(n, splat(-1.42860677e-6f), r);
+  F q = splat(1.0f / 5040.0f);
+  q = fma(q, r, splat(1.0f / 720.0f));
+  q = fma(q, r, splat(1.0f / 120.0f));
+  q = fma(q, r, splat(1.0f / 24.0f));
+  q = fma(q, r, splat(1.0f / 6.0f));
+  q = fma(q, r, splat(0.5f));
+  Exp e;
+  e.series = fma(q * r, r, r);
+  e.scale = (F)(((I)shifted << 23) + (I{} + 0x3f800000));
+  return e;
+}
+
+// tanh(x) = sign(x) * -m / (2 + m) with m = expm1(-2|x|); sigmoid(x) = (x < 0 ? z : 1) / (1 + z) with z = exp(-|x|).
+// m and z carry at most 3 roundings, the quotients two more: both are within 6 * 2^-24 of the true value, relative
+// (sigmoid below -87: within 2^-125 absolute).
+inline F tanh_of(F x) {
+  const I sign = (I)x & (I{} + static_cast<int>(0x80000000u));
+  const F magnitude = (F)((I)x ^ sign);
+  const Exp e = split_exp(splat(-2.0f) * magnitude);
+  const F m = fma(e.scale, e.series, e.scale - splat(1.0f));
+  return (F)((I)((F{} - m) / (splat(2.0f) + m)) ^ sign);
+}
+inline F sigmoid_of(F x) {
+  const I negative = x < F{};
+  const Exp e = split_exp(select(negative, x, F{} - x));
+  const F z = fma(e.scale, e.series, e.scale);
+  return select(negative, z, splat(1.0f)) / (splat(1.0f) + z);
+}
+
+void gate(float* a, float* b, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += Lanes) {
+    const F t = tanh_of(load(a + i)), s = sigmoid_of(load(b + i));
+    store(a + i, t);
+    store(b + i, s);
+    store(out + i, t * s);
+  }
+}
+
+void gate_grad(const float* __restrict grad, const float* __restrict tanh_a, const float* __restrict sigmoid_b,
+               float* __restrict grad_a, float* __restrict grad_b, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = grad[i], t = tanh_a[i], s = sigmoid_b[i];
+    grad_a[i] = g * s * (1.0f - t * t);
+    grad_b[i] = g * t * (s * (1.0f - s));
+  }
+}
+
+void transpose(const float* src, int64_t src_row, float* dst, int64_t dst_row, int64_t rows, int64_t cols) {
+  const int64_t whole_rows = rows - rows % TransposeTile, whole_cols = cols - cols % TransposeTile;
+  for (int64_t i = 0; i < whole_rows; i += TransposeTile)
+    for (int64_t j = 0; j < whole_cols; j += TransposeTile)
+      transpose_tile(src + i * src_row + j, src_row, dst + j * dst_row + i, dst_row);
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) dst[j * dst_row + i] = src[i * src_row + j];
+}
+
+const ConvKernels kernels{Lanes, MaxVectors, product, gate, gate_grad, transpose};

@@ -1,0 +1,147 @@
+"""Drawing ids from a PixelCNN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq.ops import PixelCNNState, pixelcnn_start, pixelcnn_step
+
+if TYPE_CHECKING:
+    from fastvq.models.pixelcnn import PixelCNN
+
+__all__ = ["Choice", "choose_ids", "sample", "start"]
+
+OP = "fastvq.models.PixelCNN.sample"
+
+
+class Choice(NamedTuple):
+    """How an id is chosen from logits; the arguments of ``PixelCNN.sample``."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+def choose_ids(
+    logits: Tensor,  # [B, K]
+    uniforms: Tensor,  # [B] float64
+    choice: Choice,
+) -> Tensor:  # [B] int64
+    """The first id whose cumulative probability exceeds u times the total, in float64.
+
+    Ids that ``top_k`` and ``top_p`` exclude have probability zero and are never chosen.
+    """
+    if choice.temperature == 0:
+        return logits.argmax(dim=1)
+    probabilities = torch.softmax(logits.double() / choice.temperature, dim=1)
+    if choice.top_k is not None or choice.top_p is not None:
+        ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
+        if choice.top_k is not None:
+            ordered[:, choice.top_k :] = 0
+        if choice.top_p is not None:
+            before = ordered.cumsum(1) - ordered
+            ordered = torch.where(before < choice.top_p * ordered.sum(1, keepdim=True), ordered, 0)
+        probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
+    cumulative = probabilities.cumsum(1)
+    total = cumulative[:, -1:]
+    # Just below the total at most: rounding must not pick an id past the last one that has probability.
+    threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+
+
+def start(
+    model: PixelCNN,
+    shape: tuple[int, int, int],  # B, h, w
+    labels: Tensor | None,
+    condition: Tensor | None,
+) -> PixelCNNState:
+    """The cached sampler's state: the model's weights packed, its condition per layer, an empty cache."""
+    modules = [m for layer in model.layers for m in (layer.vertical, layer.link, layer.horizontal, layer.out)]
+    weights = [model.embedding.weight, *(p for m in (*modules, *model.head) for p in (m.weight, m.bias))]
+    total = model.conditions(shape, labels, condition)
+    if total is not None:
+        if total.dim() == 3:
+            total = total[..., None, None]
+        total = total.permute(1, 0, 3, 4, 2)
+    return pixelcnn_start(weights, model.kernel_sizes, shape, condition=total)
+
+
+def _check(
+    model: PixelCNN, shape: tuple[int, int, int], known: Tensor | None, keep: Tensor | None, choice: Choice
+) -> None:
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"{OP}: shape must be (B, h, w), each >= 1, got {tuple(shape)}")
+    if not choice.temperature >= 0:
+        raise ValueError(f"{OP}: temperature must be >= 0, got {choice.temperature}")
+    if choice.top_k is not None and choice.top_k < 1:
+        raise ValueError(f"{OP}: top_k must be >= 1 or None, got {choice.top_k}")
+    if choice.top_p is not None and not 0 < choice.top_p <= 1:
+        raise ValueError(f"{OP}: top_p must lie in (0, 1] or be None, got {choice.top_p}")
+    if keep is not None and known is None:
+        raise ValueError(f"{OP}: keep says which positions stay as known, and known is None; pass it")
+    for name, given, dtype in (("known", known, torch.int64), ("keep", keep, torch.bool)):
+        if given is not None and (given.shape != tuple(shape) or given.dtype != dtype):
+            raise ValueError(f"{OP}: {name} must be {dtype} {list(shape)}, got {given.dtype} {list(given.shape)}")
+    if known is not None and keep is not None:
+        held = known[keep]
+        if held.numel() and not 0 <= int(held.min()) <= int(held.max()) < model.n_codes:
+            raise ValueError(f"{OP}: known must hold ids in [0, {model.n_codes}) where keep is True, got others")
+
+
+@torch.no_grad()
+def sample(
+    model: PixelCNN,
+    shape: tuple[int, int, int],  # B, h, w
+    labels: Tensor | None,  # [B]
+    condition: Tensor | None,  # [B, condition_channels, h / s, w / s]
+    known: Tensor | None,  # [B, h, w] int64
+    keep: Tensor | None,  # [B, h, w] bool
+    choice: Choice,
+    generator: torch.Generator | None,
+    cached: bool,
+    progress: bool,
+) -> Tensor:  # [B, h, w] int64
+    """See ``PixelCNN.sample``."""
+    shape = (shape[0], shape[1], shape[2])
+    _check(model, shape, known, keep, choice)
+    device = model.embedding.weight.device
+    uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
+    ids = torch.zeros(shape, dtype=torch.int64, device=device)
+    if known is not None and keep is not None:
+        ids = torch.where(keep.to(device), known.to(device), ids)
+    free = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else ~keep.to(device)
+    drawn = free.any(0).cpu()  # positions that some image needs
+    last = int(drawn.flatten().nonzero().max()) if drawn.any() else -1
+
+    with torch.autocast(device.type, enabled=False), _bar(last + 1, progress) as advance:
+        state = start(model, shape, labels, condition) if cached else None
+        for position in range(last + 1):
+            i, j = divmod(position, shape[2])
+            if state is not None:
+                logits = pixelcnn_step(state, ids, i, j)
+            elif drawn[i, j]:
+                logits = model(ids, labels, condition)[:, :, i, j]
+            if drawn[i, j]:
+                chosen = choose_ids(logits, uniforms[:, i, j], choice)
+                ids[:, i, j] = torch.where(free[:, i, j], chosen, ids[:, i, j])
+            advance()
+    return ids
+
+
+@contextmanager
+def _bar(total: int, wanted: bool) -> Iterator[Callable[[], object]]:
+    if not wanted:
+        yield lambda: None
+        return
+    try:
+        from rich.progress import Progress
+    except ImportError:
+        raise ImportError(f"{OP}: progress=True needs the package rich; install it or pass progress=False") from None
+    with Progress() as bar:
+        task = bar.add_task("sampling", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,45 @@
+"""Which taps of a kernel count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["COLOUR_MASKS", "MASKS", "active_taps", "active_weights"]
+
+MASKS = ("A", "B", "vertical-A", "vertical-B", "horizontal-A", "horizontal-B")
+COLOUR_MASKS = ("A", "B", "horizontal-A", "horizontal-B")
+
+
+def active_taps(mask: str, taps: Tensor | None, kh: int, kw: int, colours: int) -> list[int]:
+    """Places in the kernel, row by row, of the taps that any weight is used at. ``taps`` is for ``mask="custom"``."""
+    if taps is not None:
+        return [i for i, used in enumerate(taps.flatten().tolist()) if used]
+    centre_row, centre = kh // 2, (kh // 2) * kw + kw // 2
+    kind, _, letter = mask.rpartition("-")
+    above = range(centre_row * kw)
+    if kind == "vertical":
+        return list(range((centre_row + (letter == "B")) * kw))
+    # With colours, mask A sees the centre too: groups see those before them.
+    left = range(centre_row * kw, centre + (letter == "B" or colours > 1))
+    return list(left) if kind == "horizontal" else [*above, *left]
+
+
+def active_weights(
+    mask: str,
+    taps: Tensor | None,  # [kh, kw] bool, for mask "custom"
+    colours: int,
+    shape: torch.Size,  # [C_out, C_in, kh, kw]
+    device: torch.device,
+) -> Tensor:  # bool, broadcasts to shape
+    """True where a weight counts."""
+    c_out, c_in, kh, kw = shape
+    used = torch.zeros(kh * kw, dtype=torch.bool)
+    used[active_taps(mask, taps, kh, kw, colours)] = True
+    used = used.view(1, 1, kh, kw)
+    if colours > 1:
+        used = used.repeat(c_out, c_in, 1, 1)
+        group_out, group_in = (torch.arange(n) * colours // n for n in (c_out, c_in))
+        before = torch.le if mask.endswith("B") else torch.lt
+        used[:, :, kh // 2, kw // 2] = before(group_in[None, :], group_out[:, None])
+    return used.to(device)

@@ -1,0 +1,125 @@
+"""The sampler's step in plain torch: the same cache of activations, on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["PER_LAYER", "cache_size", "prepare", "step"]
+
+# Tensors a layer: weight and bias of its vertical convolution, link, horizontal convolution and output.
+PER_LAYER = 8
+
+
+def prepare(
+    weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int, isa: int
+) -> tuple[list[Tensor], Tensor]:
+    """The weights as ``step`` takes them, and an empty cache."""
+    size = cache_size(kernel_sizes, batch, width, weights[0].shape[1])
+    return list(weights), weights[0].new_empty(size)
+
+
+class _LayerCache(NamedTuple):
+    above: Tensor  # [B, C, R + 1, W + 2R] inputs of the vertical convolution: the last rows, zeros left and right
+    left: Tensor  # [B, C, R + W] inputs of the horizontal convolution: zeros, then the row's positions
+    link: Tensor  # [B, 2C, W] what the vertical stack adds to the horizontal gate
+
+
+def cache_size(kernel_sizes: Sequence[int], batch: int, width: int, channels: int) -> int:
+    return sum(
+        batch * channels * ((k // 2 + 1) * (width + 2 * (k // 2)) + k // 2 + width + 2 * width) for k in kernel_sizes
+    )
+
+
+def _layers(cache: Tensor, kernel_sizes: Sequence[int], batch: int, width: int, channels: int) -> Iterator[_LayerCache]:
+    at = 0
+    for k in kernel_sizes:
+        r = k // 2
+        parts = []
+        for shape in (
+            (batch, channels, r + 1, width + 2 * r),
+            (batch, channels, r + width),
+            (batch, 2 * channels, width),
+        ):
+            n = torch.Size(shape).numel()
+            parts.append(cache[at : at + n].view(shape))
+            at += n
+        yield _LayerCache(*parts)
+
+
+def _gate(y: Tensor) -> Tensor:
+    a, b = y.chunk(2, dim=1)
+    return a.tanh() * b.sigmoid()
+
+
+def step(
+    ids: Tensor,  # [B, H, W] int64; those before (row, column) are read
+    weights: Sequence[Tensor],  # of prepare
+    cache: Tensor,  # of prepare; changed
+    condition: Tensor | None,  # [layers, B, h, w, 4C]
+    kernel_sizes: Sequence[int],
+    row: int,
+    column: int,
+    isa: int,
+) -> Tensor:  # [B, K]
+    """Logits at (row, column); see ``fastvq.ops.pixelcnn_step``."""
+    embedding = weights[0]
+    batch, height, width = ids.shape
+    channels = embedding.shape[1]
+    layers = list(_layers(cache, kernel_sizes, batch, width, channels))
+    per_layer = [weights[1 + PER_LAYER * i : 1 + PER_LAYER * (i + 1)] for i in range(len(kernel_sizes))]
+    head = weights[1 + PER_LAYER * len(kernel_sizes) :]
+
+    def conditions(layer: int) -> tuple[Tensor | float, Tensor | float]:
+        """What is added to the vertical and to the horizontal pre-activations of the row, [B, 2C, W] each."""
+        if condition is None:
+            return 0.0, 0.0
+        h, w = condition.shape[2:4]
+        here = condition[layer][:, row // (height // h)].repeat_interleave(width // w, dim=1).transpose(1, 2)
+        return here[:, : 2 * channels], here[:, 2 * channels :]
+
+    if column == 0:
+        if row == 0:
+            cache.zero_()
+        else:
+            for layer in layers:
+                layer.above[:, :, :-1] = layer.above[:, :, 1:].clone()
+            r = kernel_sizes[0] // 2
+            if r:
+                layers[0].above[:, :, r - 1, r : r + width] = F.embedding(ids[:, row - 1], embedding).movedim(-1, 1)
+        for i, (layer, (v_weight, v_bias, link, link_bias, *_)) in enumerate(zip(layers, per_layer, strict=True)):
+            r = kernel_sizes[i] // 2
+            rows = r if i == 0 else r + 1  # the first layer does not see the row itself
+            pre = v_bias[:, None].expand(batch, -1, width)
+            if rows:
+                pre = F.conv2d(layer.above[:, :, :rows], v_weight[:, :, :rows], v_bias)[:, :, 0]
+            of_vertical, of_horizontal = conditions(i)
+            v = _gate(pre + of_vertical)
+            if i > 0:
+                v = v + layer.above[:, :, r, r : r + width]
+            if i + 1 < len(layers):
+                r_next = kernel_sizes[i + 1] // 2
+                layers[i + 1].above[:, :, r_next, r_next : r_next + width] = v
+            layer.link.copy_(F.conv1d(v, link[:, :, 0], link_bias) + of_horizontal)
+
+    if column > 0:
+        layers[0].left[:, :, kernel_sizes[0] // 2 + column - 1] = F.embedding(ids[:, row, column - 1], embedding)
+    skip = embedding.new_zeros(batch, channels)
+    for i, (layer, (*_, h_weight, h_bias, out, out_bias)) in enumerate(zip(layers, per_layer, strict=True)):
+        r = kernel_sizes[i] // 2
+        seen = r if i == 0 else r + 1
+        window = layer.left[:, :, column : column + seen]
+        pre = torch.einsum("bck,ock->bo", window, h_weight[:, :, 0, :seen]) + h_bias + layer.link[:, :, column]
+        y = F.linear(_gate(pre), out[:, :, 0, 0], out_bias)
+        skip = skip + y[:, -channels:]
+        if i + 1 < len(layers):
+            residual = y[:, :channels]
+            if i > 0:
+                residual = residual + layer.left[:, :, r + column]
+            layers[i + 1].left[:, :, kernel_sizes[i + 1] // 2 + column] = residual
+    hidden = F.linear(skip.relu(), head[0][:, :, 0, 0], head[1])
+    return F.linear(hidden.relu(), head[2][:, :, 0, 0], head[3])
