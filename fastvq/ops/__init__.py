@@ -5,10 +5,12 @@ from fastvq.ops.masked_conv import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.nearest import nearest
 from fastvq.ops.pixelcnn import PixelCNNState, pixelcnn_start, pixelcnn_step
 from fastvq.ops.quantize import Quantized, quantize
+from fastvq.ops.residual import ResidualQuantized, residual_quantize
 
 __all__ = [
     "PixelCNNState",
     "Quantized",
+    "ResidualQuantized",
     "code_statistics",
     "ema_update_",
     "gated_masked_conv2d",
@@ -18,4 +20,5 @@ __all__ = [
     "pixelcnn_step",
     "quantize",
     "replace_dead_codes_",
+    "residual_quantize",
 ]

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["nearest", "scores"]
+__all__ = ["nearest", "norms", "scores"]
 
 # Scores held at once, in elements: the N x K matrix is never whole.
 TILE = 1 << 20
@@ -33,12 +33,18 @@ def scores(
         return accumulator
     if metric == "dot":
         return -accumulator
+    norm = norms(codebook)
+    return torch.where(norm == 0, torch.inf, -accumulator / norm)
+
+
+def norms(
+    codebook: Tensor,  # [K, D] float64
+) -> Tensor:  # [K] float64
     square = codebook.new_zeros(codebook.shape[0])
-    for d in range(x.shape[1]):
+    for d in range(codebook.shape[1]):
         square += codebook[:, d] * codebook[:, d]
     # math.sqrt rounds correctly; torch.sqrt need not (a vector library's may miss the last bit).
-    norm = codebook.new_tensor([math.sqrt(s) for s in square.tolist()])
-    return torch.where(norm == 0, torch.inf, -accumulator / norm)
+    return codebook.new_tensor([math.sqrt(s) for s in square.tolist()])
 
 
 def _nearest_one_codebook(x: Tensor, codebook: Tensor, metric: str, precision: str) -> Tensor:

@@ -1,0 +1,291 @@
+"""k-means that reads its data in batches, by the ops ``nearest`` and ``code_statistics``."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq._checks import check_float, check_option
+from fastvq.ops import code_statistics, nearest, quantize
+
+__all__ = ["Collective", "KMeans", "fit", "kmeans"]
+
+OP = "fastvq.kmeans"
+METRICS = ("euclidean", "cosine")
+INITS = ("k-means++", "random")
+# Size of the sample that the starting codes are chosen among: 32 K, more where K is small (measured on patches of
+# photographs, 8 K cost 3 % of inertia after 25 iterations), less where K is large and K looks at it would take minutes.
+SAMPLED_PER_CODE, LEAST_LOOKS, MOST_LOOKS, LEAST_PER_CODE = 32, 1 << 23, 1 << 26, 4
+# Up to here each code is the best of several draws; beyond, of one.
+MOST_CODES_WITH_TRIALS = 4096
+
+Batches = Callable[[], Iterable[Tensor]]
+
+
+class KMeans(NamedTuple):
+    """What ``kmeans`` returns."""
+
+    codebook: Tensor  # [K, D]
+    counts: Tensor  # [K] int64, vectors of each code
+    inertia: float  # sum over vectors of the squared distance to their code
+    n_iter: int  # iterations done
+
+
+class Collective(NamedTuple):
+    """What several processes share while they fit one codebook; alone, nothing."""
+
+    add: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors  # sums over processes
+    join: Callable[[Tensor], Tensor] = lambda rows: rows  # [n, D], n differing, -> all processes' rows, in one order
+
+
+def kmeans(
+    data: Tensor | Batches,  # [N, D], or a callable returning a fresh iterator of [n, D]
+    n_codes: int,
+    *,
+    metric: str = "euclidean",
+    n_iter: int = 25,
+    init: str = "k-means++",
+    tolerance: float = 1e-4,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> KMeans:
+    """Lloyd's k-means, streaming: every iteration reads the batches once and keeps K x D sums, nothing of size N x K.
+
+    .. math:: \\min_{c} \\sum_r |x_r - c_{index_r}|^2, \\qquad
+        c_k \\leftarrow sums_k / counts_k \\; \\text{with index by nearest, sums and counts by code\\_statistics}
+
+    A code that no vector chose moves to the vector, of a fixed random sample, that lies farthest from its own code.
+    Vectors that hold NaN or infinity are left out throughout. The same data, batches, generator state and machine
+    give the same codebook to the bit, whatever the number of threads.
+
+    Args:
+        data: one tensor, or, for data larger than memory, a callable: called once for each pass, it returns an iterator
+            over batches, the same ones each time. float32, float64, float16 or bfloat16.
+        n_codes: K, at most the number of finite vectors.
+        metric: "euclidean", or "cosine": vectors are compared by direction alone, codes are directions (spherical
+            k-means, Dhillon and Modha 2001) and the inertia is that of the normalised vectors.
+        n_iter: most iterations; 0 returns the start.
+        init: "k-means++" (Arthur and Vassilvitskii 2007; of a few draws the one that lowers the inertia most) or
+            "random" distinct vectors; both among a random sample of about 32 K vectors.
+        tolerance: stop once the squared movement of all codes together is at most this times the mean variance of a
+            column (as scikit-learn counts).
+        generator: source of randomness; None is torch's.
+        progress: show a bar, where rich is installed.
+
+    Returns:
+        ``KMeans(codebook [K, D], counts [K], inertia, n_iter)``, codebook float32 (float64 for float64 data) on the
+        data's device; counts and inertia belong to the codebook returned.
+
+    Raises:
+        ValueError: no data, fewer finite vectors than codes, batches of different widths, unknown options.
+        TypeError: data that are no floating-point tensors.
+
+    Example:
+        >>> result = kmeans(torch.randn(1000, 8), 16, generator=torch.Generator().manual_seed(0))
+        >>> result.codebook.shape, result.counts.shape
+        (torch.Size([16, 8]), torch.Size([16]))
+    """
+    check_option(OP, "metric", metric, METRICS)
+    check_option(OP, "init", init, INITS)
+    if n_codes < 1:
+        raise ValueError(f"{OP}: n_codes must be at least 1, got {n_codes}")
+    if n_iter < 0 or not tolerance >= 0:
+        raise ValueError(f"{OP}: n_iter and tolerance must be 0 or more, got {n_iter} and {tolerance}")
+    if isinstance(data, Tensor):
+        whole = data
+
+        def batches() -> Iterable[Tensor]:
+            return (whole,)
+    elif callable(data):
+        batches = data
+    else:
+        raise TypeError(
+            f"{OP}: data must be a tensor [N, D] or a callable returning batches, got {type(data).__name__}"
+        )
+    with torch.no_grad():
+        return fit(
+            batches, n_codes, metric=metric, n_iter=n_iter, init=init, tolerance=tolerance, generator=generator,
+            progress=progress, enough=True,
+        )  # fmt: skip
+
+
+def fit(
+    batches: Batches,
+    n_codes: int,
+    *,
+    metric: str = "euclidean",
+    n_iter: int = 25,
+    init: str = "k-means++",
+    tolerance: float = 1e-4,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+    enough: bool = False,
+    collective: Collective | None = None,
+) -> KMeans:
+    """``kmeans`` after its checks; over all processes of ``collective``, which must hold equal generators.
+
+    With fewer vectors than codes it raises where ``enough`` is asked for, and otherwise repeats vectors.
+    """
+    collective = collective or Collective()
+    normalise = metric == "cosine"
+    sample = collective.join(_sample(batches, _sample_size(n_codes), generator, normalise))
+    if len(sample) < (n_codes if enough else 1):
+        raise ValueError(
+            f"{OP}: data must hold at least {n_codes if enough else 1} finite vectors (n_codes = {n_codes}), got "
+            f"{len(sample)}; ask for fewer codes or give more data"
+        )
+    codebook = _start(sample, n_codes, init, generator)
+    # unbiased=False: the population's variance, defined for one vector too.
+    limit = tolerance * sample.double().var(dim=0, unbiased=False).mean().item()
+    done = 0
+    with _bar(n_iter, progress) as advance:
+        for done in range(1, n_iter + 1):  # noqa: B007
+            sums, counts = _statistics(batches, codebook, normalise, collective)
+            moved = _centres(sums, counts, codebook, normalise)
+            moved = _fill_empty(moved, counts, codebook, sample, metric)
+            shift = (moved.double() - codebook.double()).square().sum().item()
+            codebook = moved
+            advance()
+            if shift <= limit:
+                break
+    counts, inertia = _measure(batches, codebook, normalise, collective)
+    return KMeans(codebook, counts, inertia, done)
+
+
+def _prepared(batches: Batches, normalise: bool) -> Iterator[Tensor]:
+    """The batches [n, D], checked and, for cosine, of unit length."""
+    width = None
+    for batch in batches():
+        check_float(OP, "data", batch)
+        if batch.dim() != 2 or batch.shape[1] == 0 or (width is not None and batch.shape[1] != width):
+            raise ValueError(
+                f"{OP}: data must be [N, D] with D {'>= 1' if width is None else f'= {width} as before'}, "
+                f"got {list(batch.shape)}; flatten all but the last dimension"
+            )
+        width = batch.shape[1]
+        if normalise:
+            batch = torch.nn.functional.normalize(batch if batch.dtype == torch.float64 else batch.float(), dim=-1)
+        yield batch
+
+
+def _random(shape: tuple[int, ...], generator: torch.Generator | None, like: Tensor) -> Tensor:
+    device = like.device if generator is None else generator.device
+    return torch.rand(shape, generator=generator, device=device, dtype=torch.float64).to(like.device)
+
+
+def _sample_size(n_codes: int) -> int:
+    wanted = max(SAMPLED_PER_CODE * n_codes, LEAST_LOOKS // n_codes)
+    return max(LEAST_PER_CODE * n_codes, min(wanted, MOST_LOOKS // n_codes))
+
+
+def _sample(batches: Batches, size: int, generator: torch.Generator | None, normalise: bool) -> Tensor:
+    """At most ``size`` distinct finite vectors of the whole stream, each as likely as another.
+
+    Every vector draws a number, and those with the smallest numbers stay.
+    """
+    keys, kept = None, None
+    for batch in _prepared(batches, normalise):
+        low, high = torch.aminmax(batch, dim=-1) if len(batch) else (batch[:, 0], batch[:, 0])
+        usable = low.isfinite() & high.isfinite()
+        mine = torch.where(usable, _random((len(batch),), generator, batch), torch.inf)
+        chosen = mine.topk(min(size, len(batch)), largest=False).indices
+        chosen = chosen[mine[chosen].isfinite()]
+        rows = batch[chosen] if batch.dtype == torch.float64 else batch[chosen].float()
+        keys = mine[chosen] if keys is None else torch.cat([keys, mine[chosen]])
+        kept = rows if kept is None else torch.cat([kept, rows])
+        best = keys.topk(min(size, len(keys)), largest=False).indices
+        keys, kept = keys[best], kept[best]
+    if kept is None:
+        raise ValueError(f"{OP}: data must hold at least one batch, got none; a callable must return a fresh iterator")
+    return kept
+
+
+def _start(sample: Tensor, n_codes: int, init: str, generator: torch.Generator | None) -> Tensor:
+    n_sampled = len(sample)
+    if init == "random" or n_sampled <= n_codes:
+        # Each stays as often as the others, up to one, where vectors are too few.
+        order = _random((n_sampled,), generator, sample).argsort()
+        return sample[order[torch.arange(n_codes, device=sample.device) % n_sampled]].clone()
+    # Distances decide only how likely a draw is: a float32 product of centred vectors will do.
+    centred = (sample - sample.mean(dim=0)).float()
+    columns = centred.t().contiguous()
+    square = centred.square().sum(dim=1)
+    chosen = torch.empty(n_codes, dtype=torch.int64, device=sample.device)
+    distance = torch.full_like(square, torch.inf)
+    candidates = (_random((1,), generator, sample) * n_sampled).long()
+    n_trials = 2 + int(math.log(n_codes)) if n_codes <= MOST_CODES_WITH_TRIALS else 1
+    draws = _random((n_codes, n_trials), generator, sample)
+    for k in range(n_codes):
+        if k > 0:
+            ladder = distance.double().cumsum(0)
+            candidates = torch.searchsorted(ladder, draws[k] * ladder[-1], right=True).clamp_(max=n_sampled - 1)
+        # [trials, M]: the distances that each candidate would leave
+        left = torch.addmm(square, centred[candidates], columns, alpha=-2).add_(square[candidates][:, None])
+        left = torch.minimum(left.clamp_(min=0), distance)
+        best = left.sum(dim=1).argmin()[None]
+        chosen[k] = candidates.index_select(0, best)[0]
+        distance = left.index_select(0, best)[0]
+    return sample[chosen]
+
+
+def _statistics(
+    batches: Batches, codebook: Tensor, normalise: bool, collective: Collective
+) -> tuple[Tensor, Tensor]:  # [K, D] float64, [K]
+    total = torch.zeros_like(codebook, dtype=torch.float64)
+    number = torch.zeros(len(codebook), dtype=torch.int64, device=codebook.device)
+    for batch in _prepared(batches, normalise):
+        sums, counts = code_statistics(batch, nearest(batch, codebook), len(codebook))
+        total += sums
+        number += counts
+    sums, counts = collective.add([total, number])
+    return sums, counts
+
+
+def _centres(sums: Tensor, counts: Tensor, codebook: Tensor, normalise: bool) -> Tensor:
+    centres = sums / counts.clamp(min=1)[:, None]
+    if normalise:
+        length = centres.norm(dim=1, keepdim=True)
+        # Vectors that cancel leave no direction: the code keeps its own.
+        centres = torch.where(length > 0, centres / length, codebook.double())
+    return torch.where(counts[:, None] > 0, centres, codebook.double()).to(codebook.dtype)
+
+
+def _fill_empty(moved: Tensor, counts: Tensor, codebook: Tensor, sample: Tensor, metric: str) -> Tensor:
+    empty = (counts == 0).nonzero()[:, 0]
+    if not len(empty):
+        return moved
+    # Vectors of unit length: the euclidean and the cosine order are the same.
+    distance = (sample - moved[nearest(sample, moved)]).square().sum(dim=1)
+    far = distance.topk(min(len(empty), len(sample)))
+    far_rows = far.indices[far.values > 0]  # a vector that is a code already would only double it
+    return moved.index_copy(0, empty[: len(far_rows)], sample[far_rows])
+
+
+def _measure(batches: Batches, codebook: Tensor, normalise: bool, collective: Collective) -> tuple[Tensor, float]:
+    counts = torch.zeros(len(codebook), dtype=torch.int64, device=codebook.device)
+    inertia = torch.zeros((), dtype=torch.float64, device=codebook.device)
+    for batch in _prepared(batches, normalise):
+        usable = batch.isfinite().all(dim=-1)
+        q = quantize(batch, codebook, mask=usable, estimator="none")
+        counts += torch.bincount(q.indices + 1, minlength=len(codebook) + 1)[1:]
+        inertia += q.codebook_loss.double() * usable.sum() * batch.shape[1]
+    counts, inertia = collective.add([counts, inertia])
+    return counts, inertia.item()
+
+
+@contextmanager
+def _bar(total: int, show: bool) -> Iterator[Callable[[], None]]:
+    if not show or not importlib.util.find_spec("rich"):
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    with Progress() as bar:
+        task = bar.add_task("k-means", total=total)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,130 @@
+"""What several processes need: statistics summed over ranks in one message, vectors gathered, sharded codebooks.
+
+Everything here works on any backend of ``torch.distributed`` (gloo, NCCL) and for one process without it. Ranks may hold
+batches of different sizes, or none: messages have sizes that do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastvq._checks import check_codebook, check_option
+from fastvq.ops import nearest
+from fastvq.ops.nearest import METRICS, reference
+
+__all__ = ["all_reduce_packed", "gather_rows", "nearest_sharded", "rank", "world_size"]
+
+OP = "fastvq.distributed.nearest_sharded"
+# A count is sent as two float32 numbers, count // BASE and count % BASE: both, summed over up to 4096 ranks, stay below
+# 2^24, up to where float32 counts exactly, for counts below 2^36.
+BASE = 1 << 12
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_reduce_packed(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """Sums over ranks of float and int64 tensors, by one all-reduce of one buffer; alone, the tensors themselves.
+
+    The buffer is float32 (float64 if a tensor is); int64 tensors hold counts, 0 ... 2^36, and stay exact. Every rank
+    gives tensors of the same shapes and dtypes in the same order.
+    """
+    if world_size(group) == 1 or not tensors:
+        return list(tensors)
+    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    parts = []
+    for t in tensors:
+        if t.dtype == torch.int64:
+            parts += [(t // BASE).reshape(-1).to(dtype), (t % BASE).reshape(-1).to(dtype)]
+        else:
+            parts.append(t.reshape(-1).to(dtype))
+    buffer = torch.cat(parts)
+    dist.all_reduce(buffer, group=group)
+    sums, start = [], 0
+    for t in tensors:
+        n = t.numel()
+        if t.dtype == torch.int64:
+            high, low = buffer[start : start + n].long(), buffer[start + n : start + 2 * n].long()
+            sums.append((high * BASE + low).view(t.shape))
+            start += 2 * n
+        else:
+            sums.append(buffer[start : start + n].view(t.shape).to(t.dtype))
+            start += n
+    return sums
+
+
+def gather_rows(
+    rows: Tensor,  # [n, D], n may differ between ranks
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:  # [sum of n, D]
+    """The vectors of all ranks, in the order of the ranks, on every rank."""
+    world = world_size(group)
+    if world == 1:
+        return rows
+    sizes = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(rows)], device=rows.device), group=group)
+    longest = max(int(s) for s in sizes)
+    padded = rows.new_zeros(longest, rows.shape[1])
+    padded[: len(rows)] = rows
+    every = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(every, padded, group=group)
+    return torch.cat([part[: int(n)] for part, n in zip(every, sizes, strict=True)])
+
+
+def nearest_sharded(
+    x: Tensor,  # [..., D], the same on every rank
+    codebook: Tensor,  # [K_rank, D], this rank's codes
+    *,
+    metric: str = "euclidean",
+    backend: str | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:  # [...] int64
+    """``fastvq.ops.nearest`` with the codebook cut over ranks: rank 0 holds the first codes, and so on.
+
+    Every rank looks x up among its own codes and scores its winner by the definition, in float64; an all-reduce finds
+    the least score, another the lowest index that has it. So the indices, into the whole codebook, are those of one
+    process to the last tie, on every rank. Shards may have different sizes; x must be the same everywhere.
+
+    Raises:
+        ValueError, TypeError: as ``nearest``.
+    """
+    check_codebook(OP, x, codebook)
+    check_option(OP, "metric", metric, METRICS)
+    local = nearest(x, codebook, metric=metric, backend=backend)
+    world, me = world_size(group), rank(group)
+    if world == 1:
+        return local
+    sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
+    dist.all_gather(sizes, torch.tensor([len(codebook)], device=x.device), group=group)
+    offset = sum(int(s) for s in sizes[:me])
+    score = _scores_of(x.reshape(-1, x.shape[-1]), codebook, local.reshape(-1), metric)
+    least = score.clone()
+    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
+    index = torch.where(score == least, local.reshape(-1) + offset, torch.iinfo(torch.int64).max)
+    dist.all_reduce(index, op=dist.ReduceOp.MIN, group=group)
+    return index.view(local.shape)
+
+
+def _scores_of(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
+    """d_k of the index contract for one code a vector; infinity where the code may not be chosen."""
+    wide = codebook.double()
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for d in range(x.shape[1]):
+        a, c = x[:, d].double(), wide[:, d][indices]
+        total += (a - c) * (a - c) if metric == "euclidean" else a * c
+    if metric != "euclidean":
+        total = -total
+    if metric == "cosine":
+        norm = reference.norms(wide)[indices]
+        total = torch.where(norm == 0, torch.inf, total / norm)
+    usable = codebook.isfinite().all(dim=1)[indices] & ~total.isnan()
+    return torch.where(usable, total, torch.inf)

@@ -1,0 +1,181 @@
+"""Residual quantization: a vector becomes the sum of one code per level."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq._backends import Implementation, choose
+from fastvq._checks import check_codebook, check_mask, check_option
+from fastvq.ops._library import register
+from fastvq.ops.nearest import METRICS, PRECISIONS
+from fastvq.ops.quantize import ESTIMATORS
+from fastvq.ops.residual import cpu, reference
+
+__all__ = ["ResidualQuantized", "residual_quantize"]
+
+OP = "fastvq.ops.residual_quantize"
+FORWARD = {
+    "cpu": Implementation(cpu.residual_quantize, cpu.refuse),
+    "reference": Implementation(reference.residual_quantize, lambda *_: None),
+}
+
+
+class ResidualQuantized(NamedTuple):
+    """What ``residual_quantize`` returns; the shapes are those of its docstring."""
+
+    quantized: Tensor
+    indices: Tensor
+    commitment_losses: Tensor
+    codebook_losses: Tensor
+    sums: Tensor | None
+    counts: Tensor | None
+
+
+def residual_quantize(
+    x: Tensor,  # [..., D]
+    codebooks: Tensor | Sequence[Tensor],  # [Q, K, D], or Q of [K, D]
+    *,
+    n_levels: int | None = None,
+    metric: str = "euclidean",
+    estimator: str = "straight_through",
+    mask: Tensor | None = None,  # [...] bool
+    beta: float = 1.0,
+    statistics: bool = False,
+    precision: str = "exact",
+    backend: str | None = None,
+) -> ResidualQuantized:
+    """Replaces every vector by a sum of codes, each level quantizing what the levels before left over.
+
+    .. math:: r_0 = x, \\quad i_q = nearest(r_q, c_q), \\quad r_{q+1} = r_q - c_{q, i_q}, \\quad
+        quantized = \\sum_q c_{q, i_q}
+
+    (Zeghidour et al. 2021.) Residuals are kept in float32, rounded once a level (float64 where x or the codebooks are);
+    each level's index is that of ``fastvq.ops.nearest`` for its residual, exact, ties to the lowest.
+
+    Gradients: the estimator takes x and the whole sum, as one ``fastvq.ops.quantize`` would. The commitment loss of
+    level q is ``beta * mean |r_q - sg(c_q)|^2`` and trains x, with r_q = x less constants; the codebook loss is
+    ``mean |sg(r_q) - c_q|^2`` and trains codebook q.
+
+    Args:
+        x: vectors, float32, float64, float16 or bfloat16, any strides.
+        codebooks: Q levels, all of one shape.
+        n_levels: use the first so many only; None: all.
+        metric, estimator, mask, beta, precision, backend: as in ``fastvq.ops.quantize``.
+        statistics: also return what ``code_statistics`` gives for each level's residuals.
+
+    Returns:
+        ``ResidualQuantized``: quantized, x's shape and dtype; indices [..., Q] int64, -1 where masked;
+        commitment_losses and codebook_losses [Q], float32 (float64 for float64 x); sums [Q, K, D] and counts [Q, K], or
+        None. With ``n_levels`` that is Q. Deterministic whatever the number of threads.
+
+    Raises:
+        ValueError, TypeError: as ``fastvq.ops.quantize``; levels of different shapes; n_levels outside 1 ... Q.
+        RuntimeError: a second derivative is asked for.
+
+    Example:
+        >>> q = residual_quantize(torch.randn(4, 100, 32), torch.randn(8, 256, 32))
+        >>> q.quantized.shape, q.indices.shape, q.commitment_losses.shape
+        (torch.Size([4, 100, 32]), torch.Size([4, 100, 8]), torch.Size([8]))
+    """
+    if not isinstance(codebooks, Tensor):
+        codebooks = list(codebooks)
+        for level in codebooks:
+            check_codebook(OP, x, level)
+        if not codebooks or any(c.dim() != 2 or c.shape != codebooks[0].shape for c in codebooks):
+            shapes = [list(c.shape) for c in codebooks]
+            raise ValueError(f"{OP}: codebooks must be at least one [K, D], all of one shape, got {shapes}")
+        codebooks = torch.stack(codebooks)
+    if codebooks.dim() != 3 or codebooks.shape[0] == 0:
+        raise ValueError(f"{OP}: codebooks must be [Q, K, D] with Q >= 1, got {list(codebooks.shape)}")
+    check_codebook(OP, x, codebooks[0])
+    if n_levels is not None:
+        if not 1 <= n_levels <= codebooks.shape[0]:
+            raise ValueError(f"{OP}: n_levels must be 1 ... {codebooks.shape[0]}, got {n_levels}")
+        codebooks = codebooks[:n_levels]
+    check_option(OP, "metric", metric, METRICS)
+    check_option(OP, "estimator", estimator, ESTIMATORS)
+    check_option(OP, "precision", precision, PRECISIONS)
+    check_mask(OP, x, mask)
+    quantized, commitment, codebook, indices, sums, counts = torch.ops.fastvq.residual_quantize(
+        x, codebooks, mask, metric, estimator, float(beta), statistics, precision, backend
+    )
+    if estimator == "none":
+        quantized = quantized.detach()
+    found = (sums.detach(), counts) if statistics else (None, None)
+    return ResidualQuantized(quantized, indices, commitment, codebook, *found)
+
+
+def _run(
+    x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, statistics: bool,
+    precision: str, backend: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    arguments = (x, codebooks, mask, metric, beta, statistics, precision)
+    quantized, indices, commitment, codebook, sums, counts = choose(OP, FORWARD, backend, *arguments)(*arguments)
+    return quantized, commitment, codebook, indices, sums, counts
+
+
+def _fake(
+    x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, statistics: bool,
+    precision: str, backend: str | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    loss = torch.float64 if x.dtype == torch.float64 else torch.float32
+    n_levels, n_codes, dim = codebooks.shape
+    return (
+        torch.empty_like(x),
+        x.new_empty(n_levels, dtype=loss),
+        x.new_empty(n_levels, dtype=loss),
+        x.new_empty((*x.shape[:-1], n_levels), dtype=torch.int64),
+        x.new_empty((n_levels, n_codes, dim) if statistics else (0,), dtype=reference.residual_dtype(x, codebooks)),
+        x.new_empty((n_levels, n_codes) if statistics else (0,), dtype=torch.int64),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, codebooks, _mask, _metric, ctx.estimator, ctx.beta, *_ = inputs
+    ctx.mark_non_differentiable(*output[3:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, codebooks, output[3])
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, codebooks, indices = ctx.saved_tensors
+    need_x, need_codebooks = ctx.needs_input_grad[:2]
+    grad_x, grad_codebooks = torch.ops.fastvq.residual_quantize_backward(
+        x, codebooks, indices, *grads[:3], ctx.estimator, ctx.beta, need_x, need_codebooks
+    )
+    return grad_x if need_x else None, grad_codebooks if need_codebooks else None, *[None] * 7
+
+
+def _fake_backward(
+    x: Tensor, codebooks: Tensor, indices: Tensor, grad_quantized: Tensor | None, grad_commitment: Tensor | None,
+    grad_codebook: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebooks: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        torch.empty_like(x) if need_x else x.new_empty(0),
+        torch.empty_like(codebooks) if need_codebooks else codebooks.new_empty(0),
+    )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+    raise RuntimeError(
+        f"{OP}: a second derivative was asked for (create_graph=True), and it has none: "
+        "the gradient is an estimate, not a derivative"
+    )
+
+
+register(
+    "residual_quantize(Tensor x, Tensor codebooks, Tensor? mask, str metric, str estimator, float beta, "
+    "bool statistics, str precision, str? backend) -> (Tensor quantized, Tensor commitment_losses, "
+    "Tensor codebook_losses, Tensor indices, Tensor sums, Tensor counts)",
+    _run, _fake, _backward, _setup_context,
+)  # fmt: skip
+register(
+    "residual_quantize_backward(Tensor x, Tensor codebooks, Tensor indices, Tensor? grad_quantized, "
+    "Tensor? grad_commitment, Tensor? grad_codebook, str estimator, float beta, bool need_x, bool need_codebooks) "
+    "-> (Tensor grad_x, Tensor grad_codebooks)",
+    reference.residual_quantize_backward, _fake_backward, _no_second_derivative, lambda ctx, inputs, output: None,
+)  # fmt: skip

@@ -1,0 +1,99 @@
+"""The definition of residual quantization with its losses and gradients, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastvq.ops.ema import reference as ema
+from fastvq.ops.quantize import reference as one_level
+
+__all__ = ["residual_dtype", "residual_quantize", "residual_quantize_backward"]
+
+
+def residual_dtype(x: Tensor, codebooks: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, codebooks.dtype) else torch.float32
+
+
+def residual_quantize(
+    x: Tensor,  # [..., D]
+    codebooks: Tensor,  # [Q, K, D]
+    mask: Tensor | None,  # [...] bool
+    metric: str,
+    beta: float,
+    statistics: bool,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """(quantized, indices, commitment_losses, codebook_losses, sums, counts) of ``fastvq.ops.residual_quantize``."""
+    return loop(one_level.quantize, ema.code_statistics, x, codebooks, mask, metric, beta, statistics, precision)
+
+
+def loop(quantize, statistic, x, codebooks, mask, metric, beta, statistics, precision):  # type: ignore[no-untyped-def]
+    """A level at a time, by one backend's ``quantize`` and ``code_statistics``; arguments of ``residual_quantize``."""
+    dtype = residual_dtype(x, codebooks)
+    residual, codes = x.to(dtype), codebooks.to(dtype)
+    quantized, levels = torch.zeros_like(residual), []
+    for level in codes:
+        q, commitment, codebook_loss, indices = quantize(residual, level, mask, metric, beta, precision)
+        found = statistic(residual, indices, level.shape[0], None) if statistics else None
+        levels.append((indices, commitment, codebook_loss, found))
+        quantized = quantized + q
+        residual = residual - q
+    n_levels, n_codes, dim = codebooks.shape
+    sums = residual.new_empty((n_levels, n_codes, dim) if statistics else (0,))
+    counts = residual.new_empty((n_levels, n_codes) if statistics else (0,), dtype=torch.int64)
+    for i, (*_, found) in enumerate(levels):
+        if found is not None:
+            sums[i], counts[i] = found
+    loss = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (
+        torch.empty_like(x).copy_(quantized),
+        torch.stack([i for i, *_ in levels], dim=-1),
+        torch.stack([c for _, c, *_ in levels]).to(loss),
+        torch.stack([c for _, _, c, _ in levels]).to(loss),
+        sums,
+        counts,
+    )
+
+
+def residual_quantize_backward(
+    x: Tensor,  # [..., D]
+    codebooks: Tensor,  # [Q, K, D]
+    indices: Tensor,  # [..., Q], -1 where masked
+    grad_quantized: Tensor | None,  # as x
+    grad_commitment: Tensor | None,  # [Q]
+    grad_codebook: Tensor | None,  # [Q]
+    estimator: str,
+    beta: float,
+    need_x: bool,
+    need_codebooks: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to x and to the codebooks; an empty tensor for one that is not needed.
+
+    x: the estimator's gradient for x and the sum of its codes, plus beta * 2 (r_q - c_q) / (n D) for each level, r_q
+    being x less constants. Codebook q: 2 (c_q - r_q) / (n D) summed over the vectors that chose the code.
+    """
+    dtype = residual_dtype(x, codebooks)
+    residual = x.to(dtype)
+    real = (indices >= 0).any(dim=-1)
+    scale = 2 / max(1, int(real.sum()) * x.shape[-1])
+    grad_x = torch.zeros_like(residual)
+    grad_codebooks = torch.zeros_like(codebooks, dtype=torch.float64)
+    total = torch.zeros_like(residual)
+    for q, codes in enumerate(codebooks.to(dtype)):
+        chosen = one_level.gather(codes, indices[..., q])
+        if need_codebooks and grad_codebook is not None:
+            sums, counts = ema.code_statistics(residual.double(), indices[..., q], codes.shape[0], None)
+            pull = torch.where(counts[:, None] > 0, counts[:, None] * codes.double() - sums, 0)
+            grad_codebooks[q] = pull * grad_codebook[q].double() * scale
+        total = total + chosen
+        residual = residual - chosen
+        if need_x and grad_commitment is not None:
+            grad_x.addcmul_(residual, (grad_commitment[q] * (beta * scale)).to(dtype))
+    if need_x and grad_quantized is not None and estimator != "none":
+        g = grad_quantized.to(dtype)
+        grad_x = grad_x + (one_level.rotate_back(g, x.to(dtype), total) if estimator == "rotation" else g)
+    return (
+        torch.empty_like(x).copy_(torch.where(real[..., None], grad_x, 0)) if need_x else x.new_empty(0),
+        torch.empty_like(codebooks).copy_(grad_codebooks) if need_codebooks else codebooks.new_empty(0),
+    )
