@@ -29,6 +29,7 @@ from fastvq.models.blocks import Decoder, Encoder
 from fastvq.models.checkpoints import Pretrained
 from fastvq.models.prior import as_priors
 from fastvq.models.quantizers import code_use, make_quantizer
+from fastvq.ops import ResidualQuantized
 
 __all__ = ["Autoencoder", "Output"]
 
@@ -109,7 +110,10 @@ class Autoencoder(Pretrained):
 
         def choose(level: int, features: Tensor) -> tuple[Tensor, Tensor]:
             q = self.quantizers[level](features)
-            losses.append((q.commitment_loss.sum(), q.codebook_loss.sum()))
+            if isinstance(q, ResidualQuantized):
+                losses.append((q.commitment_losses.sum(), q.codebook_losses.sum()))
+            else:
+                losses.append((q.commitment_loss, q.codebook_loss))
             return q.quantized, q.indices
 
         carried, maps = self._descend(self._features(image), choose)
@@ -138,7 +142,7 @@ class Autoencoder(Pretrained):
 
         def choose(level: int, features: Tensor) -> tuple[Tensor, Tensor]:
             ids = self.quantizers[level].encode(features)
-            return self._codes(level, ids, features.dtype), ids
+            return self._codes(level, ids), ids
 
         return self._descend(self._features(image), choose)[1]
 
@@ -156,7 +160,7 @@ class Autoencoder(Pretrained):
         carried = self._codes(0, maps[0])
         for level in range(1, self.levels):
             above = self.expands[level - 1](carried)
-            carried = torch.cat([self._codes(level, maps[level], above.dtype), above], 1)
+            carried = torch.cat([self._codes(level, maps[level]), above], 1)
         return self.decoder(carried)
 
     @torch.no_grad()
@@ -244,9 +248,9 @@ class Autoencoder(Pretrained):
             maps.append(ids)
         return carried, maps
 
-    def _codes(self, level: int, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        codes = self.quantizers[level].decode(ids)  # [B, D, h, w]
-        return codes if dtype is None else codes.to(dtype)
+    def _codes(self, level: int, ids: Tensor) -> Tensor:
+        """[B, D, h, w] in the CNNs' type; codebooks stay float32 when a module is cast."""
+        return self.quantizers[level].decode(ids).to(self.decoder.mix.weight.dtype)
 
     def _check_maps(self, maps: Sequence[Tensor]) -> None:
         if len(maps) != self.levels:

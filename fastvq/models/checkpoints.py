@@ -17,6 +17,7 @@ __all__ = ["Pretrained", "load_state", "load_tensors", "read_json", "save_tensor
 
 Model = TypeVar("Model", bound="Pretrained")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+METADATA = "fastvq"
 
 
 def write_atomically(path: Path | str, data: bytes) -> None:
@@ -68,7 +69,8 @@ def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapp
 
     # Clones: safetensors refuses tensors that share memory, as tied codebooks do.
     whole = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    write_atomically(path, save(whole, dict(metadata)))
+    # One entry: safetensors writes several in an order that changes, and equal contents should be equal files.
+    write_atomically(path, save(whole, {METADATA: json.dumps(dict(metadata))}))
 
 
 def load_tensors(op: str, path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -84,9 +86,9 @@ def load_tensors(op: str, path: Path | str, kind: str) -> tuple[dict[str, Tensor
         raise FileNotFoundError(f"{op}: there is no file {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = dict(file.metadata() or {})
+            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{op}: {path} must be a safetensors file, and cannot be read as one ({error}); "
             "it is truncated or of another format: take an older checkpoint or write it again"

@@ -30,8 +30,8 @@ class Prior(Pretrained):
         shape: the (h, w) that it was trained on, for callers that ask for none.
         pixelcnn_options: what else ``PixelCNN`` takes.
 
-    The maps above are embedded, brought to this level's size and go through two residual blocks; the result is the
-    PixelCNN's condition at every position.
+    The maps above are embedded, brought to the size of the lowest of them and go through two residual blocks; the
+    result is the PixelCNN's condition.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Prior(Pretrained):
         }  # fmt: skip
         self.n_codes, self.n_classes = n_codes, n_classes
         self.shape = None if shape is None else (shape[0], shape[1])
-        self.factors = [factor for _, factor in above]
+        self.factors = [factor // above[-1][1] for _, factor in above]  # to the size of the lowest map above
         self.embeddings = nn.ModuleList(nn.Embedding(k, channels) for k, _ in above)
         self.mix = nn.Conv2d(channels * len(above), channels, 3, padding=1) if above else None
         self.blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(2 if above else 0))

@@ -17,7 +17,7 @@ from fastvq.models.checkpoints import Pretrained
 from fastvq.nn import update_codebooks
 from fastvq.training.config import TrainConfig
 from fastvq.training.log import Log
-from fastvq.training.processes import Place, barrier
+from fastvq.training.processes import Place, average, barrier
 from fastvq.training.state import OP, STATE, Averages, load_run, save_run
 
 __all__ = ["Objective", "train"]
@@ -98,6 +98,7 @@ def train(
             sums["gradient_norm"] = sums.get("gradient_norm", 0) + norm.detach() * config.accumulate
             now = step + 1
             if now % config.log_every == 0 or now == config.steps:
+                average(sums)
                 line = _line(now, sums, config, time.perf_counter() - since, place.world, done, loader)
                 sums, since = {}, time.perf_counter()
                 if log is not None:

@@ -1,4 +1,4 @@
-"""One process or several: who this one is, and the two things that several do together."""
+"""One process or several: who this one is, and what several do together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-__all__ = ["Place", "barrier", "processes"]
+__all__ = ["Place", "average", "barrier", "processes"]
 
 
 class Place(NamedTuple):
@@ -43,6 +44,14 @@ def processes(device: str = "auto") -> Iterator[Place]:
         yield place
     finally:
         dist.destroy_process_group()
+
+
+def average(numbers: dict[str, Tensor]) -> None:
+    """Replaces each number [] by its mean over all processes, in one message; nothing where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        packed = torch.stack(list(numbers.values()))
+        dist.all_reduce(packed)
+        numbers.update(zip(numbers, packed / dist.get_world_size(), strict=True))
 
 
 def barrier() -> None:
