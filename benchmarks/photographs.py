@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-import fastvq
-
 # Only files that the package itself holds: nothing is downloaded.
 FILES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "ihc.png")
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # luma of ITU-R BT.601
@@ -28,8 +26,6 @@ class Photograph:
 def unavailable() -> str | None:
     if importlib.util.find_spec("skimage") is None:
         return 'photographs: scikit-image is not installed; pip install -e ".[bench]"'
-    if not hasattr(fastvq, "kmeans"):
-        return "photographs: this fastvq has no kmeans to train their codebooks with"
     return None if _paths() else "photographs: this scikit-image carries none of the files that are used"
 
 

@@ -16,9 +16,10 @@ from harness import thread_count
 from harness.timing import environment
 from providers import all_providers
 from quantize_cases import Case, gaussian_cases, photograph_cases
-from quantize_measure import Budget, Sample, set_up
+from quantize_measure import Sample, set_up
 
-BUDGET = Budget(call_seconds=0.05, seconds=0, n_checked=1024)
+CALL_SECONDS = 0.05
+N_CHECKED = 1024
 ROUNDS = 5
 PROVIDERS = all_providers()
 CASES = gaussian_cases() + ([] if photographs.unavailable() else photograph_cases())
@@ -27,7 +28,7 @@ CASES = gaussian_cases() + ([] if photographs.unavailable() else photograph_case
 @functools.lru_cache(maxsize=1)  # a case's providers follow one another
 def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, Sample]:
     x, codebook = case.make()
-    return x, codebook, Sample.draw(x, codebook, BUDGET.n_checked)
+    return x, codebook, Sample.draw(x, codebook, N_CHECKED)
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
@@ -38,7 +39,7 @@ def test_nearest(benchmark, case, name):
     if reason:
         pytest.skip(reason)
     with thread_count(case.n_threads), environment(provider.environment), torch.no_grad():
-        contender = set_up(provider, case, *inputs(case), BUDGET)
+        contender = set_up(provider, case, *inputs(case), CALL_SECONDS)
         if provider.ours:
             assert contender.row.differing == 0
         benchmark.extra_info.update(

@@ -1,7 +1,7 @@
 """What several processes need: statistics summed over ranks in one message, vectors gathered, sharded codebooks.
 
-Everything here works on any backend of ``torch.distributed`` (gloo, NCCL) and for one process without it. Ranks may hold
-batches of different sizes, or none: messages have sizes that do not depend on the batch.
+Everything here works on any backend of ``torch.distributed`` (gloo, NCCL) and for one process without it. Ranks may
+hold batches of different sizes, or none: messages have sizes that do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -126,5 +126,5 @@ def _scores_of(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Ten
     if metric == "cosine":
         norm = reference.norms(wide)[indices]
         total = torch.where(norm == 0, torch.inf, total / norm)
-    usable = codebook.isfinite().all(dim=1)[indices] & ~total.isnan()
+    usable = codebook.isfinite().all(dim=1)[indices] & x.isfinite().all(dim=1) & ~total.isnan()
     return torch.where(usable, total, torch.inf)

@@ -188,7 +188,11 @@ __attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& pa
     for (int v = 0; v < kTileVectors && k0 + v * kLanes < packed.n_codes; ++v) {
       const int64_t k = k0 + v * kLanes;
       const V code_bound = add(mul_add(norm, load(packed.slope + k), load(packed.offset + k)), own);
-      const V code_upper = add(load(scores + v * kLanes), code_bound);
+      const V score = load(scores + v * kLanes), code_upper = add(score, code_bound);
+      if (chunk.uneven) {  // the panel's bound may be another code's: this code's own says more
+        const float code_lower = largest(sub(score, code_bound));
+        row.lower = code_lower > row.lower ? code_lower : row.lower;
+      }
       store(upper + v * kLanes, code_upper);
       mask |= static_cast<uint64_t>(at_least(code_upper, limit)) << (v * kLanes);
     }

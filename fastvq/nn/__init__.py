@@ -1,5 +1,16 @@
-"""Modules made of the ops."""
+"""Modules that put the ops into models."""
 
+from fastvq.nn.codebook import CodeUsage, update_codebooks
 from fastvq.nn.masked_conv import GatedMaskedConv2d, MaskedConv2d
+from fastvq.nn.residual_vq import ResidualVQ
+from fastvq.nn.vector_quantizer import GroupedVQ, VectorQuantizer
 
-__all__ = ["GatedMaskedConv2d", "MaskedConv2d"]
+__all__ = [
+    "CodeUsage",
+    "GatedMaskedConv2d",
+    "GroupedVQ",
+    "MaskedConv2d",
+    "ResidualVQ",
+    "VectorQuantizer",
+    "update_codebooks",
+]

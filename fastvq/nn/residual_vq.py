@@ -1,0 +1,185 @@
+"""Residual vector quantization with learned codebooks, as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastvq.nn.codebook import LearnedCodebook
+from fastvq.ops import ResidualQuantized, residual_quantize
+
+__all__ = ["ResidualVQ"]
+
+OP = "fastvq.nn.ResidualVQ"
+
+
+class ResidualVQ(LearnedCodebook):
+    """Replaces vectors by sums of codes, one of each level (Zeghidour et al. 2021), and learns the codes.
+
+    Learning, ``update``, ``sync``, ``dead_code_threshold``, checkpointing, ``freeze()`` and buffers are as in
+    ``VectorQuantizer``; all levels share one message. Dead codes of a level take what the levels before left of a
+    vector.
+
+    Args:
+        dim, n_codes, n_levels: D, K, Q.
+        shared_codebook: one codebook for all levels; statistics of all levels are added up.
+        quantize_dropout: in training use only the first 1 ... Q levels, as many as a random draw says; the others give
+            index -1 and no loss, and learn nothing from that batch.
+        kmeans_init: level by level, each on what the levels before left over (with a shared codebook, on the vectors).
+        others: as in ``VectorQuantizer``; cosine is left out, as residuals have no common length.
+
+    Raises:
+        ValueError: sizes or options that do not fit.
+
+    Example:
+        >>> q = ResidualVQ(64, 256, 4)(torch.randn(8, 100, 64))
+        >>> q.quantized.shape, q.indices.shape, q.commitment_losses.shape
+        (torch.Size([8, 100, 64]), torch.Size([8, 100, 4]), torch.Size([4]))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_codes: int,
+        n_levels: int,
+        *,
+        shared_codebook: bool = False,
+        quantize_dropout: bool = False,
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        metric: str = "euclidean",
+        estimator: str = "straight_through",
+        commitment_weight: float = 0.25,
+        learnable: bool = False,
+        kmeans_init: bool = False,
+        dead_code_threshold: float | None = None,
+        code_dim: int | None = None,
+        channel_first: bool = False,
+        update: str = "forward",
+        sync: str = "auto",
+        precision: str = "exact",
+    ) -> None:
+        if dim < 1 or n_levels < 1:
+            raise ValueError(f"{OP}: dim and n_levels must be at least 1, got {dim} and {n_levels}")
+        if metric == "cosine":
+            raise ValueError(
+                f"{OP}: metric must be 'euclidean' or 'dot', got 'cosine'; residuals have no common length"
+            )
+        super().__init__(
+            OP, () if shared_codebook else (n_levels,), n_codes, dim if code_dim is None else code_dim,
+            decay=decay, eps=eps, metric=metric, estimator=estimator, commitment_weight=commitment_weight,
+            learnable=learnable, kmeans_init=kmeans_init, dead_code_threshold=dead_code_threshold, update=update,
+            sync=sync, precision=precision,
+        )  # fmt: skip
+        self.dim, self.n_levels, self.channel_first = dim, n_levels, channel_first
+        self.shared_codebook, self.quantize_dropout = shared_codebook, quantize_dropout
+        self.project_in = nn.Linear(dim, self.code_dim) if self.code_dim != dim else nn.Identity()
+        self.project_out = nn.Linear(self.code_dim, dim) if self.code_dim != dim else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,  # [..., dim], or [B, dim, ...] with channel_first
+        mask: Tensor | None = None,  # [...] or [B, ...] bool, True = a real vector
+    ) -> ResidualQuantized:
+        """``ResidualQuantized(quantized, indices [..., Q], commitment_losses [Q], codebook_losses [Q], sums, counts)``.
+
+        The last two are what was learned from, None in eval.
+        """
+        vectors = self._vectors(x)
+        learns = self._learns()
+        if self._waits_for_kmeans and learns:
+            self._start_from(vectors.detach().reshape(-1, self.code_dim), _flat(mask), residual=True)
+        n_used = self.n_levels
+        if self.quantize_dropout and self.training:
+            n_used = int(torch.randint(1, self.n_levels + 1, ()))
+        q = residual_quantize(
+            vectors, self._levels(self._codes()), n_levels=n_used, metric=self.metric, estimator=self.estimator,
+            mask=mask, beta=self.commitment_weight, statistics=learns, precision=self.precision,
+        )  # fmt: skip
+        if n_used < self.n_levels:
+            q = self._pad(q, self.n_levels - n_used)
+        if learns:
+            self._learn(q, vectors.detach(), mask)
+        quantized = q.quantized.to(x.dtype)
+        if not isinstance(self.project_out, nn.Identity):
+            quantized = self.project_out(q.quantized.to(self.project_out.weight.dtype))
+            if mask is not None:
+                quantized = torch.where(mask[..., None], quantized, 0)
+        return q._replace(quantized=self._outward(quantized))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Indices [..., Q] of all levels, as ``forward`` in eval returns them."""
+        with torch.no_grad():
+            return residual_quantize(
+                self._vectors(x), self._levels(self.codebook), metric=self.metric, precision=self.precision
+            ).indices
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """The vectors that ``forward`` gives for these indices [..., Q]; a level with -1 adds nothing.
+
+        Fewer levels than Q may be given: the first ones.
+        """
+        levels = self._levels(self.codebook)
+        total = torch.zeros(*indices.shape[:-1], self.code_dim, device=levels.device, dtype=levels.dtype)
+        for q in range(indices.shape[-1]):
+            index = indices[..., q]
+            total = total + torch.where((index >= 0)[..., None], levels[q][index.clamp(min=0)], 0)
+        if isinstance(self.project_out, nn.Identity):
+            return self._outward(total)
+        vectors = self.project_out(total.to(self.project_out.weight.dtype))
+        return self._outward(torch.where((indices >= 0).any(dim=-1)[..., None], vectors, 0))
+
+    def extra_repr(self) -> str:
+        shared = ", shared codebook" if self.shared_codebook else ""
+        return f"dim={self.dim}, n_codes={self.n_codes}, n_levels={self.n_levels}, code_dim={self.code_dim}{shared}"
+
+    def _levels(self, codebook: Tensor) -> Tensor:  # [Q, K, c]
+        return codebook.expand(self.n_levels, -1, -1) if self.shared_codebook else codebook
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        axis = 1 if self.channel_first else -1
+        if x.dim() < (2 if self.channel_first else 1) or x.shape[axis] != self.dim:
+            layout = "[B, dim, ...]" if self.channel_first else "[..., dim]"
+            raise ValueError(
+                f"{OP}: x must be {layout} with dim = {self.dim}, got {list(x.shape)}; "
+                f"channel_first is {self.channel_first}"
+            )
+        return self.project_in(x.movedim(1, -1) if self.channel_first else x)
+
+    def _outward(self, vectors: Tensor) -> Tensor:
+        return vectors.movedim(-1, 1) if self.channel_first else vectors
+
+    def _pad(self, q: ResidualQuantized, n_missing: int) -> ResidualQuantized:
+        def zeros(t: Tensor) -> Tensor:
+            return torch.cat([t, t.new_zeros(n_missing, *t.shape[1:])])
+
+        return ResidualQuantized(
+            q.quantized,
+            torch.cat([q.indices, q.indices.new_full((*q.indices.shape[:-1], n_missing), -1)], dim=-1),
+            zeros(q.commitment_losses),
+            zeros(q.codebook_losses),
+            None if q.sums is None else zeros(q.sums),
+            None if q.counts is None else zeros(q.counts),
+        )
+
+    def _learn(self, q: ResidualQuantized, vectors: Tensor, mask: Tensor | None) -> None:
+        assert q.sums is not None and q.counts is not None
+        rows, flat_mask = vectors.reshape(-1, self.code_dim), _flat(mask)
+        if self.shared_codebook:
+            self._record(None if self.learnable else q.sums.sum(dim=0), q.counts.sum(dim=0), rows, flat_mask)
+            return
+        if self.dead_code_threshold is None:
+            left = rows.expand(self.n_levels, -1, -1)
+        else:
+            # What each level saw; only where dead codes may want it, for it is Q times x.
+            residual, seen = rows.float(), []
+            for codes, index in zip(self.codebook.detach(), q.indices.reshape(-1, self.n_levels).t(), strict=True):
+                seen.append(residual)
+                residual = residual - torch.where((index >= 0)[:, None], codes[index.clamp(min=0)], 0)
+            left = torch.stack(seen)
+        masks = None if flat_mask is None else flat_mask.expand(self.n_levels, -1)
+        self._record(None if self.learnable else q.sums, q.counts, left, masks)
+
+
+def _flat(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.reshape(-1)

@@ -1,0 +1,208 @@
+"""Vector quantization with a learned codebook, as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastvq.nn.codebook import LearnedCodebook
+from fastvq.ops import Quantized, code_statistics, nearest, quantize
+
+__all__ = ["GroupedVQ", "VectorQuantizer"]
+
+
+class VectorQuantizer(LearnedCodebook):
+    """Replaces vectors by their nearest codes, and learns the codes (van den Oord et al. 2017).
+
+    In training each forward also updates the codebook by the exponential moving average of ``fastvq.ops.ema_update_``,
+    after its outputs are made: what it returns are the codes before the update. With ``learnable=True`` the codebook is
+    a parameter instead, trained by ``codebook_loss``. In eval no buffer changes.
+
+    Args:
+        dim: D, width of the input vectors.
+        n_codes: K.
+        decay, eps: of the moving average.
+        metric: "euclidean", "cosine" (input and codes are kept at unit length) or "dot".
+        estimator: gradient to the input: "straight_through", "rotation" or "none".
+        commitment_weight: beta of the commitment loss.
+        learnable: codes are a parameter; add ``codebook_loss`` to the loss.
+        kmeans_init: the first training batch starts the codebook by k-means (over all ranks together).
+        dead_code_threshold: a code whose average number of vectors a step falls below it takes a random vector of the
+            batch.
+        code_dim: width of the codes, D/heads unless given; where heads * code_dim is not D, linear layers
+            ``project_in`` and ``project_out`` lie around the lookup (Yu et al. 2022).
+        heads: each vector is cut into so many parts, quantized apart.
+        separate_codebook_per_head: a codebook for each head, rather than one for all.
+        channel_first: input is [B, D, ...] rather than [..., D]; it is read in place.
+        update: "forward" as said, or "manual": statistics add up until ``fastvq.nn.update_codebooks(model)``, so
+            ``decode(indices)`` equals ``quantized`` through a whole step, and micro-batches count as one.
+        sync: "auto": statistics are summed over the ranks of ``torch.distributed`` where there are several (one message
+            a forward, or one for the whole model with ``update_codebooks``); "none": each rank learns by itself.
+        precision: of the lookup, see ``fastvq.ops.nearest``.
+
+    A forward that runs inside a backward (activation checkpointing) neither updates nor records, and uses the codes of
+    the last training forward. ``freeze()`` stops all learning. ``usage()`` tells how many codes are used.
+
+    The buffers stay float32 when the module is cast. ``codebook`` is [K, code_dim], with separate heads
+    [H, K, code_dim].
+
+    Raises:
+        ValueError: sizes or options that do not fit, named in the message.
+
+    Example:
+        >>> vq = VectorQuantizer(64, 512)
+        >>> q = vq(torch.randn(8, 100, 64))
+        >>> q.quantized.shape, q.indices.shape
+        (torch.Size([8, 100, 64]), torch.Size([8, 100]))
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        n_codes: int,
+        *,
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        metric: str = "euclidean",
+        estimator: str = "straight_through",
+        commitment_weight: float = 0.25,
+        learnable: bool = False,
+        kmeans_init: bool = False,
+        dead_code_threshold: float | None = None,
+        code_dim: int | None = None,
+        heads: int = 1,
+        separate_codebook_per_head: bool = False,
+        channel_first: bool = False,
+        update: str = "forward",
+        sync: str = "auto",
+        precision: str = "exact",
+    ) -> None:
+        name = f"fastvq.nn.{type(self).__name__}"
+        if dim < 1 or heads < 1:
+            raise ValueError(f"{name}: dim and heads must be at least 1, got {dim} and {heads}")
+        if code_dim is None:
+            if dim % heads:
+                raise ValueError(
+                    f"{name}: dim must be a multiple of heads, got {dim} and {heads}; give code_dim for a projection"
+                )
+            code_dim = dim // heads
+        super().__init__(
+            name, (heads,) if separate_codebook_per_head and heads > 1 else (), n_codes, code_dim,
+            decay=decay, eps=eps, metric=metric, estimator=estimator, commitment_weight=commitment_weight,
+            learnable=learnable, kmeans_init=kmeans_init, dead_code_threshold=dead_code_threshold, update=update,
+            sync=sync, precision=precision,
+        )  # fmt: skip
+        self.dim, self.heads, self.channel_first = dim, heads, channel_first
+        width = heads * code_dim
+        self.project_in = nn.Linear(dim, width) if width != dim else nn.Identity()
+        self.project_out = nn.Linear(width, dim) if width != dim else nn.Identity()
+
+    def forward(
+        self,
+        x: Tensor,  # [..., dim], or [B, dim, ...] with channel_first
+        mask: Tensor | None = None,  # [...] or [B, ...] bool, True = a real vector
+    ) -> Quantized:
+        """``Quantized(quantized, indices, commitment_loss, codebook_loss)``.
+
+        quantized has x's shape; indices [...], with several heads [..., heads]; -1 and zeros where masked.
+        """
+        vectors, heads_mask = self._vectors(x), self._heads_mask(mask)
+        if self._waits_for_kmeans and self._learns():
+            self._start_from(vectors.detach(), heads_mask)
+        codes = self._codes()
+        q = quantize(
+            vectors, codes, metric=self.metric, estimator=self.estimator, mask=heads_mask, beta=self.commitment_weight,
+            precision=self.precision,
+        )  # fmt: skip
+        if self._learns():
+            self._learn(vectors.detach(), q.indices, heads_mask)
+        quantized = self._join(q.quantized, x.dtype)
+        if mask is not None and not isinstance(self.project_out, nn.Identity):
+            quantized = torch.where(mask[..., None], quantized, 0)  # a projection has a bias
+        return Quantized(self._outward(quantized), self._heads_last(q.indices), q.commitment_loss, q.codebook_loss)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Indices as ``forward`` returns them."""
+        with torch.no_grad():
+            indices = nearest(self._vectors(x), self._stored(), metric=self.metric, precision=self.precision)
+        return self._heads_last(indices)
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """The vectors that ``forward`` gives for these indices, laid out as its input; zeros for -1."""
+        real = indices >= 0
+        codes, index = self._stored(), indices.clamp(min=0)
+        head = torch.arange(self.heads, device=codes.device)
+        chosen = torch.where(real[..., None], codes[head, index] if self.lead else codes[index], 0)
+        if self.heads > 1:
+            chosen = chosen.flatten(-2)
+            real = real.any(dim=-1)
+        if isinstance(self.project_out, nn.Identity):
+            return self._outward(chosen)
+        vectors = self.project_out(chosen.to(self.project_out.weight.dtype))
+        return self._outward(torch.where(real[..., None], vectors, 0))
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, n_codes={self.n_codes}, code_dim={self.code_dim}, heads={self.heads}, {self.metric}"
+
+    def _stored(self) -> Tensor:
+        if self.learnable and self.metric == "cosine":
+            return nn.functional.normalize(self.codebook, dim=-1)
+        return self.codebook
+
+    def _vectors(self, x: Tensor) -> Tensor:
+        """x as the lookup takes it: [..., c]; [..., H, c] with a shared codebook; [H, ..., c] with separate ones."""
+        axis = 1 if self.channel_first else -1
+        if x.dim() < (2 if self.channel_first else 1) or x.shape[axis] != self.dim:
+            layout = "[B, dim, ...]" if self.channel_first else "[..., dim]"
+            raise ValueError(
+                f"fastvq.nn.{type(self).__name__}: x must be {layout} with dim = {self.dim}, got {list(x.shape)}; "
+                f"channel_first is {self.channel_first}"
+            )
+        vectors = self.project_in(x.movedim(1, -1) if self.channel_first else x)
+        if self.heads > 1:
+            vectors = vectors.unflatten(-1, (self.heads, self.code_dim))
+            if self.lead:
+                vectors = vectors.movedim(-2, 0)
+        return self._prepare(vectors)
+
+    def _heads_mask(self, mask: Tensor | None) -> Tensor | None:
+        if mask is None or self.heads == 1:
+            return mask
+        return mask.expand(self.heads, *mask.shape) if self.lead else mask[..., None].expand(*mask.shape, self.heads)
+
+    def _heads_last(self, indices: Tensor) -> Tensor:
+        return indices.movedim(0, -1) if self.lead else indices
+
+    def _join(self, quantized: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.heads > 1:
+            quantized = (quantized.movedim(0, -2) if self.lead else quantized).flatten(-2)
+        if isinstance(self.project_out, nn.Identity):
+            return quantized.to(dtype)
+        return self.project_out(quantized.to(self.project_out.weight.dtype))
+
+    def _outward(self, vectors: Tensor) -> Tensor:
+        return vectors.movedim(-1, 1) if self.channel_first else vectors
+
+    def _learn(self, vectors: Tensor, indices: Tensor, mask: Tensor | None) -> None:
+        heads = self.heads if self.lead else None
+        sums, counts = code_statistics(vectors, indices, self.n_codes, n_heads=heads)
+        rows = vectors.reshape(*self.lead, -1, self.code_dim)
+        flat_mask = None if mask is None else mask.reshape(*self.lead, -1)
+        self._record(None if self.learnable else sums, counts, rows, flat_mask)
+
+
+class GroupedVQ(VectorQuantizer):
+    """Cuts vectors into ``n_groups`` parts, each quantized by a codebook of its own (product quantization).
+
+    A ``VectorQuantizer`` with as many heads as groups and separate codebooks: indices are [..., n_groups], all groups
+    are looked up in one call and synchronised in one message. Further options are those of ``VectorQuantizer``.
+
+    Raises:
+        ValueError: dim is no multiple of n_groups.
+    """
+
+    def __init__(self, dim: int, n_codes: int, n_groups: int, **options: object) -> None:
+        for name in ("heads", "separate_codebook_per_head"):
+            if name in options:
+                raise ValueError(f"fastvq.nn.GroupedVQ: {name} is set by n_groups; leave it out")
+        super().__init__(dim, n_codes, heads=n_groups, separate_codebook_per_head=True, **options)  # type: ignore[arg-type]

@@ -1,0 +1,74 @@
+"""The lookup kernel below its operator: how often its certificate fails. Exact indices alone would not show that."""
+
+import pytest
+import torch
+
+from fastvq import _native
+
+pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason="the extension is not built")
+
+
+def lookup(x, codebook, metric="euclidean", fast=False):
+    """Indices, the rows whose few survivors were scored by the definition, and those scored against every code."""
+    indices = torch.empty(x.shape[0], dtype=torch.int64)
+    x, rows = _native.rows_view(x, None)
+    rescored, scanned = _native._cpu.nearest(
+        rows, _native.codes_view(codebook), _native.metric_code(metric), fast, indices.data_ptr(), _native.isa(), 1
+    )
+    return indices, rescored, scanned
+
+
+@pytest.fixture(params=_native.available_isas())
+def isa(request, monkeypatch):
+    monkeypatch.setenv("FASTVQ_CPU_ISA", request.param)
+    return request.param
+
+
+def gaussian(n, k, d):
+    generator = torch.Generator().manual_seed(n + k + d)
+    return torch.randn(n, d, generator=generator), torch.randn(k, d, generator=generator)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
+@pytest.mark.parametrize(("k", "d"), [(1000, 8), (1000, 31), (512, 256)])
+def test_gaussian_rows_are_certified(k, d, metric, isa):
+    x, codebook = gaussian(3001, k, d)
+    _, rescored, scanned = lookup(x, codebook, metric)
+    assert rescored < 0.01 * len(x)
+    assert scanned == 0
+
+
+def test_an_offset_that_x_and_the_codes_share_costs_nothing(isa):
+    # Without centring float32 tells none of these codes from another: every row would be scanned.
+    x, codebook = gaussian(2000, 500, 64)
+    _, rescored, scanned = lookup(x.double() + 1e4, codebook.double() + 1e4)
+    assert rescored < 0.01 * len(x)
+    assert scanned == 0
+
+
+@pytest.mark.parametrize("size", [1e6, 1e25])
+def test_one_huge_code_spoils_no_row(size, isa):
+    x, codebook = gaussian(2000, 1000, 16)
+    codebook[500] *= size
+    _, rescored, scanned = lookup(x, codebook)
+    assert rescored < 0.01 * len(x)
+    assert scanned == 0
+
+
+def test_pairs_of_equal_codes_are_rescored_not_scanned(isa):
+    x, codebook = gaussian(500, 300, 32)
+    indices, rescored, scanned = lookup(x, torch.cat([codebook, codebook]))
+    assert indices.max() < 300
+    assert (rescored, scanned) == (500, 0)
+
+
+def test_many_equal_codes_are_scanned(isa):
+    x, codebook = gaussian(300, 1, 32)
+    indices, rescored, scanned = lookup(x, codebook.expand(1000, 32))
+    assert not indices.any()
+    assert (rescored, scanned) == (0, 300)
+
+
+def test_fast_never_scores_by_the_definition(isa):
+    x, codebook = gaussian(300, 40, 32)
+    assert lookup(x, torch.cat([codebook, codebook]), fast=True)[1:] == (0, 0)
