@@ -19,11 +19,11 @@ __all__ = ["PRESETS", "PRIOR_PRESETS", "train_prior", "train_vqvae"]
 
 # What a set is trained with where nothing else is asked for; other sets are trained like the photographs.
 PRESETS: dict[str, dict[str, Any]] = {
-    "digits": dict(levels=1, codes=128, code_dim=16, hidden=64, steps=1200, batch_size=32, lr=2e-3, augment="shift"),
+    "digits": dict(levels=1, codes=256, code_dim=16, hidden=64, steps=1600, batch_size=32, lr=2e-3, augment="shift"),
     "photographs": dict(levels=2, codes=512, code_dim=32, hidden=64, steps=3000, batch_size=16, lr=1e-3, augment="flip"),
 }
 PRIOR_PRESETS: dict[str, dict[str, Any]] = {
-    "digits": dict(channels=64, layers=6, steps=2000, batch_size=64, lr=1e-3, augment="shift"),
+    "digits": dict(channels=48, layers=5, steps=1500, batch_size=64, lr=2e-3, augment="shift"),
     "photographs": dict(channels=96, layers=8, steps=4000, batch_size=32, lr=1e-3, augment="flip"),
 }
 SHOWN = 32  # pictures of a reconstruction grid

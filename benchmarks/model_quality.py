@@ -1,0 +1,154 @@
+"""What the reference model achieves: digits, photographs, an edit. Trained as the command's users train, from one seed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastvq.cli.pictures import PAIRED, edit_picture, grid, paired, save_png, usage_plot
+from fastvq.cli.shared import count_codes, read_model, read_priors
+from fastvq.cli.train import train_prior, train_vqvae
+from fastvq.data import Digits, Loader, Photographs, normalise, psnr
+from fastvq.models import edit
+from fastvq.models.autoencoder import Autoencoder
+from fastvq.models.editing import region_mask
+
+__all__ = ["digits", "photographs"]
+
+Report = Callable[..., None]
+PER_CLASS = 20  # samples that the classifier labels
+# 64x64 crops: (name, options of `fastvq train vqvae`). 64 ids; 64 + 256; 64 positions of 5 ids each.
+PHOTOGRAPH_MODELS = {
+    "top level alone, 8x8 ids": dict(levels=1, downsample=8),
+    "two levels, 8x8 + 16x16 ids": dict(levels=2, downsample=4),
+    "one level of as many ids, 8x8 of 5 (residual)": dict(levels=1, downsample=8, quantizer="residual", depth=5),
+}
+PHOTOGRAPH_OPTIONS = dict(hidden=32, codes=256, code_dim=32, batch_size=16, lr=2e-3)
+
+
+class Classifier(nn.Module):
+    """A small CNN that labels digits [B, 1, 28, 28]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Flatten(), nn.Dropout(0.3), nn.Linear(64 * 49, 128), nn.ReLU(), nn.Linear(128, 10),
+        )  # fmt: skip
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.body(image)
+
+
+def digits(folder: Path, figures: Path, report: Report, *, share: float = 1.0) -> None:
+    """Trains model, prior and classifier; ``share`` of the steps, for a quick look."""
+    began = time.perf_counter()
+    busy = time.process_time()
+    model_folder, prior_folder = folder / "vqvae", folder / "prior"
+    train_vqvae("digits", model_folder, resume=True, device="cpu", save_every=400, steps=_steps(1600, share))
+    train_prior(model_folder, prior_folder, resume=True, device="cpu", save_every=500, steps=_steps(1500, share))
+    model = read_model(model_folder)
+    priors = read_priors(prior_folder, model)
+    held_out = Digits("held-out")
+    images = normalise(held_out.pixels)
+    maps = model.encode_maps(images)
+    decoded = model.decode_maps(maps)
+    report("digits, PSNR of 500 held-out digits, dB", float(psnr(images, decoded).mean()), ">=", 24,
+           note=f"{maps[0].shape[1]}x{maps[0].shape[2]} map, mean over digits")  # fmt: skip
+    used = float((count_codes(model, maps)[0] > 0).float().mean())
+    report("digits, share of codes in use", used, ">", 0.8, note=f"K = {model.n_codes[0]}, on the held-out digits")
+    shown = torch.arange(0, 500, 500 // 16)[:16]
+    save_png(figures / "model_digits.png", grid(paired(images[shown], decoded[shown], 16), 16, title=PAIRED))
+    save_png(figures / "model_usage.png", usage_plot(count_codes(model, maps)))
+
+    classifier = _classifier(_steps(700, share))
+    right = (classifier(images).argmax(1) == held_out.labels).float().mean()
+    report("digits, classifier on held-out digits", float(right), ">=", 0.97)
+    labels = torch.arange(10).repeat_interleave(PER_CLASS)
+    drawn = model.generate(len(labels), labels, priors=priors, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        right = (classifier(drawn).argmax(1) == labels).float().mean()
+    report("digits, samples labelled as asked", float(right), ">=", 0.8, note=f"{PER_CLASS} of each class, temperature 1")
+    first = drawn.view(10, PER_CLASS, 1, 28, 28)[:, :16].flatten(0, 1)
+    save_png(figures / "model_samples.png", grid(first, 16, rows=[str(c) for c in range(10)]))
+    report("digits, wall seconds in all", time.perf_counter() - began, "<=", 600,
+           note=f"{time.process_time() - busy:.0f} processor seconds; includes training of all three networks")  # fmt: skip
+    _edits(model, priors, held_out, figures, report)
+
+
+def photographs(folder: Path, figures: Path, report: Report, *, share: float = 1.0) -> None:
+    """One level, two levels, and one level with as many ids, trained alike."""
+    held_out = Photographs("held-out", 64)
+    images = normalise(torch.stack([held_out.read(i).pixels for i in range(200)]))
+    reached: dict[str, float] = {}
+    rows = [images[:12]]
+    for name, options in PHOTOGRAPH_MODELS.items():
+        where = folder / f"photographs-{'-'.join(str(v) for v in options.values())}"
+        train_vqvae("photographs", where, resume=True, device="cpu", save_every=200, steps=_steps(600, share),
+                    **PHOTOGRAPH_OPTIONS, **options)  # type: ignore[arg-type]  # fmt: skip
+        model = read_model(where)
+        decoded = torch.cat([model.decode_maps(model.encode_maps(part)) for part in images.split(50)])
+        reached[name] = float(psnr(images, decoded).mean())
+        report(f"photographs, PSNR of 200 held-out crops, dB: {name}", reached[name])
+        rows.append(decoded[:12])
+    top, two, _ = reached.values()
+    report("photographs, two levels over the top alone, dB", two - top, ">=", 2)
+    names = ["picture", *(n.partition(",")[0] for n in PHOTOGRAPH_MODELS)]
+    save_png(figures / "model_photographs.png", grid(torch.cat(rows), 12, rows=names))
+
+
+def _edits(model: Autoencoder, priors: list, held_out: Digits, figures: Path, report: Report) -> None:
+    """One transplant and one redrawing, and what they change where nothing may change."""
+    from PIL import Image
+
+    four, nine = (int((held_out.labels == c).nonzero()[3]) for c in (4, 9))
+    images = normalise(held_out.pixels[[four, nine]])
+    box = (4, 0, 24, 12)
+    done = {
+        "transplant of the upper half of a 9 into a 4": edit(model, images[:1], box, source=images[1:]),
+        "upper half of a 4 drawn again as a 9": edit(
+            model, images[:1], box, prior=priors, labels=9, n_candidates=16,
+            generator=torch.Generator().manual_seed(1),
+        ),
+    }  # fmt: skip
+    pages = []
+    for name, edited in done.items():
+        difference = (edited.image - edited.reconstruction).abs().amax(1)
+        report(f"edit, {name}: mean change inside the region", float(edited.inside_change), ">", 0.0)
+        beyond = difference[~edited.reach]
+        report(f"edit, {name}: largest change beyond the reach", float(beyond.max()) if beyond.numel() else 0.0, "<=", 0.0,
+               note=f"{beyond.numel()} of {difference.numel()} pixels lie beyond it")  # fmt: skip
+        mask = region_mask(box, images[:1])[0]
+        pages.append(edit_picture(images[0], edited.reconstruction[0], edited.image[0], mask, name))
+    page = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages)), (255, 255, 255))
+    top = 0
+    for part in pages:
+        page.paste(part, (0, top))
+        top += part.height
+    save_png(figures / "model_edit.png", page)
+
+
+def _classifier(steps: int) -> Classifier:
+    torch.manual_seed(0)
+    classifier = Classifier()
+    optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    batches = Loader(Digits(), 64, seed=0, augment="shift").batches()
+    for _ in range(steps):
+        batch = next(batches)
+        F.cross_entropy(classifier(batch.images), batch.labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    batches.close()
+    return classifier.eval()
+
+
+def _steps(n: int, share: float) -> int:
+    return max(10, int(n * share))
