@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
 from harness.machine import commit, describe_machine, describe_versions
 from model_quality import digits, photographs
 from model_speed import speed

@@ -44,7 +44,7 @@ class PeerQuantizer(nn.Module):
 
 
 class DenseGated(nn.Module):
-    """``GatedMaskedConv2d`` as dense convolutions are used for it: every tap is computed, the masked ones times zero."""
+    """``GatedMaskedConv2d`` as dense convolutions are used for it: every tap is computed, masked ones times zero."""
 
     def __init__(self, ours: GatedMaskedConv2d) -> None:
         super().__init__()

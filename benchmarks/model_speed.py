@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from harness.timing import Call, interleave, paired_ratio, thread_count
-from model_peers import dense_prior, peer_autoencoder
 from torch import nn
 
 import fastvq
 from fastvq.models import VQVAE, VQVAE2, Prior
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.nn import update_codebooks
+from harness.timing import Call, interleave, paired_ratio, thread_count
+from model_peers import dense_prior, peer_autoencoder
 
 __all__ = ["speed"]
 
@@ -36,13 +36,14 @@ class Case:
 
 
 CASES = (
-    Case("digits 28x28, K=128, D=16, hidden 64, batch 32", lambda: VQVAE(1, 64, 128, 16, 4, **QUANTIZER), (32, 1, 28, 28)),
+    Case("digits 28x28, K=256, D=16, hidden 64, batch 32",
+         lambda: VQVAE(1, 64, 256, 16, 4, **QUANTIZER), (32, 1, 28, 28)),
     Case("photographs 64x64, two levels, K=512, D=32, hidden 64, batch 16",
          lambda: VQVAE2(3, 64, 512, 32, 4, **QUANTIZER), (16, 3, 64, 64)),
 )  # fmt: skip
 # (name, side of the map, maps drawn at once, codes, channels, layers)
 MAPS = (
-    ("digits prior, 7x7 map, K=128, 64 channels, 6 layers, 16 maps", 7, 16, 128, 64, 6),
+    ("digits prior, 7x7 map, K=256, 48 channels, 5 layers, 16 maps", 7, 16, 256, 48, 5),
     ("photograph prior, 32x32 map, K=512, 64 channels, 8 layers, 4 maps", 32, 4, 512, 64, 8),
 )
 

@@ -39,7 +39,9 @@ def huge_png():
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+    )
 
 
 BAD = {
@@ -125,7 +127,9 @@ def test_batches_follow_from_the_seed_and_their_number(augment):
         assert torch.equal(a.images, b.images) and torch.equal(a.labels, b.labels)
     epoch = torch.cat([b.images for b in whole])[:10]
     if augment == "none":
-        assert len(torch.unique(epoch, dim=0)) == len(torch.unique(torch.cat([b.images for b in some(5, 3)])[:10], dim=0))
+        assert len(torch.unique(epoch, dim=0)) == len(
+            torch.unique(torch.cat([b.images for b in some(5, 3)])[:10], dim=0)
+        )
 
 
 def test_a_shift_moves_a_whole_picture():

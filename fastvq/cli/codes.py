@@ -35,7 +35,9 @@ NO_LABEL = -1
 
 
 def encode(
-    data: Annotated[str, typer.Argument(help="a folder of pictures, tar shards, digits, photographs, torchvision:NAME")],
+    data: Annotated[
+        str, typer.Argument(help="a folder of pictures, tar shards, digits, photographs, torchvision:NAME")
+    ],
     out: Annotated[Path, typer.Option(help="folder of the id maps; one that was begun is gone on with")] = Path("ids"),
     model: Annotated[Path, typer.Option(help="folder of the trained model")] = shared.MODEL,
     split: Annotated[str, typer.Option(help="train, held-out or all")] = "all",
@@ -164,7 +166,8 @@ def _check_order(out: Path, order: dict[str, Any], place: Place) -> None:
 
 
 def _write_manifest(out: Path, model: Autoencoder, order: dict[str, Any]) -> dict[str, Any]:
-    shards, skipped = [], {}
+    shards: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
     for path in sorted(out.glob("ids-*.safetensors")):
         tensors, _ = load_tensors(OP, path, FORMAT)
         shards.append({"name": path.name, "pictures": len(tensors["labels"])})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,8 +19,9 @@ __all__ = ["info"]
 def info(
     folder: Annotated[Path | None, typer.Argument(help="a model, a prior or encoded pictures")] = None,
 ) -> None:
-    """Describe the installation, or a folder: a model or prior, its run, or maps that `encode` wrote. JSON on stdout."""
+    """Describe the installation, or a folder: a model, a prior or maps that `encode` wrote. JSON on stdout."""
     with shared.reported():
+        described: dict[str, Any]
         if folder is None:
             described = {"version": fastvq.__version__, "build": fastvq.build_info()}
         elif (folder / "manifest.json").is_file():

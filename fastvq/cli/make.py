@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -44,7 +44,9 @@ def sample(
         labels = None
         if label is not None:
             if n_classes is None or not 0 <= label < n_classes:
-                raise ValueError(f"--label must be one of the prior's classes ({n_classes or 'it has none'}), got {label}")
+                raise ValueError(
+                    f"--label must be one of the prior's classes ({n_classes or 'it has none'}), got {label}"
+                )
             labels = torch.full((n,), label)
         elif n_classes is not None:
             labels = torch.arange(n_classes).repeat_interleave(n)
@@ -68,17 +70,23 @@ def edit_command(
     box: Annotated[str | None, typer.Option(help="region x0,y0,x1,y1 in pixels; the middle unless given")] = None,
     source: Annotated[Path | None, typer.Option(help="transplant the region from this picture")] = None,
     source_index: Annotated[int | None, typer.Option(help="transplant it from this held-out picture")] = None,
-    code: Annotated[str | None, typer.Option(help="set the region to these ids, one a level, top first: 3 or 3,17")] = None,
+    code: Annotated[
+        str | None, typer.Option(help="set the region to these ids, one a level, top first: 3 or 3,17")
+    ] = None,
     swap: Annotated[str | None, typer.Option(help="swap ids in the region: 3:17,4:2")] = None,
     label: Annotated[int | None, typer.Option(help="draw the region again, as this class")] = None,
     n: Annotated[int, typer.Option(help="how many different redrawings")] = 4,
     candidates: Annotated[int, typer.Option(help="drafts for each, weighed by the ids that follow")] = 8,
     temperature: Temperature = 1.0,
-    blend: Annotated[int, typer.Option(help="put the original back outside, over a ramp of this many pixels; 0: no")] = 0,
+    blend: Annotated[
+        int, typer.Option(help="put the original back outside, over a ramp of this many pixels; 0: no")
+    ] = 0,
     model: Model = shared.MODEL,
     prior: PriorFolder = shared.PRIOR,
     size: Annotated[int | None, typer.Option(help="bring the picture to this side")] = None,
-    out: Annotated[Path, typer.Option(help="picture, reconstruction, edit and change, side by side")] = Path("edit.png"),
+    out: Annotated[Path, typer.Option(help="picture, reconstruction, edit and change, side by side")] = Path(
+        "edit.png"
+    ),
     seed: int = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
 ) -> None:
@@ -92,15 +100,21 @@ def edit_command(
             picture, own_label = _held_out(model, index)
         picture = picture.to(device)
         height, width = picture.shape[2:]
-        region = _numbers("--box", box, 4) if box else [width // 4, height // 4, width - width // 4, height - height // 4]
-        way: dict[str, object] = {}
+        region = (
+            _numbers("--box", box, 4) if box else [width // 4, height // 4, width - width // 4, height - height // 4]
+        )
+        way: dict[str, Any] = {}
         if source is not None or source_index is not None:
-            other = shared.picture_file(source, autoencoder, width) if source else _held_out(model, source_index or 0)[0]
+            other = (
+                shared.picture_file(source, autoencoder, width) if source else _held_out(model, source_index or 0)[0]
+            )
             way["source"] = other.to(device)
         if code is not None:
             way["codes"] = _numbers("--code", code, autoencoder.levels)
         if swap is not None:
-            way["swap"] = dict(_numbers("--swap", pair.replace(":", ","), 2) for pair in swap.split(","))
+            way["swap"] = {
+                old: new for old, new in (_numbers("--swap", pair.replace(":", ","), 2) for pair in swap.split(","))
+            }
         if not way:
             priors = shared.read_priors(prior, autoencoder, device)
             label = own_label if label is None else label
@@ -112,7 +126,7 @@ def edit_command(
         edited = edit(
             autoencoder, picture.expand(repeats, -1, -1, -1), region, blend=blend,
             generator=torch.Generator(device).manual_seed(seed), **way,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
         for i in range(repeats):
             path = out if i == 0 else out.with_name(f"{out.stem}-{i}{out.suffix}")
             title = f"change inside {edited.inside_change[i]:.4f}, outside {edited.outside_change[i]:.4f}"

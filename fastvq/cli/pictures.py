@@ -49,7 +49,9 @@ def grid(
     n_rows = -(-len(images) // columns)
     left = max((_text_width(name) for name in rows), default=0) + (2 * GAP if rows else 0)
     top = LINE + GAP if title else 0
-    page = Image.new("RGB", (max(left + columns * cell_w, _text_width(title)) + GAP, top + n_rows * cell_h + GAP), PAPER)
+    page = Image.new(
+        "RGB", (max(left + columns * cell_w, _text_width(title)) + GAP, top + n_rows * cell_h + GAP), PAPER
+    )
     draw = ImageDraw.Draw(page)
     if title:
         draw.text((GAP, GAP), title, fill=INK)

@@ -52,7 +52,8 @@ def progress(total: int, what: str, *, shown: bool = True) -> Iterator[Any]:
         task = bar.add_task(what, total=total, note="")
 
         def advance(done: int, note: str | None = None) -> None:
-            bar.update(task, completed=done, **({} if note is None else {"note": note}))
+            fields: dict[str, Any] = {} if note is None else {"note": note}
+            bar.update(task, completed=done, **fields)
 
         yield advance
 

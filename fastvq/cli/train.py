@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +22,9 @@ __all__ = ["PRESETS", "PRIOR_PRESETS", "train_prior", "train_vqvae"]
 # What a set is trained with where nothing else is asked for; other sets are trained like the photographs.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": dict(levels=1, codes=256, code_dim=16, hidden=64, steps=1600, batch_size=32, lr=2e-3, augment="shift"),
-    "photographs": dict(levels=2, codes=512, code_dim=32, hidden=64, steps=3000, batch_size=16, lr=1e-3, augment="flip"),
+    "photographs": dict(
+        levels=2, codes=512, code_dim=32, hidden=64, steps=3000, batch_size=16, lr=1e-3, augment="flip"
+    ),
 }
 PRIOR_PRESETS: dict[str, dict[str, Any]] = {
     "digits": dict(channels=48, layers=5, steps=1500, batch_size=64, lr=2e-3, augment="shift"),
@@ -38,7 +42,9 @@ Every = Annotated[int, typer.Option(help="steps between two checkpoints, or two 
 
 
 def train_vqvae(
-    data: Annotated[str, typer.Option(help="digits, photographs, torchvision:NAME, a folder, or tar shards")] = "digits",
+    data: Annotated[
+        str, typer.Option(help="digits, photographs, torchvision:NAME, a folder, or tar shards")
+    ] = "digits",
     out: Out = shared.MODEL,
     resume: Resume = False,
     levels: Number = None,
@@ -85,9 +91,7 @@ def train_vqvae(
         if chosen["levels"] > 1:
             arguments["levels"] = chosen["levels"]
         make = VQVAE2 if chosen["levels"] > 1 else VQVAE
-        model = make(
-            source.channels, chosen["hidden"], chosen["codes"], chosen["code_dim"], downsample, **arguments
-        )
+        model = make(source.channels, chosen["hidden"], chosen["codes"], chosen["code_dim"], downsample, **arguments)
         config = TrainConfig(
             steps=chosen["steps"], batch_size=chosen["batch_size"], accumulate=accumulate, lr=chosen["lr"], clip=clip,
             ema=ema, precision="bf16" if bf16 else "float32", compile=compile_, seed=seed, save_every=save_every,
@@ -134,7 +138,9 @@ def train_prior(
     with shared.reported(), processes(device) as place:
         autoencoder = shared.read_model(model, place.device)
         if autoencoder.depth > 1:
-            raise ValueError(f"a prior needs one id a position, and {model} gives {autoencoder.depth}: train a plain one")
+            raise ValueError(
+                f"a prior needs one id a position, and {model} gives {autoencoder.depth}: train a plain one"
+            )
         trained_on, options = shared.read_data(model)
         data = data or trained_on
         chosen = _filled(PRIOR_PRESETS.get(data, PRIOR_PRESETS["photographs"]), channels=channels, layers=layers,
@@ -163,9 +169,13 @@ def train_prior(
                 train(
                     prior, objective, loader, config, out / f"level{level}", place=place, resume=resume,
                     on_step=advance,
-                    on_log=lambda line, advance=advance: advance(line["step"], f"{line['bits_per_id']:.3f} bits an id"),
+                    on_log=partial(_show_bits, advance),
                 )  # fmt: skip
         shared.show_skipped(source)
+
+
+def _show_bits(advance: Callable[..., None], line: dict[str, Any]) -> None:
+    advance(line["step"], f"{line['bits_per_id']:.3f} bits an id")
 
 
 def _filled(preset: dict[str, Any], **given: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class Loader:
         self.rank, self.world, self.workers = rank, world, workers
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches from its ``start``-th on, without end. A stream of shards is read again up to there."""
         made = self._streamed(start) if isinstance(self.source, Shards) else self._numbered(start)
         # One batch is made while the one before it is used.
@@ -70,7 +70,8 @@ class Loader:
 
     def _streamed(self, start: int) -> Iterator[Batch]:
         assert isinstance(self.source, Shards)
-        number, held, epoch = 0, [], 0
+        held: list[Picture] = []
+        number, epoch = 0, 0
         while True:
             before = (number, len(held))
             for picture in self.source.shuffled(self.seed, epoch, rank=self.rank, world=self.world):

@@ -32,8 +32,8 @@ class _Sample(NamedTuple):
 
 
 class Shards:
-    """Pictures of WebDataset shards: members of one name, ``x.jpg`` and ``x.cls`` (or ``x.json`` with ``label``), are one
-    sample.
+    """Pictures of WebDataset shards: members of one name, ``x.jpg`` and ``x.cls`` (or ``x.json`` with ``label``), are
+    one sample.
 
     Args:
         pattern: a path or http(s) address, with ``{000..127}`` or ``*`` (paths only) for many.
@@ -73,9 +73,7 @@ class Shards:
             try:
                 if sample.data is None:
                     raise BadPicture(sample.name, f"huge: a member of more than {MAX_MEMBER_BYTES} bytes")
-                pixels = read_picture(
-                    sample.data, sample.name, channels=self.channels, size=self.size, odd=self.odd
-                )
+                pixels = read_picture(sample.data, sample.name, channels=self.channels, size=self.size, odd=self.odd)
             except BadPicture as bad:
                 self.skipped[bad.name] = bad.reason
                 continue

@@ -125,9 +125,7 @@ class ImageFolder(Source):
         self.n_classes = len(classes) or None
         self.paths: list[Path] = self._split(found)
         if not self.paths:
-            raise ValueError(
-                f"{OP}: {folder} must hold pictures ({', '.join(EXTENSIONS)}), split {split!r} has none"
-            )
+            raise ValueError(f"{OP}: {folder} must hold pictures ({', '.join(EXTENSIONS)}), split {split!r} has none")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -18,7 +18,7 @@ after it, and so to the decoder.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -141,7 +141,7 @@ class Autoencoder(Pretrained):
         """
 
         def choose(level: int, features: Tensor) -> tuple[Tensor, Tensor]:
-            ids = self.quantizers[level].encode(features)
+            ids = self._quantizer(level).encode(features)
             return self._codes(level, ids), ids
 
         return self._descend(self._features(image), choose)[1]
@@ -184,8 +184,8 @@ class Autoencoder(Pretrained):
             generator: source of the draws; one seed gives one set of pictures.
 
         Raises:
-            ValueError: the number of priors is not that of the levels, a bare PixelCNN is given without ``size``, labels
-                are not [n] or out of range.
+            ValueError: the number of priors is not that of the levels, a bare PixelCNN is given without ``size``,
+                labels are not [n] or out of range.
         """
         op = f"{self.op}.generate"
         found = as_priors(op, priors, self.levels)
@@ -202,9 +202,7 @@ class Autoencoder(Pretrained):
         ]  # fmt: skip
         maps: list[Tensor] = []
         for prior, (h, w) in zip(found, shapes, strict=True):
-            maps.append(
-                prior.sample((n, h, w), labels, maps, temperature=temperature, generator=generator, **sampling)
-            )
+            maps.append(prior.sample((n, h, w), labels, maps, temperature=temperature, generator=generator, **sampling))
         return self.decode_maps(maps)
 
     def reach(
@@ -214,7 +212,7 @@ class Autoencoder(Pretrained):
         """[B, H, W] bool: the pixels that codes at those positions can change; all others are the same, to the bit."""
         carried = masks[0][:, None]
         for level in range(1, self.levels):
-            carried = masks[level][:, None] | self.expands[level - 1].reach(carried)
+            carried = masks[level][:, None] | cast(Decoder, self.expands[level - 1]).reach(carried)
         return self.decoder.reach(carried)[:, 0]
 
     def map_shapes(self, height: int, width: int) -> list[tuple[int, int]]:
@@ -231,7 +229,7 @@ class Autoencoder(Pretrained):
                 f"{self.op}: H and W of image must be multiples of {stride}, the top level's stride, "
                 f"got {list(image.shape)}; resize or pad it"
             )
-        features = []
+        features: list[Tensor] = []
         for encoder in self.encoders:
             image = encoder(image)
             features.insert(0, image)
@@ -248,9 +246,12 @@ class Autoencoder(Pretrained):
             maps.append(ids)
         return carried, maps
 
+    def _quantizer(self, level: int) -> Any:
+        return self.quantizers[level]
+
     def _codes(self, level: int, ids: Tensor) -> Tensor:
         """[B, D, h, w] in the CNNs' type; codebooks stay float32 when a module is cast."""
-        return self.quantizers[level].decode(ids).to(self.decoder.mix.weight.dtype)
+        return self._quantizer(level).decode(ids).to(self.decoder.mix.weight.dtype)
 
     def _check_maps(self, maps: Sequence[Tensor]) -> None:
         if len(maps) != self.levels:

@@ -6,6 +6,8 @@ leaves everything beyond it as it was. ``reach`` says how far that is, layer by 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,6 +25,8 @@ def widen(
 class ResidualBlock(nn.Module):
     """x + conv1x1(relu(conv3x3(relu(x)))), channels kept."""
 
+    RADIUS = 1  # rows and columns that an input reaches
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv3 = nn.Conv2d(channels, channels // 2, 3, padding=1)
@@ -34,12 +38,6 @@ class ResidualBlock(nn.Module):
     ) -> Tensor:
         return x + self.conv1(F.relu(self.conv3(F.relu(x))))
 
-    def reach(
-        self,
-        mask: Tensor,  # [B, 1, h, w] bool
-    ) -> Tensor:
-        return widen(mask, 1)
-
 
 class Encoder(nn.Module):
     """[B, in_channels, H, W] -> [B, hidden, H / downsample, W / downsample], downsample a power of two."""
@@ -48,9 +46,7 @@ class Encoder(nn.Module):
         super().__init__()
         halvings = downsample.bit_length() - 1
         widths = [in_channels, *(hidden // 2 if i + 1 < halvings else hidden for i in range(halvings))]
-        self.down = nn.ModuleList(
-            nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths))
         self.mix = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(n_blocks))
 
@@ -75,9 +71,7 @@ class Decoder(nn.Module):
         widths = [hidden, *(hidden // 2 if i + 1 < doublings else out_channels for i in range(doublings))]
         self.mix = nn.Conv2d(in_channels, hidden, 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(hidden) for _ in range(n_blocks))
-        self.up = nn.ModuleList(
-            nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.up = nn.ModuleList(nn.ConvTranspose2d(a, b, 4, stride=2, padding=1) for a, b in pairwise(widths))
 
     def forward(
         self,
@@ -96,8 +90,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """mask of inputs that change -> [B, 1, h * upsample, w * upsample] mask of the outputs that can change."""
         mask = widen(mask, 1)
-        for block in self.blocks:
-            mask = block.reach(mask)
+        for _ in self.blocks:
+            mask = widen(mask, ResidualBlock.RADIUS)
         for _ in self.up:
             # Output rows 2i - 1 .. 2i + 2 take row i: the doubled row and one more on each side.
             mask = widen(mask.repeat_interleave(2, -2).repeat_interleave(2, -1), 1)

@@ -162,4 +162,4 @@ class Pretrained(nn.Module):
             raise ValueError(f"{op}: {folder / CONFIG} does not fit this version of {kind} ({error})") from None
         tensors, _ = load_tensors(op, folder / WEIGHTS, str(kind))
         load_state(op, folder / WEIGHTS, model, tensors)
-        return model.to(device).eval()  # type: ignore[return-value]
+        return model.to(device).eval()

@@ -144,8 +144,8 @@ def region_mask(
     box = list(region)
     if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
         raise ValueError(
-            f"{OP}: region as a box must be (x0, y0, x1, y1) with 0 <= x0 < x1 <= {width} and 0 <= y0 < y1 <= {height}, "
-            f"got {box}"
+            f"{OP}: region as a box must be (x0, y0, x1, y1) with 0 <= x0 < x1 <= {width} and "
+            f"0 <= y0 < y1 <= {height}, got {box}"
         )
     mask = torch.zeros(batch, height, width, dtype=torch.bool, device=image.device)
     mask[:, box[1] : box[3], box[0] : box[2]] = True

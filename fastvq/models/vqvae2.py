@@ -70,5 +70,5 @@ class VQVAE2(Autoencoder):
         self,
         maps: Sequence[Tensor],  # one a level, top first
     ) -> Tensor:
-        """The pictures [B, C, H, W] of id maps; ValueError for maps that do not belong together or ids that are no codes."""
+        """The pictures [B, C, H, W] of id maps; ValueError for maps that do not fit or ids that are no codes."""
         return self.decode_maps(maps)

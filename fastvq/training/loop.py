@@ -42,8 +42,8 @@ def train(
 
     Every ``save_every`` steps and at the end ``folder`` gets ``state.safetensors``, all that a resumed run needs, and
     the model itself (``from_pretrained``); ``log.jsonl`` a line every ``log_every`` steps. A run that was killed at any
-    moment and is resumed ends with the weights of one that was not, to the bit on a CPU: the data, and every random
-    number, follow from the seed and the step.
+    moment and is resumed ends with the weights of one that was not, to the bit on a CPU with as many threads: the data,
+    and every random number, follow from the seed and the step.
 
     Args:
         objective: the loss of one micro-batch; it must call what it is given, not the model, for the gradients of
@@ -83,7 +83,7 @@ def train(
             for micro in range(config.accumulate):
                 last = micro + 1 == config.accumulate
                 # Gradients travel once a step, with the last micro-batch.
-                wait = contextlib.nullcontext() if last or place.world == 1 else net.no_sync()  # type: ignore[operator]
+                wait = contextlib.nullcontext() if last or place.world == 1 else net.no_sync()
                 batch = _to(next(batches), place.device)
                 with wait, torch.autocast(place.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     loss, numbers = objective(net, batch)
@@ -120,7 +120,7 @@ def train(
     barrier()
 
 
-def _wrap(model: nn.Module, config: TrainConfig, place: Place) -> Callable[..., Any]:
+def _wrap(model: nn.Module, config: TrainConfig, place: Place) -> Any:
     net: Any = torch.compile(model) if config.compile else model
     if place.world > 1:
         # Buffers are the codebooks', which fastvq.nn sums over the ranks itself.

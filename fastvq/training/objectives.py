@@ -32,7 +32,9 @@ def autoencoder_objective(net: Callable[..., Any], batch: Batch) -> Result:
     return out.loss, numbers
 
 
-def prior_objective(model: Autoencoder, level: int, *, with_labels: bool) -> Callable[[Callable[..., Any], Batch], Result]:
+def prior_objective(
+    model: Autoencoder, level: int, *, with_labels: bool
+) -> Callable[[Callable[..., Any], Batch], Result]:
     """Negative log-likelihood of a level's ids, which the frozen ``model`` makes of each batch, so that augmented
     pictures count as pictures of their own."""
 

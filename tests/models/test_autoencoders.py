@@ -16,7 +16,7 @@ def test_one_level_makes_one_map_of_the_downsampled_size(downsample, channels):
     image = torch.rand(3, channels, 24, 40)
     ids = model.encode(image)
     assert ids.shape == (3, 24 // downsample, 40 // downsample) and ids.dtype == torch.int64
-    assert 0 <= ids.min() and ids.max() < 16
+    assert ids.min() >= 0 and ids.max() < 16
     assert model.decode(ids).shape == image.shape
 
 

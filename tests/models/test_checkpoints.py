@@ -29,7 +29,11 @@ def test_a_prior_comes_back_as_it_was(tmp_path):
     prior = Prior(16, 8, 2, 3, above=[(16, 2)], shape=(4, 4)).eval()
     prior.save_pretrained(tmp_path)
     back = Prior.from_pretrained(tmp_path)
-    ids, above, labels = torch.zeros(1, 4, 4, dtype=torch.int64), [torch.ones(1, 2, 2, dtype=torch.int64)], torch.tensor([2])
+    ids, above, labels = (
+        torch.zeros(1, 4, 4, dtype=torch.int64),
+        [torch.ones(1, 2, 2, dtype=torch.int64)],
+        torch.tensor([2]),
+    )
     assert torch.equal(prior(ids, labels, above), back(ids, labels, above)) and back.shape == (4, 4)
 
 
@@ -59,7 +63,7 @@ def test_foreign_files_are_named(tmp_path):
         VQVAE2.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "hidden": 12}))
-    with pytest.raises(ValueError, match="of another shape: .* is .* not .*another configuration"):
+    with pytest.raises(ValueError, match=r"of another shape: .* is .* not .*another configuration"):
         VQVAE.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "heads_of_hydra": 9}))
     with pytest.raises(ValueError, match="does not fit this version of VQVAE"):

@@ -83,7 +83,11 @@ def test_a_swap_exchanges_two_codes():
     model, image = large(small_vqvae)
     before = model.encode(image)
     where = positions(region_mask(BOX, image), 4)
-    a, b = (int(v) for v in before[where].unique()[:2]) if before[where].unique().numel() > 1 else (int(before[where][0]), 0)
+    a, b = (
+        (int(v) for v in before[where].unique()[:2])
+        if before[where].unique().numel() > 1
+        else (int(before[where][0]), 0)
+    )
     done = edit(model, image, BOX, swap={a: b, b: a})
     expected = torch.where(before == a, b, torch.where(before == b, a, before))
     assert torch.equal(done.maps[0], torch.where(where, expected, before))
