@@ -81,6 +81,33 @@ PYBIND11_MODULE(_cpu, m) {
     ema_update(buffers, pointer<const void>(sums), sums_double, pointer<const int64_t>(counts),
                {decay, eps, laplace, debias}, n_threads);
   });
+  m.def("residual_quantize", [](const RowsTuple& x, const CodesTuple& levels, int metric, bool fast, int64_t mask,
+                                const RowsTuple& quantized, int64_t indices, int64_t squares, int64_t finite_levels,
+                                int isa, int n_threads) {
+    int64_t n_rows = 0;
+    {
+      py::gil_scoped_release release;
+      residual_quantize(rows(x), codes(levels), {static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask)},
+                        rows(quantized),
+                        {pointer<int64_t>(indices), pointer<double>(squares), &n_rows, pointer<int32_t>(finite_levels)},
+                        static_cast<Isa>(isa), n_threads);
+    }
+    return n_rows;
+  });
+  m.def("residual_statistics", [](const RowsTuple& x, const CodesTuple& levels, int64_t indices, int64_t finite_levels,
+                                  int64_t sums, bool sums_double, int64_t counts, int n_threads) {
+    py::gil_scoped_release release;
+    residual_statistics(rows(x), codes(levels), pointer<const int64_t>(indices), pointer<const int32_t>(finite_levels),
+                        pointer<void>(sums), sums_double, pointer<int64_t>(counts), n_threads);
+  });
+  m.def("residual_backward", [](const RowsTuple& x, const CodesTuple& levels, int64_t indices,
+                                const std::optional<RowsTuple>& grad_quantized, int64_t scales,
+                                const RowsTuple& grad_x, int n_threads) {
+    py::gil_scoped_release release;
+    const Rows g = rows(grad_quantized.value_or(RowsTuple{}));
+    residual_backward(rows(x), codes(levels), pointer<const int64_t>(indices), grad_quantized ? &g : nullptr,
+                      pointer<const double>(scales), rows(grad_x), n_threads);
+  });
   m.def("fma_peak", [](int isa, double milliseconds) {
     py::gil_scoped_release release;
     return fma_peak(static_cast<Isa>(isa), milliseconds);

@@ -63,6 +63,30 @@ QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, 
 void quantize_backward(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized,
                        double scale, bool rotation, const Rows& grad_x, Isa isa, int n_threads);
 
+// ---- residual quantization (cpu/residual.cpp); a level is a head of `levels` [Q, K, D], x has one head ----
+
+struct ResidualOptions {
+  Metric metric;
+  bool fast;
+  const uint8_t* mask;  // [N] or null
+};
+struct ResidualOutputs {
+  int64_t* indices;        // [N, Q], -1 where masked
+  double* squares;         // [Q], of (r_q - c_q) over real vectors
+  int64_t* n_rows;         // real vectors
+  int32_t* finite_levels;  // [N] zeros or null: how many of a row's residuals, from the first, are finite
+};
+// Residuals are float, or double where x or the codes are.
+void residual_quantize(const Rows& x, const Codes& levels, const ResidualOptions& options, const Rows& quantized,
+                       const ResidualOutputs& out, Isa isa, int n_threads);
+// Sums (float; double where asked, or x or the codes are) and counts of the finite residuals per level and code, added
+// up in double and in row order.
+void residual_statistics(const Rows& x, const Codes& levels, const int64_t* indices, const int32_t* finite_levels,
+                         void* sums, bool sums_double, int64_t* counts, int n_threads);
+// grad_x = grad_quantized (null: zero) + sum over q of scales[q] (r_q - c_q), zero where masked.
+void residual_backward(const Rows& x, const Codes& levels, const int64_t* indices, const Rows* grad_quantized,
+                       const double* scales, const Rows& grad_x, int n_threads);
+
 // GFLOP/s of float32 multiply-adds on the calling thread; GB/s of reading memory.
 double fma_peak(Isa isa, double milliseconds);
 double read_peak(int64_t n_bytes, int n_threads);

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvq import _native
 from fastvq.ops.ema.cpu import code_statistics
 
-__all__ = ["quantize", "quantize_backward", "refuse"]
+__all__ = ["Output", "quantize", "quantize_backward", "refuse"]
 
 
 def refuse(x: Tensor, codebook: Tensor, *_: Any) -> str | None:
@@ -23,7 +23,7 @@ def _heads(codebook: Tensor) -> int | None:
     return codebook.shape[0] if codebook.dim() == 3 else None
 
 
-class _Output:
+class Output:
     """A tensor like ``x`` for a kernel to write, through a buffer where two strides cannot walk its rows."""
 
     def __init__(self, x: Tensor, n_heads: int | None) -> None:
@@ -44,7 +44,7 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = _heads(codebook)
     indices = torch.empty(x.shape[:-1], dtype=torch.int64)
-    quantized = _Output(x, heads)
+    quantized = Output(x, heads)
     x, rows = _native.rows_view(x, heads)
     mask = None if mask is None else mask.contiguous()
     square, n_rows = _native._cpu.quantize_forward(
@@ -74,7 +74,7 @@ def quantize_backward(
     scale = 2 / max(1, int((indices >= 0).sum()) * x.shape[-1])
     if need_x:
         heads = _heads(codebook)
-        out = _Output(x, heads)
+        out = Output(x, heads)
         incoming, g = (None, None) if grad_quantized is None else _native.rows_view(grad_quantized, heads)
         kept, rows = _native.rows_view(x, heads)
         _native._cpu.quantize_backward(

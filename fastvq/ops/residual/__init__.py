@@ -22,6 +22,10 @@ FORWARD = {
     "cpu": Implementation(cpu.residual_quantize, cpu.refuse),
     "reference": Implementation(reference.residual_quantize, lambda *_: None),
 }
+BACKWARD = {
+    "cpu": Implementation(cpu.residual_quantize_backward, cpu.refuse),
+    "reference": Implementation(reference.residual_quantize_backward, lambda *_: None),
+}
 
 
 class ResidualQuantized(NamedTuple):
@@ -135,7 +139,7 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, codebooks, _mask, _metric, ctx.estimator, ctx.beta, *_ = inputs
+    x, codebooks, _mask, _metric, ctx.estimator, ctx.beta, _statistics, _precision, ctx.backend = inputs
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, codebooks, output[3])
@@ -145,14 +149,24 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, codebooks, indices = ctx.saved_tensors
     need_x, need_codebooks = ctx.needs_input_grad[:2]
     grad_x, grad_codebooks = torch.ops.fastvq.residual_quantize_backward(
-        x, codebooks, indices, *grads[:3], ctx.estimator, ctx.beta, need_x, need_codebooks
+        x, codebooks, indices, *grads[:3], ctx.estimator, ctx.beta, need_x, need_codebooks, ctx.backend
     )
     return grad_x if need_x else None, grad_codebooks if need_codebooks else None, *[None] * 7
 
 
+def _run_backward(
+    x: Tensor, codebooks: Tensor, indices: Tensor, grad_quantized: Tensor | None, grad_commitment: Tensor | None,
+    grad_codebook: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebooks: bool, backend: str | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    arguments = (
+        x, codebooks, indices, grad_quantized, grad_commitment, grad_codebook, estimator, beta, need_x, need_codebooks,
+    )  # fmt: skip
+    return choose(OP, BACKWARD, backend, *arguments)(*arguments)
+
+
 def _fake_backward(
     x: Tensor, codebooks: Tensor, indices: Tensor, grad_quantized: Tensor | None, grad_commitment: Tensor | None,
-    grad_codebook: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebooks: bool,
+    grad_codebook: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebooks: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return (
         torch.empty_like(x) if need_x else x.new_empty(0),
@@ -175,7 +189,7 @@ register(
 )  # fmt: skip
 register(
     "residual_quantize_backward(Tensor x, Tensor codebooks, Tensor indices, Tensor? grad_quantized, "
-    "Tensor? grad_commitment, Tensor? grad_codebook, str estimator, float beta, bool need_x, bool need_codebooks) "
-    "-> (Tensor grad_x, Tensor grad_codebooks)",
-    reference.residual_quantize_backward, _fake_backward, _no_second_derivative, lambda ctx, inputs, output: None,
+    "Tensor? grad_commitment, Tensor? grad_codebook, str estimator, float beta, bool need_x, bool need_codebooks, "
+    "str? backend) -> (Tensor grad_x, Tensor grad_codebooks)",
+    _run_backward, _fake_backward, _no_second_derivative, lambda ctx, inputs, output: None,
 )  # fmt: skip

@@ -1,16 +1,18 @@
-"""Residual quantization by the C++ kernels of one level: lookup, gather and loss in one pass, then the statistics."""
+"""Residual quantization by the C++ kernels: a block of residuals stays in cache through all levels."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fastvq.ops.ema import cpu as ema
-from fastvq.ops.quantize import cpu as one_level
+from fastvq import _native
+from fastvq.ops.quantize.cpu import Output
+from fastvq.ops.quantize.reference import gather
 from fastvq.ops.residual import reference
 
-__all__ = ["refuse", "residual_quantize"]
+__all__ = ["refuse", "residual_quantize", "residual_quantize_backward"]
 
 
 def refuse(x: Tensor, *_: Any) -> str | None:
@@ -28,6 +30,96 @@ def residual_quantize(
     statistics: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    return reference.loop(
-        one_level.quantize, ema.code_statistics, x, codebooks, mask, metric, beta, statistics, precision
-    )
+    n_levels, n_codes, dim = codebooks.shape
+    threads = torch.get_num_threads()
+    quantized = Output(x, None)
+    indices = torch.empty(*x.shape[:-1], n_levels, dtype=torch.int64)
+    squares = torch.empty(n_levels, dtype=torch.float64)
+    finite_levels = torch.zeros(x.shape[:-1] if statistics else (0,), dtype=torch.int32)
+    x, rows = _native.rows_view(x, None)
+    levels = _native.codes_view(codebooks)
+    mask = None if mask is None else mask.contiguous()
+    n_rows = _native._cpu.residual_quantize(
+        rows, levels, _native.metric_code(metric), precision == "fast", 0 if mask is None else mask.data_ptr(),
+        quantized.view, indices.data_ptr(), squares.data_ptr(), finite_levels.data_ptr(), _native.isa(), threads,
+    )  # fmt: skip
+    dtype = reference.residual_dtype(x, codebooks)
+    sums = torch.empty((n_levels, n_codes, dim) if statistics else (0,), dtype=dtype)
+    counts = torch.empty((n_levels, n_codes) if statistics else (0,), dtype=torch.int64)
+    if statistics:
+        _native._cpu.residual_statistics(
+            rows, levels, indices.data_ptr(), finite_levels.data_ptr(), sums.data_ptr(), dtype == torch.float64,
+            counts.data_ptr(), threads,
+        )  # fmt: skip
+    mean = squares / max(1, n_rows * dim)
+    loss = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return quantized.tensor(), indices, (beta * mean).to(loss), mean.to(loss), sums, counts
+
+
+def residual_quantize_backward(
+    x: Tensor,  # [..., D]
+    codebooks: Tensor,  # [Q, K, D]
+    indices: Tensor,  # [..., Q], -1 where masked
+    grad_quantized: Tensor | None,  # as x
+    grad_commitment: Tensor | None,  # [Q]
+    grad_codebook: Tensor | None,  # [Q]
+    estimator: str,
+    beta: float,
+    need_x: bool,
+    need_codebooks: bool,
+) -> tuple[Tensor, Tensor]:
+    n_levels, dim = codebooks.shape[0], codebooks.shape[-1]
+    indices = indices.contiguous()
+    kept, rows = _native.rows_view(x, None)
+    levels, threads = _native.codes_view(codebooks), torch.get_num_threads()
+    scale = 2 / max(1, int((indices[..., 0] >= 0).sum()) * dim)
+    grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
+    if need_x:
+        out = Output(x, None)
+        scales = torch.zeros(n_levels, dtype=torch.float64)
+        if grad_commitment is not None:
+            scales.copy_(grad_commitment).mul_(beta * scale)
+        incoming, g = None, None
+        if grad_quantized is not None and estimator != "none":
+            if estimator == "rotation":
+                grad_quantized = _turn(x, codebooks, indices, grad_quantized)
+            incoming, g = _native.rows_view(grad_quantized, None)
+        _native._cpu.residual_backward(rows, levels, indices.data_ptr(), g, scales.data_ptr(), out.view, threads)
+        del incoming  # it had to live until here
+        grad_x = out.tensor()
+    if need_codebooks:
+        grad_codebooks = torch.zeros_like(codebooks)
+        if grad_codebook is not None:
+            # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
+            sums, counts = torch.empty(codebooks.shape, dtype=torch.float64), indices.new_empty(codebooks.shape[:2])
+            finite = torch.where(kept.isfinite().all(-1), n_levels, 0).to(torch.int32)
+            _native._cpu.residual_statistics(
+                rows, levels, indices.data_ptr(), finite.data_ptr(), sums.data_ptr(), True, counts.data_ptr(), threads
+            )  # fmt: skip
+            used = (counts > 0)[..., None]  # a code that is not finite is not used, and zero times it is not zero
+            pull = (counts[..., None] * codebooks.double() - sums) * (grad_codebook.double() * scale)[:, None, None]
+            grad_codebooks.copy_(torch.where(used, pull, 0))
+    return grad_x, grad_codebooks
+
+
+def _turn(
+    x: Tensor,  # [..., D]
+    codebooks: Tensor,  # [Q, K, D]
+    indices: Tensor,  # [..., Q]
+    g: Tensor,  # [..., D]
+) -> Tensor:  # [..., D]
+    """The rotation estimator's gradient for x and its sum of codes: to the kernel of one level, each its own code."""
+    total = torch.zeros(x.shape, dtype=reference.residual_dtype(x, codebooks))
+    for level, i in zip(codebooks, indices.unbind(-1), strict=True):
+        total += gather(level, i)
+    total = total.view(-1, x.shape[-1])
+    own = torch.where(indices[..., 0].reshape(-1) >= 0, torch.arange(total.shape[0]), -1)
+    out = Output(x, None)
+    kept, rows = _native.rows_view(x, None)
+    incoming, gradient = _native.rows_view(g, None)
+    _native._cpu.quantize_backward(
+        rows, _native.codes_view(total), own.data_ptr(), gradient, 0.0, True, out.view, _native.isa(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    del kept, incoming  # they had to live until here
+    return out.tensor()

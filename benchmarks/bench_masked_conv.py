@@ -1,0 +1,241 @@
+"""Masked convolution against torch's ways to do it: forward, forward and backward, and gated.
+
+    python benchmarks/bench_masked_conv.py
+
+Results are compared with float64 first, within the bound that float32 sums obey; then the times of all are taken side
+by side. Writes masked_conv.csv and masked_conv.png to ./out (--out DIR).
+
+- dense: conv2d with the masked weight; dense channels-last: the same, everything channels-last;
+- cropped: two convolutions, rows above and the row itself, each with nothing masked in it; cropped channels-last;
+- one crop: one convolution with the rows from the centre's down cut off, which wastes the taps to the right only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvq.ops import gated_masked_conv2d, masked_conv2d
+from harness import Call, Progress, Row, interleave, paired_ratio, print_table, thread_count, write_csv
+from harness.machine import commit, describe_machine, describe_versions
+
+PASSES = ("forward", "forward+backward", "gated eval")
+
+
+class Case(NamedTuple):
+    batch: int
+    c_in: int
+    c_out: int
+    side: int
+    kernel: int
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch}x{self.c_in}->{self.c_out} {self.side}x{self.side} {self.kernel}x{self.kernel}"
+
+    @property
+    def flop(self) -> float:
+        return 2.0 * self.batch * self.side**2 * self.c_in * self.c_out * (self.kernel**2 // 2 + 1)
+
+
+CASES = (
+    Case(16, 64, 128, 32, 3),
+    Case(16, 128, 256, 32, 3),
+    Case(16, 128, 256, 32, 5),
+    Case(16, 256, 512, 16, 3),
+    Case(16, 64, 128, 32, 7),
+)
+QUICK = (Case(2, 16, 32, 16, 3),)
+
+Convolution = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[2] // 2)
+
+
+def cropped(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    p = weight.shape[2] // 2
+    above = F.conv2d(F.pad(x, (p, p, p, 0)), weight[:, :, :p], bias)[:, :, : x.shape[2]]
+    return above + F.conv2d(F.pad(x, (p, 0, 0, 0)), weight[:, :, p : p + 1, : p + 1])
+
+
+def one_crop(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    p = weight.shape[2] // 2
+    return F.conv2d(x, weight[:, :, : p + 1], bias, padding=p)[:, :, : x.shape[2]]
+
+
+def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return masked_conv2d(x, weight, bias, mask="B")
+
+
+# Name, convolution, channels-last. The first three peers are the ways that a model's author would write.
+PROVIDERS: tuple[tuple[str, Convolution, bool], ...] = (
+    ("fastvq", ours, False),
+    ("dense", dense, False),
+    ("cropped", cropped, False),
+    ("one crop", one_crop, False),
+    ("fastvq channels-last", ours, True),
+    ("dense channels-last", dense, True),
+    ("cropped channels-last", cropped, True),
+    ("one crop channels-last", one_crop, True),
+)
+PLAIN_WAYS = ("dense", "dense channels-last", "cropped")
+
+
+def prepared(case: Case, convolution: Convolution, last: bool, kind: str) -> tuple[Callable[[], object], Tensor]:
+    """What to time, and the output to compare: x, weight, bias as this provider keeps them."""
+    x, weight, bias, grad = inputs(case)
+    layout = torch.channels_last if last else torch.contiguous_format
+    x, grad = (t.contiguous(memory_format=layout) for t in (x, grad))
+    if convolution is not ours:
+        weight = weight.contiguous(memory_format=layout)
+    if kind == "gated eval":
+        grad = grad[:, : case.c_out // 2]
+
+        def gated() -> Tensor:
+            with torch.no_grad():
+                if convolution is ours:
+                    return gated_masked_conv2d(x, weight, bias, mask="B")
+                a, b = convolution(x, weight, bias).chunk(2, 1)
+                return a.tanh() * b.sigmoid()
+
+        return gated, gated()
+    if kind == "forward":
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return convolution(x, weight, bias)
+
+        return forward, forward()
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def both() -> Sequence[Tensor]:
+        return torch.autograd.grad(convolution(*leaves), leaves, grad)
+
+    return both, both()[1].detach()
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(case.c_in * case.kernel)
+    x = torch.randn(case.batch, case.c_in, case.side, case.side, generator=g)
+    weight = torch.randn(case.c_out, case.c_in, case.kernel, case.kernel, generator=g) / case.kernel / case.c_in**0.5
+    keep = torch.arange(case.kernel**2).view(case.kernel, case.kernel) <= case.kernel**2 // 2
+    bias = torch.randn(case.c_out, generator=g)
+    return x, weight * keep, bias, torch.randn(case.batch, case.c_out, case.side, case.side, generator=g)
+
+
+def count_off(case: Case, result: Tensor, kind: str) -> tuple[int, int]:
+    """Elements of the first image's output (of the weight gradient) outside the bound of a float32 sum, of how many."""
+    x, weight, bias, grad = (t.double() for t in inputs(case))
+    n = case.c_in * case.kernel**2
+    if kind == "forward+backward":
+        p = case.kernel // 2
+        keep = (torch.arange(case.kernel**2) <= case.kernel**2 // 2).view(case.kernel, case.kernel)
+        expected = torch.nn.grad.conv2d_weight(x, weight.shape, grad, padding=p) * keep
+        magnitude = torch.nn.grad.conv2d_weight(x.abs(), weight.shape, grad.abs(), padding=p)
+        n, result = case.batch * case.side**2, result * keep
+    else:
+        expected = dense(x[:1], weight, bias)
+        magnitude = dense(x[:1].abs(), weight.abs(), bias.abs())
+        result = result[:1]
+        if kind == "gated eval":
+            a, b = expected.chunk(2, 1)
+            expected = a.tanh() * b.sigmoid()
+            magnitude = magnitude.chunk(2, 1)[0] + magnitude.chunk(2, 1)[1] / 4 + 1
+    bound = 2.0**-24 * (n + 16) * 1.01 * magnitude
+    return int(((result.double() - expected).abs() > bound).sum()), expected.numel()
+
+
+def measure(case: Case, kind: str, threads: int, seconds: float) -> list[Row]:
+    with thread_count(threads):
+        calls, checks = {}, {}
+        for name, convolution, last in PROVIDERS:
+            run, result = prepared(case, convolution, last, kind)
+            checks[name] = count_off(case, result, kind)
+            calls[name] = Call(run, case.flop * (3 if kind == "forward+backward" else 1) / 5e10)
+        times = interleave(calls, seconds=seconds, min_rounds=3, max_rounds=15)
+    best = min((n for n in calls if n.startswith("fastvq")), key=lambda n: times[n].quantile(0.5))
+    rows = []
+    for name, t in times.items():
+        flop = case.flop * (3 if kind == "forward+backward" else 1)
+        off, compared = checks[name]
+        wrong = off > 0 and name.startswith("fastvq")
+        row = Row(kind, case.shape, "Gaussian", threads, name, differing=off, compared=compared)
+        if wrong:
+            row.note = "outside the error bound: no time"
+        else:
+            row.calls, row.p20_ms, row.p50_ms, row.p80_ms = (
+                len(t.calls),
+                *(t.quantile(q) * 1e3 for q in (0.2, 0.5, 0.8)),
+            )
+            row.gflops = flop / t.quantile(0.5) / 1e9  # of the active taps
+            row.ratio, row.cores = paired_ratio(t, times[best]), t.cores
+        rows.append(row)
+    return rows
+
+
+def plot(path: Path, rows: Sequence[Row]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed to write a file
+    import matplotlib.pyplot as plt
+
+    kinds = list(dict.fromkeys(r.case for r in rows))
+    figure, panels = plt.subplots(1, len(kinds), figsize=(5 * len(kinds), 5), squeeze=False)
+    for kind, panel in zip(kinds, panels[0], strict=True):
+        for name, _, last in PROVIDERS:
+            line = [(r.shape, r.p50_ms) for r in rows if r.case == kind and r.provider == name and r.p50_ms]
+            if line:
+                mine = name.startswith("fastvq")
+                panel.plot(*zip(*line, strict=True), marker="o", lw=2.6 if mine else 1.3, ls="--" if last else "-",
+                           color="#d1495b" if mine else None, label=name)  # fmt: skip
+        panel.set(yscale="log", title=kind, ylabel="milliseconds, median")
+        panel.tick_params(axis="x", rotation=30)
+        panel.grid(True, which="both", axis="y", color="#dddddd", linewidth=0.7)
+    panels[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="masked convolution against torch's ways to do it")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of timing a case and pass; default: 6")
+    parser.add_argument("--quick", action="store_true", help="one small case")
+    parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: ./out")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(f"{describe_machine()}\n{describe_versions()}; commit {commit()}\n", flush=True)
+    cases = QUICK if options.quick else CASES
+    rows: list[Row] = []
+    with Progress(len(cases) * len(PASSES)) as progress:
+        for case in cases:
+            for kind in PASSES:
+                progress.step(f"{case.shape}, {kind}")
+                found = measure(case, kind, options.threads, options.seconds)
+                rows += found
+                print_table(f"{case.shape}, {kind}", found)
+                plain = min((r.ratio for r in found if r.provider in PLAIN_WAYS and r.ratio), default=0.0)
+                every = min((r.ratio for r in found if not r.provider.startswith("fastvq") and r.ratio), default=0.0)
+                print(f"best of dense, dense channels-last, cropped: {plain:.2f}x; of all: {every:.2f}x\n", flush=True)
+    write_csv(options.out / "masked_conv.csv", rows)
+    if importlib.util.find_spec("matplotlib"):
+        plot(options.out / "masked_conv.png", rows)
+    wrong = [r for r in rows if r.note]
+    for row in wrong:
+        print(f"WRONG: {row.provider} at {row.shape}, {row.case}: {row.note}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
