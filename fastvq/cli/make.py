@@ -29,7 +29,7 @@ def sample(
     prior: PriorFolder = shared.PRIOR,
     out: Annotated[Path, typer.Option(help="the grid of samples")] = Path("samples.png"),
     each: Annotated[Path | None, typer.Option(help="folder that gets each picture as a file, too")] = None,
-    temperature: Temperature = 1.0,
+    temperature: Temperature = 0.8,
     top_p: TopP = None,
     size: Annotated[int | None, typer.Option(help="side of the pictures; the prior's unless given")] = None,
     seed: int = 0,
