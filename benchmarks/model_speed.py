@@ -23,7 +23,6 @@ __all__ = ["speed"]
 
 Report = Callable[..., None]
 QUANTIZER = dict(kmeans_init=True, dead_code_threshold=1.0, decay=0.95, update="manual")
-UNCACHED_SHARE = 16  # positions of the uncached sampler that are timed where it would take too long
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,8 @@ def _training_step(case: Case, report: Report, threads: int, seconds: float) -> 
     inside: list[float] = []
     calls = {name: _call(_step(model, image, within)) for name, (model, within) in models.items()}
     times = interleave(calls, seconds=seconds, min_rounds=7)
-    with _clocked(ours, inside):
-        step = _step(ours, image, nullcontext)
+    with _clocked(ours, inside) as update:
+        step = _step(ours, image, nullcontext, update)
         shares = []
         for _ in range(9):
             inside.clear()
@@ -111,17 +110,29 @@ def _drawing(
         dense.sample((batch, side, side), labels, cached=False, generator=torch.Generator().manual_seed(0))
 
     long = side > 7
+
+    def by_reference() -> None:
+        with fastvq.use_backend("reference"):
+            cached()
+
     calls = {"fastvq": _call(cached), "dense, uncached": _call(forward if long else uncached)}
-    times = interleave(calls, seconds=seconds, min_rounds=5)
+    if not long:
+        calls["reference backend"] = _call(by_reference)
+    times = interleave(calls, seconds=seconds, min_rounds=3)
     # The uncached sampler runs the network once a position and does little else.
     scaled = side * side if long else 1
     ratio = paired_ratio(times["dense, uncached"], times["fastvq"], scaled)
     report(f"drawing, {name}: milliseconds", times["fastvq"].quantile(0.5) * 1e3, note=f"{threads} threads")
     report(f"drawing, {name}: dense and uncached over fastvq", ratio, ">=", 200 if long else 15,
            note="one forward of the dense network, times the positions" if long else "whole runs of both")  # fmt: skip
+    if not long:
+        reference = paired_ratio(times["reference backend"], times["fastvq"])
+        report(f"drawing, {name}: reference backend over fastvq", reference, note="cached, too")
 
 
-def _step(model: Autoencoder, image: torch.Tensor, within: Any) -> Callable[[], None]:
+def _step(
+    model: Autoencoder, image: torch.Tensor, within: Any, update: Callable[[nn.Module], None] = update_codebooks
+) -> Callable[[], None]:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
 
     def step() -> None:
@@ -130,7 +141,7 @@ def _step(model: Autoencoder, image: torch.Tensor, within: Any) -> Callable[[], 
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            update_codebooks(model)
+            update(model)
 
     return step
 
@@ -143,8 +154,8 @@ def _call(run: Callable[[], None]) -> Call:
 
 
 @contextmanager
-def _clocked(model: Autoencoder, inside: list[float]) -> Iterator[None]:
-    """Adds to ``inside`` the seconds of each quantizer's forward, backward and update."""
+def _clocked(model: Autoencoder, inside: list[float]) -> Iterator[Callable[[nn.Module], None]]:
+    """Adds to ``inside`` the seconds of each quantizer's forward and backward, and of the update that is yielded."""
     handles = []
     began: dict[int, float] = {}
 
@@ -162,19 +173,14 @@ def _clocked(model: Autoencoder, inside: list[float]) -> Iterator[None]:
 
     for quantizer in model.quantizers:
         handles += [quantizer.register_forward_pre_hook(enter), quantizer.register_forward_hook(leave)]
-    original = model.quantizers[0].__class__
-    assert original is not None
-    update = globals()["update_codebooks"]
 
-    def clocked_update(module: nn.Module) -> None:
+    def update(module: nn.Module) -> None:
         start = time.perf_counter()
-        update(module)
+        update_codebooks(module)
         inside.append(time.perf_counter() - start)
 
-    globals()["update_codebooks"] = clocked_update
     try:
-        yield
+        yield update
     finally:
-        globals()["update_codebooks"] = update
         for handle in handles:
             handle.remove()
