@@ -114,7 +114,7 @@ def photographs(folder: Path, figures: Path, report: Report, *, share: float = 1
     rows = [images[:12]]
     for name, options in PHOTOGRAPH_MODELS.items():
         where = folder / f"photographs-{'-'.join(str(v) for v in options.values())}"
-        train_vqvae("photographs", where, resume=True, device="cpu", save_every=100, steps=_steps(400, share),
+        train_vqvae("photographs", where, resume=True, device="cpu", save_every=100, steps=_steps(800, share),
                     **PHOTOGRAPH_OPTIONS, **options)  # type: ignore[arg-type]  # fmt: skip
         model = read_model(where)
         decoded = torch.cat([model.decode_maps(model.encode_maps(part)) for part in images.split(50)])
