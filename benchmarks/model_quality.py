@@ -23,6 +23,7 @@ from fastvq.models.editing import region_mask
 __all__ = ["digits", "photographs"]
 
 Report = Callable[..., None]
+SHOWN_CROPS = 8
 PER_CLASS = 50  # samples that the classifier labels
 TEMPERATURES = (1.0, 0.8)  # the last is the command's default
 # 64x64 crops: (name, options of `fastvq train vqvae`). 64 ids; 64 + 256; 64 positions of 5 ids each.
@@ -111,7 +112,8 @@ def photographs(folder: Path, figures: Path, report: Report, *, share: float = 1
     held_out = Photographs("held-out", 64)
     images = normalise(torch.stack([held_out.read(i).pixels for i in range(200)]))
     reached: dict[str, float] = {}
-    rows = [images[:12]]
+    models: dict[str, Autoencoder] = {}
+    rows = [images[:SHOWN_CROPS]]
     for name, options in PHOTOGRAPH_MODELS.items():
         where = folder / f"photographs-{'-'.join(str(v) for v in options.values())}"
         train_vqvae("photographs", where, resume=True, device="cpu", save_every=100, steps=_steps(800, share),
@@ -120,11 +122,29 @@ def photographs(folder: Path, figures: Path, report: Report, *, share: float = 1
         decoded = torch.cat([model.decode_maps(model.encode_maps(part)) for part in images.split(50)])
         reached[name] = float(psnr(images, decoded).mean())
         report(f"photographs, PSNR of 200 held-out crops, dB: {name}", reached[name])
-        rows.append(decoded[:12])
+        rows.append(decoded[:SHOWN_CROPS])
+        models[name] = model
     top, two, _ = reached.values()
     report("photographs, two levels over the top alone, dB", two - top, ">=", 2)
     names = ["picture", *(n.partition(",")[0] for n in PHOTOGRAPH_MODELS)]
-    save_png(figures / "model_photographs.png", grid(torch.cat(rows), 12, rows=names))
+    save_png(figures / "model_photographs.png", grid(torch.cat(rows), SHOWN_CROPS, rows=names))
+    _edit_photograph(list(models.values())[1], figures, report)
+
+
+def _edit_photograph(model: Autoencoder, figures: Path, report: Report) -> None:
+    """A part of one photograph put into another, on a picture much larger than the crops that were trained on."""
+    astronaut, cat = (normalise(Photographs("all", 64).photographs[i][None, :, 16:208, 100:292]) for i in (0, 1))
+    box = (72, 72, 120, 120)
+    edited = edit(model, cat, box, source=astronaut)
+    difference = (edited.image - edited.reconstruction).abs().amax(1)
+    beyond = difference[~edited.reach]
+    name = "48x48 of another photograph, two levels"
+    report(f"edit, {name}: mean change inside the region", float(edited.inside_change), ">", 0.0)
+    report(f"edit, {name}: largest change beyond the reach", float(beyond.max()), "<=", 0.0,
+           note=f"{beyond.numel()} of {difference.numel()} pixels lie beyond it")  # fmt: skip
+    mask = region_mask(box, cat)[0]
+    page = edit_picture(cat[0], edited.reconstruction[0], edited.image[0], mask, f"transplant of {name}")
+    save_png(figures / "model_edit_photograph.png", page)
 
 
 def _edits(model: Autoencoder, priors: list, held_out: Digits, figures: Path, report: Report) -> None:
