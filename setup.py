@@ -64,6 +64,7 @@ class NinjaBuild(build_ext):
     """Compiles an extension with a ninja file of its own instead of one compiler call after another."""
 
     def build_extension(self, ext: Extension) -> None:
+        compiler = find_compiler()  # before anything else that may be missing
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -75,7 +76,7 @@ class NinjaBuild(build_ext):
         shared = ["-shared", "-pthread"] + (["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])
         shared += os.environ.get("LDFLAGS", "").split()
         lines = [
-            f"cxx = {find_compiler()}",
+            f"cxx = {compiler}",
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
             "  depfile = $out.d",

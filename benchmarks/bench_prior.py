@@ -143,20 +143,19 @@ def draw(path: Path, samples: Tensor, real: Tensor, codebook: Tensor, bits: dict
     import matplotlib.pyplot as plt
 
     n = len(samples)
-    figure = plt.figure(figsize=(1.3 * n + 4, 3.2))
-    grid = figure.add_gridspec(2, n + 3)
-    for row, (name, maps) in enumerate((("samples", samples), ("held out", real))):
-        for i, ids in enumerate(maps):
-            axes = figure.add_subplot(grid[row, i])
-            axes.imshow(picture(ids, codebook))
-            axes.set(xticks=[], yticks=[])
-            if i == 0:
-                axes.set_ylabel(name)
-    axes = figure.add_subplot(grid[:, n + 1 :])
-    axes.bar(list(bits), list(bits.values()), color=["#d1495b", "#2e4057", "#7f7f7f"])
-    axes.set(ylabel="bits an id, held out", yscale="log")
-    axes.tick_params(axis="x", rotation=30)
-    figure.tight_layout()
+    figure = plt.figure(figsize=(1.5 * n + 5, 3.4))
+    pictures, chart = figure.subfigures(1, 2, width_ratios=(1.5 * n, 5))
+    for axes, ids in zip(pictures.subplots(2, n).flat, [*samples, *real], strict=True):
+        axes.imshow(picture(ids, codebook))
+        axes.set(xticks=[], yticks=[])
+    pictures.suptitle("above: samples; below: held-out crops")
+    axes = chart.subplots()
+    axes.barh(
+        [name.replace(" ", "\n", 1) for name in bits], list(bits.values()), color=["#d1495b", "#2e4057", "#7f7f7f"]
+    )
+    axes.set(xlabel="bits an id, held out")
+    axes.invert_yaxis()
+    chart.subplots_adjust(left=0.3, bottom=0.2)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -165,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="a PixelCNN trained on id maps of photographs, against tables")
     parser.add_argument("--seconds", type=float, default=120.0, help="training time; default: 120")
     parser.add_argument("--channels", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: ./out")
     options = parser.parse_args(arguments)

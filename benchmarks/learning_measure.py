@@ -110,16 +110,20 @@ def plot(path: Path, results: Sequence[Sequence[Row]]) -> None:
     for panel in panels.flat[len(results) :]:
         panel.set_visible(False)
     for panel, rows in zip(panels.flat, results, strict=False):
+        # Points rather than bars: on a logarithmic axis a bar's length says nothing.
         timed = [row for row in rows if row.p50_ms is not None][::-1]
-        names = [row.provider for row in timed]
-        colours = [OURS if row.provider.startswith("fastvq") else THEIRS for row in timed]
-        spread = [[row.p50_ms - row.p20_ms for row in timed], [row.p80_ms - row.p50_ms for row in timed]]
-        panel.barh(names, [row.p50_ms for row in timed], color=colours, xerr=spread, ecolor="#555555")
-        for row in timed:
-            label = f" {row.p50_ms:.3g} ms" + ("" if row.ratio is None else f"  {row.ratio:.2g}x")
-            panel.text(row.p80_ms, row.provider, label, va="center", fontsize=8)
-        panel.set(xscale="log", xlabel="milliseconds, median")
-        panel.set_xlim(right=panel.get_xlim()[1] * 8)  # room for the labels
+        for height, row in enumerate(timed):
+            colour = OURS if row.provider.startswith("fastvq") else THEIRS
+            panel.plot([row.p20_ms, row.p80_ms], [height, height], color=colour, linewidth=2, alpha=0.6)
+            panel.plot(row.p50_ms, height, marker="o", markersize=8, color=colour)
+            digits = 0 if row.p50_ms >= 100 else 1 if row.p50_ms >= 10 else 2
+            ratio = "" if row.ratio is None else f"   {row.ratio:.{0 if row.ratio >= 10 else 2}f}x"
+            panel.text(row.p80_ms, height + 0.2, f" {row.p50_ms:,.{digits}f} ms{ratio}", va="bottom", fontsize=8)
+        panel.set(xscale="log", xlabel="milliseconds, median; a line from p20 to p80", ylim=(-0.6, len(timed) - 0.1))
+        panel.set_yticks(range(len(timed)), [row.provider for row in timed])
+        low, high = panel.get_xlim()
+        panel.set_xlim(low / 1.5, high * 6)  # room for the labels
+        panel.grid(True, axis="x", color="#dddddd", linewidth=0.7)
         panel.set_title(rows[0].case, fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()

@@ -76,8 +76,10 @@ def photograph_vectors(kind: str) -> Tensor:
 def photograph_codebook(kind: str, n_codes: int) -> Tensor:
     """[K, D], trained on the patches by k-means."""
     generator = torch.Generator().manual_seed(SEED)
-    trained = fastvq.kmeans(photograph_vectors(kind), n_codes, n_iter=KMEANS_ITERATIONS, generator=generator)
-    return trained.codebook
+    # A random start: k-means++ would take longer for these many codes than everything that is measured on them.
+    return fastvq.kmeans(
+        photograph_vectors(kind), n_codes, init="random", n_iter=KMEANS_ITERATIONS, generator=generator
+    ).codebook
 
 
 def gaussian_cases(shapes: Sequence[tuple[int, int, int]] = SHAPES, n_threads: int = 1) -> list[Case]:

@@ -80,7 +80,7 @@ struct ResidualOutputs {
 void residual_quantize(const Rows& x, const Codes& levels, const ResidualOptions& options, const Rows& quantized,
                        const ResidualOutputs& out, Isa isa, int n_threads);
 // Sums (float; double where asked, or x or the codes are) and counts of the finite residuals per level and code, added
-// up in double and in row order.
+// up in double and in row order. Here and in the backward the levels hold what residuals are kept in.
 void residual_statistics(const Rows& x, const Codes& levels, const int64_t* indices, const int32_t* finite_levels,
                          void* sums, bool sums_double, int64_t* counts, int n_threads);
 // grad_x = grad_quantized (null: zero) + sum over q of scales[q] (r_q - c_q), zero where masked.

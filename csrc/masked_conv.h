@@ -93,6 +93,12 @@ struct Block {
   int64_t first, n_channels;
   int n_vectors;
 };
+// Threads worth starting: one costs 10 to 30 microseconds, and this much work takes longer.
+inline int useful_threads(int n_threads, double multiply_adds) {
+  const double worth = multiply_adds / 4e6;
+  return worth < 2.0 ? 1 : worth < n_threads ? static_cast<int>(worth) : n_threads;
+}
+
 std::vector<Block> split_channels(int64_t n_channels, const ConvKernels& kernels);
 // One block of channels [tap][depth][lane]. Forward: lanes are output channels, depth input ones; swapped: the reverse.
 void pack_block(const MaskedWeight& w, bool swapped, int64_t first, int64_t n_channels, int64_t lanes, float* dst);
@@ -106,7 +112,7 @@ void masked_conv_input_grad(const Image& grad_out, const MaskedWeight& weight, c
 // grad_weight [C_out, C_in, kh, kw] and grad_bias [C_out] (or null), float32, written in full.
 void masked_conv_weight_grad(const Image& x, const Image& grad_out, const MaskedWeight& weight, float* grad_weight,
                              float* grad_bias, Isa isa, int n_threads);
-// Gradient of tanh(a) * sigmoid(b) from the saved factors; [n_outer, n_inner] -> [n_outer, 2, n_inner], contiguous float32.
+// Gradient of tanh(a) * sigmoid(b) from the saved factors; [n_outer, n_inner] -> [n_outer, 2, n_inner], contiguous.
 void gate_backward(const float* grad, const float* tanh_a, const float* sigmoid_b, float* grad_ab, int64_t n_outer,
                    int64_t n_inner, Isa isa, int n_threads);
 

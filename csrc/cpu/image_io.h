@@ -128,7 +128,8 @@ inline void load_padded(const ConvKernels& k, const Image& im, int64_t b, int64_
     clear(dst + (y - begin) * row, reach.left * pixel);
     clear(dst + (y - begin) * row + (reach.left + im.width) * pixel, reach.right * pixel);
   }
-  load_rows(k, im, b, first, last - first, c0, n_channels, dst + (first - begin) * row + reach.left * pixel, row, pixel);
+  float* inside = dst + (first - begin) * row + reach.left * pixel;
+  load_rows(k, im, b, first, last - first, c0, n_channels, inside, row, pixel);
 }
 
 // The lines that store_pixels will write, if it writes whole stretches.

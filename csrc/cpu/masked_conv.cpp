@@ -196,6 +196,11 @@ void convolve(const Image& x, const std::vector<Tap>& taps, const Packed& packed
   });
 }
 
+double multiply_adds(const Image& image, const MaskedWeight& w) {
+  return static_cast<double>(image.batch * image.height * image.width) * static_cast<double>(w.c_out * w.c_in) *
+         static_cast<double>(w.taps.size());
+}
+
 bool empty(const Image& im) { return im.batch == 0 || im.channels == 0 || im.height == 0 || im.width == 0; }
 
 }  // namespace
@@ -204,6 +209,7 @@ void masked_conv_forward(const Image& x, const MaskedWeight& weight, const float
                          int n_threads) {
   if (empty(out)) return;
   const ConvKernels& k = conv_kernels(isa);
+  n_threads = useful_threads(n_threads, multiply_adds(out, weight));
   convolve(x, weight.taps, *pack(weight, false, 1, k, n_threads), bias, nullptr, out, k, n_threads);
 }
 
@@ -211,6 +217,7 @@ void gated_masked_conv_forward(const Image& x, const MaskedWeight& weight, const
                                const Image& out, Isa isa, int n_threads) {
   if (empty(out)) return;
   const ConvKernels& k = conv_kernels(isa);
+  n_threads = useful_threads(n_threads, multiply_adds(out, weight));
   convolve(x, weight.taps, *pack(weight, false, 2, k, n_threads), bias, &gate, out, k, n_threads);
 }
 
@@ -218,6 +225,7 @@ void masked_conv_input_grad(const Image& grad_out, const MaskedWeight& weight, c
                             int n_threads) {
   if (empty(grad_x)) return;
   const ConvKernels& k = conv_kernels(isa);
+  n_threads = useful_threads(n_threads, multiply_adds(grad_x, weight));
   convolve(grad_out, mirrored(weight.taps), *pack(weight, true, 1, k, n_threads), nullptr, nullptr, grad_x, k,
            n_threads);
 }
@@ -259,7 +267,8 @@ struct WeightGrad {
     const Reach reach(weight.taps);
     const int64_t row = (reach.left + x.width + reach.right) * kSlice, n_pixels = n_images * x.height * x.width;
     const int64_t image = (reach.top + x.height + reach.bottom) * row;
-    const int64_t n_slices = (x.channels + kSlice - 1) / kSlice, lanes_total = blocks.back().first + lanes_of(blocks.back(), k);
+    const int64_t n_slices = (x.channels + kSlice - 1) / kSlice;
+    const int64_t lanes_total = blocks.back().first + lanes_of(blocks.back(), k);
     input.resize(n_slices * n_images * image);
     grads.resize(n_pixels * lanes_total);
     parallel_chunks(n_images, n_threads, [&](int64_t i, int) {
@@ -328,6 +337,7 @@ struct WeightGrad {
 void masked_conv_weight_grad(const Image& x, const Image& grad_out, const MaskedWeight& weight, float* grad_weight,
                              float* grad_bias, Isa isa, int n_threads) {
   if (weight.c_out == 0) return;
+  n_threads = useful_threads(n_threads, multiply_adds(x, weight));
   WeightGrad work(weight, conv_kernels(isa));
   if (!empty(x)) {
     // Groups bound the scratch. Their size depends on the shapes alone, so the order of additions does too.
@@ -343,8 +353,10 @@ void masked_conv_weight_grad(const Image& x, const Image& grad_out, const Masked
 void gate_backward(const float* grad, const float* tanh_a, const float* sigmoid_b, float* grad_ab, int64_t n_outer,
                    int64_t n_inner, Isa isa, int n_threads) {
   const ConvKernels& k = conv_kernels(isa);
+  n_threads = useful_threads(n_threads, 16.0 * static_cast<double>(n_outer * n_inner));
   constexpr int64_t kPart = 4096;  // so that few long rows (contiguous images) are shared out too
-  const int64_t parts = (n_inner + kPart - 1) / kPart, rows = std::max<int64_t>(1, kPart / std::max<int64_t>(1, n_inner));
+  const int64_t parts = (n_inner + kPart - 1) / kPart;
+  const int64_t rows = std::max<int64_t>(1, kPart / std::max<int64_t>(1, n_inner));
   const int64_t n_tasks = (n_outer + rows - 1) / rows;
   parallel_chunks(n_tasks * parts, n_threads, [&](int64_t task, int) {
     const int64_t at = task % parts * kPart, n = std::min(kPart, n_inner - at), first = task / parts * rows;

@@ -338,6 +338,7 @@ void pixelcnn_pack(const PixelCNNShape& shape, const std::vector<const float*>& 
 
 void pixelcnn_step(const PixelCNNShape& shape, const PixelCNNCall& call, Isa isa, int n_threads) {
   const Plan plan(shape, isa);
+  n_threads = useful_threads(n_threads, static_cast<double>(plan.weight_floats) * static_cast<double>(shape.batch));
   // A thread takes images; few enough groups that a tile of the product stays full, since each reads all weights.
   constexpr int64_t kImages = 8;
   const int64_t n_groups = std::max<int64_t>(1, std::min<int64_t>(n_threads, (shape.batch + kImages - 1) / kImages));

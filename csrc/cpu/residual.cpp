@@ -40,6 +40,12 @@ bool is_finite(const Real* row, int64_t D) {
   return odd == 0;
 }
 
+// A code of levels that hold Real, as those of the statistics and the backward do.
+template <class Real>
+const Real* level_code(const Codes& levels, int64_t q, int64_t k) {
+  return static_cast<const Real*>(levels.data) + q * levels.stride_head + k * levels.stride_k;
+}
+
 // The arrays of one block. total and chosen are [n, D] like the residual.
 template <class Real>
 struct Block {
@@ -127,7 +133,7 @@ void forward(const Rows& x, const Codes& levels, const ResidualOptions& options,
 }
 
 // Columns [d0, d0 + width) of every level's sums.
-template <class Real, class EX, class EC, class Sum>
+template <class Real, class EX, class Sum>
 void add_columns(const Rows& x, const Codes& levels, const int64_t* indices, const int32_t* finite_levels, Sum* sums,
                  std::vector<double>& table, int64_t d0, int64_t width) {
   const int64_t N = x.n_rows(), Q = levels.n_heads, K = levels.n_codes, D = x.dim;
@@ -140,10 +146,10 @@ void add_columns(const Rows& x, const Codes& levels, const int64_t* indices, con
       const int64_t k = indices[r * Q + q];
       if (k < 0) break;
       double* to = table.data() + (q * K + k) * width;
-      const auto* code = code_at<EC>(levels, q, k) + d0 * levels.stride_d;
+      const Real* code = level_code<Real>(levels, q, k) + d0 * levels.stride_d;
       for (int64_t d = 0; d < width; ++d) {
         to[d] += residual[d];
-        residual[d] -= static_cast<Real>(EC::get(code[d * levels.stride_d]));
+        residual[d] -= code[d * levels.stride_d];
       }
     }
   }
@@ -166,10 +172,8 @@ void statistics(const Rows& x, const Codes& levels, const int64_t* indices, cons
     const DefaultFloatingPoint scope;
     const int64_t d0 = chunk * kColumns, width = std::min(kColumns, D - d0);
     with_element(x.dtype, [&](auto ex) {
-      with_element(levels.dtype, [&](auto ec) {
-        add_columns<Real, decltype(ex), decltype(ec)>(x, levels, indices, finite_levels, sums,
-                                                      tables[static_cast<size_t>(thread)], d0, width);
-      });
+      add_columns<Real, decltype(ex)>(x, levels, indices, finite_levels, sums, tables[static_cast<size_t>(thread)], d0,
+                                      width);
     });
   });
 }
@@ -200,21 +204,18 @@ void backward(const Rows& x, const Codes& levels, const int64_t* indices, const 
           residual[d] = static_cast<Real>(EX::get(row[d * x.stride_d]));
           total[d] = g ? static_cast<Real>(EX::get(g[d * grad_quantized->stride_d])) : Real(0);
         }
-        with_element(levels.dtype, [&](auto ec) {
-          using EC = decltype(ec);
-          for (int64_t q = 0; q < Q; ++q) {
-            const auto* code = code_at<EC>(levels, q, chosen[q]);
-            const Real scale = static_cast<Real>(scales[q]);
-            if (scale == 0) {
-              for (int64_t d = 0; d < D; ++d) residual[d] -= static_cast<Real>(EC::get(code[d * levels.stride_d]));
-              continue;
-            }
-            for (int64_t d = 0; d < D; ++d) {
-              residual[d] -= static_cast<Real>(EC::get(code[d * levels.stride_d]));
-              total[d] += scale * residual[d];
-            }
+        for (int64_t q = 0; q < Q; ++q) {
+          const Real* code = level_code<Real>(levels, q, chosen[q]);
+          const Real scale = static_cast<Real>(scales[q]);
+          if (scale == 0) {  // not even with a residual that is not finite
+            for (int64_t d = 0; d < D; ++d) residual[d] -= code[d * levels.stride_d];
+            continue;
           }
-        });
+          for (int64_t d = 0; d < D; ++d) {
+            residual[d] -= code[d * levels.stride_d];
+            total[d] += scale * residual[d];
+          }
+        }
         for (int64_t d = 0; d < D; ++d) out[d * grad_x.stride_d] = EX::put(total[d]);
       }
     });
@@ -222,6 +223,11 @@ void backward(const Rows& x, const Codes& levels, const int64_t* indices, const 
 }
 
 bool wide(const Rows& x, const Codes& levels) { return x.dtype == DType::f64 || levels.dtype == DType::f64; }
+
+void check_real(const Rows& x, const Codes& levels) {
+  if (levels.dtype != (wide(x, levels) ? DType::f64 : DType::f32))
+    throw std::invalid_argument("fastvq: residual levels must hold what residuals are kept in");
+}
 
 void check_levels(const Rows& x, const Codes& levels) {
   if (x.n_heads != 1 || x.dim < 1 || levels.n_codes < 1 || levels.n_heads < 1 || x.dim != levels.dim)
@@ -244,6 +250,7 @@ void residual_quantize(const Rows& x, const Codes& levels, const ResidualOptions
 void residual_statistics(const Rows& x, const Codes& levels, const int64_t* indices, const int32_t* finite_levels,
                          void* sums, bool sums_double, int64_t* counts, int n_threads) {
   check_levels(x, levels);
+  check_real(x, levels);
   if (wide(x, levels))
     statistics<double>(x, levels, indices, finite_levels, static_cast<double*>(sums), counts, n_threads);
   else if (sums_double)
@@ -255,6 +262,7 @@ void residual_statistics(const Rows& x, const Codes& levels, const int64_t* indi
 void residual_backward(const Rows& x, const Codes& levels, const int64_t* indices, const Rows* grad_quantized,
                        const double* scales, const Rows& grad_x, int n_threads) {
   check_levels(x, levels);
+  check_real(x, levels);
   check_output(x, grad_x);
   if (grad_quantized) check_output(x, *grad_quantized);
   wide(x, levels) ? backward<double>(x, levels, indices, grad_quantized, scales, grad_x, n_threads)

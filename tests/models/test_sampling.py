@@ -119,8 +119,8 @@ def test_generator_decides():
 @torch.no_grad()
 def test_threads_do_not_change_a_bit(name, use_engine, threads, monkeypatch):
     monkeypatch.setenv("FASTVQ_BACKEND", use_engine(name))
-    model = make()
-    ids = torch.randint(0, 19, (19, 3, 4), generator=generator(8))
+    model = make(channels=48)
+    ids = torch.randint(0, 19, (150, 2, 3), generator=generator(8))  # work enough for several threads
     results = []
     for n in (1, 2, 7):
         threads(n)

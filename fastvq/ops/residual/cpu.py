@@ -47,9 +47,10 @@ def residual_quantize(
     sums = torch.empty((n_levels, n_codes, dim) if statistics else (0,), dtype=dtype)
     counts = torch.empty((n_levels, n_codes) if statistics else (0,), dtype=torch.int64)
     if statistics:
+        codebooks = codebooks.to(dtype)
         _native._cpu.residual_statistics(
-            rows, levels, indices.data_ptr(), finite_levels.data_ptr(), sums.data_ptr(), dtype == torch.float64,
-            counts.data_ptr(), threads,
+            rows, _native.codes_view(codebooks), indices.data_ptr(), finite_levels.data_ptr(), sums.data_ptr(),
+            dtype == torch.float64, counts.data_ptr(), threads,
         )  # fmt: skip
     mean = squares / max(1, n_rows * dim)
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -71,7 +72,8 @@ def residual_quantize_backward(
     n_levels, dim = codebooks.shape[0], codebooks.shape[-1]
     indices = indices.contiguous()
     kept, rows = _native.rows_view(x, None)
-    levels, threads = _native.codes_view(codebooks), torch.get_num_threads()
+    wide = codebooks.to(reference.residual_dtype(x, codebooks))
+    levels, threads = _native.codes_view(wide), torch.get_num_threads()
     scale = 2 / max(1, int((indices[..., 0] >= 0).sum()) * dim)
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     if need_x:
