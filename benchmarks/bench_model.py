@@ -40,7 +40,7 @@ def main() -> None:
         print(f"{what}: {value:.5g}  {wanted}  {met}  {note}", flush=True)
 
     share = 0.02 if options.quick else 1.0
-    seconds = 2.0 if options.quick else 20.0
+    seconds = 2.0 if options.quick else 12.0
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.runs or Path(temporary)
         parts: dict[str, Callable[[], None]] = {
