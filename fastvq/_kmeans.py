@@ -62,8 +62,8 @@ def kmeans(
 
     A code that no vector chose moves to the vector, of a fixed random sample, that lies farthest from its own code.
     Vectors that hold NaN or infinity are left out throughout. The same data, batches, generator state and machine
-    give the same codebook to the bit; from a "random" start, also whatever the number of threads ("k-means++" weighs its
-    draws by a matrix product of torch's, whose last bits may follow it).
+    give the same codebook to the bit; from a "random" start, also whatever the number of threads ("k-means++" weighs
+    its draws by a matrix product of torch's, whose last bits may follow it).
 
     Args:
         data: one tensor, or, for data larger than memory, a callable: called once for each pass, it returns an iterator
