@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -113,10 +114,21 @@ def test_encoding_is_resumed_and_decoded(runs, tmp_path):
     cut.write_bytes(files[cut][:50])
     stamp = kept.stat().st_mtime_ns
     fastvq(*order)
+    assert json.loads((tmp_path / "ids" / "manifest.json").read_text()) == manifest
     assert all(p.read_bytes() == content for p, content in files.items()) and kept.stat().st_mtime_ns == stamp
     fastvq("decode", tmp_path / "ids", "--model", runs / "vqvae", "--out", tmp_path / "decoded", "--limit", 7)
     assert len(list((tmp_path / "decoded").iterdir())) == 7 and side(tmp_path / "decoded" / "a_00.png") == (16, 16)
     assert "another shard_size" in fastvq(*order, "--shard-size", 5, status=1).output
+
+
+def test_shards_are_encoded_without_those_that_are_broken(runs, tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for path in sorted((runs / "pictures").rglob("*.png")):
+            tar.add(path, path.name)
+    fastvq("encode", tmp_path / "set.tar", "--model", runs / "vqvae", "--out", tmp_path / "ids", "--shard-size", 16)
+    manifest = json.loads((tmp_path / "ids" / "manifest.json").read_text())
+    assert [s["pictures"] for s in manifest["shards"]] == [16, 14]
+    assert list(manifest["skipped"]) == ["set.tar/broken"]
 
 
 def test_info_describes_what_it_is_given(runs):

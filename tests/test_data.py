@@ -1,10 +1,13 @@
 """Data: odd and broken pictures are left out with a name, orders follow from seeds, shards stream."""
 
+import functools
+import http.server
 import io
 import json
 import struct
 import sys
 import tarfile
+import threading
 import types
 import zlib
 
@@ -182,6 +185,18 @@ def test_shards_stream_their_samples_with_labels(shards):
     assert [p.name.rpartition("/")[2] for p in found] == [f"{s}{i}" for s in range(3) for i in range(4)]
     assert [p.label for p in found] == [0, 1, 2, 3] * 3
     assert list(source.skipped) == ["set-001.tar/bad"]
+
+
+def test_shards_are_read_from_a_web_server(shards, tmp_path):
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/set-{{000..002}}.tar"
+        far, near = Shards(address, size=16), Shards(shards, size=16)
+        for a, b in zip(far.stream(), near.stream(), strict=True):
+            assert torch.equal(a.pixels, b.pixels) and a.name == b.name
+        server.shutdown()
 
 
 @pytest.mark.parametrize("world", [2, 5])

@@ -65,7 +65,9 @@ def encode(
                     _encode_shard(autoencoder, pictures, out / name, batch_size, place.device)
                 advance((number + 1) * place.world)
         if source.skipped:
-            write_json(out / f"skipped-{place.rank}.json", source.skipped)
+            # Shards that were whole already were not read again: what they left out was named when they were made.
+            path = out / f"skipped-{place.rank}.json"
+            write_json(path, {**(read_json(OP, path) if path.is_file() else {}), **source.skipped})
         barrier()
         if place.first:
             manifest = _write_manifest(out, autoencoder, order)

@@ -16,6 +16,7 @@ from fastvq.models.editing import region_mask
 
 __all__ = ["edit_command", "sample"]
 
+COLUMNS = 8
 Model = Annotated[Path, typer.Option(help="folder of the trained model")]
 PriorFolder = Annotated[Path, typer.Option(help="folder of its priors")]
 Temperature = Annotated[float, typer.Option(help="below 1: likelier ids")]
@@ -55,7 +56,7 @@ def sample(
             n if labels is None else len(labels), labels, priors=priors, temperature=temperature, top_p=top_p,
             size=None if size is None else (size, size), generator=torch.Generator(device).manual_seed(seed),
         )  # fmt: skip
-        columns = n if names else shared.columns_for(n)
+        columns = n if names else min(n, COLUMNS)
         title = f"label {label}" if label is not None else ""
         save_png(out, grid(images, columns, title=title, rows=names))
         if each is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from fastvq.models.checkpoints import read_json, write_json
 from fastvq.models.prior import Prior
 
 __all__ = [
-    "MODEL", "PRIOR", "columns_for", "console", "count_codes", "picture_file", "progress", "read_data", "read_model",
+    "MODEL", "PRIOR", "console", "count_codes", "picture_file", "progress", "read_data", "read_model",
     "read_priors", "reported", "show_skipped", "some_pictures", "write_data",
 ]  # fmt: skip
 
@@ -110,7 +109,3 @@ def picture_file(
 def count_codes(model: Autoencoder, maps: list[Tensor]) -> list[Tensor]:
     """L tensors [K]: how often each code occurs."""
     return [torch.bincount(ids.flatten().cpu(), minlength=k) for ids, k in zip(maps, model.n_codes, strict=True)]
-
-
-def columns_for(n: int) -> int:
-    return max(1, min(n, 2 * math.ceil(math.sqrt(n / 2))))

@@ -84,7 +84,7 @@ def read_picture(
         BadPicture: it cannot be read (truncated, no picture), is odd and ``odd="skip"``, has a side below ``min_side``
             or more than ``max_pixels`` pixels (they are counted before any is decoded).
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     check_option("fastvq.data", "odd", odd, ODD)
     try:
@@ -104,6 +104,8 @@ def read_picture(
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     except BadPicture:
         raise
+    except UnidentifiedImageError:  # its own message holds an address of memory
+        raise BadPicture(name, "cannot be read: no picture of a known format") from None
     except Exception as error:  # decoders raise whatever they like on foreign bytes, and a run must go on
         raise BadPicture(name, f"cannot be read: {type(error).__name__}: {error}") from None
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))  # a copy: PIL's memory is read-only

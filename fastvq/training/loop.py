@@ -73,7 +73,7 @@ def train(
     log = Log(folder, done) if place.first else None
     batches = loader.batches(start=done * config.accumulate)
     sums: dict[str, Tensor] = {}
-    since = time.perf_counter()
+    since = (time.perf_counter(), time.process_time())
     saved = done
     try:
         for step in range(done, config.steps):
@@ -99,8 +99,10 @@ def train(
             now = step + 1
             if now % config.log_every == 0 or now == config.steps:
                 average(sums)
-                line = _line(now, sums, config, time.perf_counter() - since, place.world, done, loader)
-                sums, since = {}, time.perf_counter()
+                seconds, busy = time.perf_counter() - since[0], time.process_time() - since[1]
+                line = _line(now, sums, config, seconds, place.world, done, loader)
+                line |= {"seconds": round(seconds, 3), "processor_seconds": round(busy, 3)}
+                sums, since = {}, (time.perf_counter(), time.process_time())
                 if log is not None:
                     log.write(line)
                     if on_log is not None:
