@@ -1,0 +1,189 @@
+"""``fastvq encode`` and ``fastvq decode``: folders or shards of pictures to id maps in safetensors shards, and back.
+
+A shard holds the maps of ``shard_size`` pictures, written whole or not at all; what is there already is not made again.
+Shard s of numbered pictures holds pictures s * shard_size and on, whichever of several processes makes it, and maps are
+made in batches within a shard, so that the tokens are the same on any number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from fastvq.cli import shared
+from fastvq.cli.pictures import save_picture
+from fastvq.data import Picture, Shards, Source, normalise, open_data
+from fastvq.models.autoencoder import Autoencoder
+from fastvq.models.checkpoints import WEIGHTS, load_tensors, read_json, save_tensors, write_json
+from fastvq.training import Place, barrier, processes
+
+__all__ = ["decode", "encode"]
+
+OP = "fastvq encode"
+FORMAT = "fastvq id maps"
+MANIFEST = "manifest.json"
+NO_LABEL = -1
+
+
+def encode(
+    data: Annotated[
+        str, typer.Argument(help="a folder of pictures, tar shards, digits, photographs, torchvision:NAME")
+    ],
+    out: Annotated[Path, typer.Option(help="folder of the id maps; one that was begun is gone on with")] = Path("ids"),
+    model: Annotated[Path, typer.Option(help="folder of the trained model")] = shared.MODEL,
+    split: Annotated[str, typer.Option(help="train, held-out or all")] = "all",
+    size: Annotated[int | None, typer.Option(help="side of the pictures; the model's unless given")] = None,
+    odd: Annotated[str, typer.Option(help="odd pictures: skip or convert")] = "skip",
+    batch_size: int = 64,
+    shard_size: Annotated[int, typer.Option(help="pictures a shard")] = 4096,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Encode pictures to maps of code ids."""
+    with shared.reported(), processes(device) as place:
+        autoencoder = shared.read_model(model, place.device)
+        if size is None:
+            size = shared.read_data(model)[1]["size"]
+        source = open_data(data, split, size=size, channels=autoencoder.in_channels, odd=odd)
+        if source.channels != autoencoder.in_channels:
+            raise ValueError(f"{model} takes {autoencoder.in_channels} channels, and {data} has {source.channels}")
+        made_by = hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest()
+        order = {"model_sha256": made_by, "data": data, "split": split, "size": size, "shard_size": shard_size}
+        _check_order(out, order, place)
+        n_shards = -(-len(source) // shard_size) if isinstance(source, Source) else 0
+        with shared.progress(n_shards, "encode", shown=place.first) as advance:
+            for number, (name, pictures) in enumerate(_shards(source, shard_size, place)):
+                if not _is_whole(out / name):
+                    _encode_shard(autoencoder, pictures, out / name, batch_size, place.device)
+                advance((number + 1) * place.world)
+        if source.skipped:
+            # Shards that were whole already were not read again: what they left out was named when they were made.
+            path = out / f"skipped-{place.rank}.json"
+            write_json(path, {**(read_json(OP, path) if path.is_file() else {}), **source.skipped})
+        barrier()
+        if place.first:
+            manifest = _write_manifest(out, autoencoder, order)
+            shared.console.print(
+                f"{out}: {manifest['pictures']} pictures in {len(manifest['shards'])} shards, "
+                f"{len(manifest['skipped'])} left out", highlight=False,
+            )  # fmt: skip
+            shared.show_skipped(source)
+
+
+def decode(
+    ids: Annotated[Path, typer.Argument(help="folder that `fastvq encode` wrote")],
+    out: Annotated[Path, typer.Option(help="folder that gets the pictures")] = Path("decoded"),
+    model: Annotated[Path, typer.Option(help="folder of the model that made the ids")] = shared.MODEL,
+    limit: Annotated[int | None, typer.Option(help="pictures at most")] = None,
+    batch_size: int = 64,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Decode maps of code ids to pictures (PNG)."""
+    with shared.reported():
+        autoencoder = shared.read_model(model, device)
+        manifest = read_json("fastvq decode", ids / MANIFEST)
+        if manifest["model_sha256"] != hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest():
+            raise ValueError(f"{ids} was made by another model than {model}; its ids mean nothing to this one")
+        total = min(manifest["pictures"], limit or manifest["pictures"])
+        done = 0
+        with shared.progress(total, "decode") as advance:
+            for shard in manifest["shards"]:
+                tensors, metadata = load_tensors("fastvq decode", ids / shard["name"], FORMAT)
+                names = json.loads(metadata["names"])
+                for first in range(0, min(len(names), total - done), batch_size):
+                    last = min(first + batch_size, len(names), first + total - done)
+                    maps = [tensors[f"level{level}"][first:last].long() for level in range(autoencoder.levels)]
+                    images = autoencoder.decode_maps([m.to(device) for m in maps])
+                    for name, image in zip(names[first:last], images, strict=True):
+                        save_picture(out / f"{_file_name(name)}.png", image)
+                    done += last - first
+                    advance(done)
+        shared.console.print(f"{out}: {done} pictures", highlight=False)
+
+
+def _shards(source: Source | Shards, size: int, place: Place) -> Iterator[tuple[str, Iterator[Picture]]]:
+    """(file name, its pictures) of this process's shards. Pictures are read only where they are asked for."""
+    if isinstance(source, Source):
+        for number in range(place.rank, -(-len(source) // size), place.world):
+            indices = range(number * size, min((number + 1) * size, len(source)))
+            found = (source.get(i) for i in indices)
+            yield f"ids-{number:05d}.safetensors", (p for p in found if p is not None)
+        return
+    pictures = source.stream(rank=place.rank, world=place.world)
+    number = 0
+    while chunk := list(islice(pictures, size)):
+        yield f"ids-{place.rank:03d}-of-{place.world:03d}-{number:05d}.safetensors", iter(chunk)
+        number += 1
+
+
+@torch.no_grad()
+def _encode_shard(
+    model: Autoencoder, pictures: Iterator[Picture], path: Path, batch_size: int, device: torch.device
+) -> None:
+    levels: list[list[Tensor]] = [[] for _ in range(model.levels)]
+    names, labels = [], []
+    while batch := list(islice(pictures, batch_size)):
+        maps = model.encode_maps(normalise(torch.stack([p.pixels for p in batch])).to(device))
+        for level, ids in enumerate(maps):
+            levels[level].append(ids.cpu().to(_narrow(model.n_codes[level])))
+        names += [p.name for p in batch]
+        labels += [NO_LABEL if p.label is None else p.label for p in batch]
+    tensors = {f"level{i}": torch.cat(maps) for i, maps in enumerate(levels) if maps}
+    tensors["labels"] = torch.tensor(labels, dtype=torch.int64)
+    save_tensors(path, tensors, {"format": FORMAT, "names": json.dumps(names)})
+
+
+def _narrow(n_codes: int) -> torch.dtype:
+    """The narrowest type that holds the ids."""
+    return torch.uint8 if n_codes <= 1 << 8 else torch.int16 if n_codes <= 1 << 15 else torch.int32
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load_tensors(OP, path, FORMAT)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _check_order(out: Path, order: dict[str, Any], place: Place) -> None:
+    """Writes what this folder is to hold, or compares with what it was begun with."""
+    path = out / "order.json"
+    if path.is_file():
+        begun = read_json(OP, path)
+        if begun != order:
+            differing = ", ".join(sorted(k for k in order if begun.get(k) != order[k]))
+            raise ValueError(f"{out} was begun with another {differing}; take another --out")
+    elif place.first:
+        write_json(path, order)
+    barrier()
+
+
+def _write_manifest(out: Path, model: Autoencoder, order: dict[str, Any]) -> dict[str, Any]:
+    shards: list[dict[str, Any]] = []
+    skipped: dict[str, str] = {}
+    for path in sorted(out.glob("ids-*.safetensors")):
+        tensors, _ = load_tensors(OP, path, FORMAT)
+        shards.append({"name": path.name, "pictures": len(tensors["labels"])})
+    for path in sorted(out.glob("skipped-*.json")):
+        skipped |= read_json(OP, path)
+    manifest = {
+        **order, "levels": model.levels, "n_codes": model.n_codes, "strides": model.strides,
+        "pictures": sum(s["pictures"] for s in shards), "skipped": skipped, "shards": shards,
+    }  # fmt: skip
+    write_json(out / MANIFEST, manifest)
+    return manifest
+
+
+def _file_name(name: str) -> str:
+    """A picture's name as the name of one file: folders and anything unusual become an underscore."""
+    stem = re.sub(r"\.[A-Za-z0-9]{1,4}$", "", name)
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip(".") or "picture"

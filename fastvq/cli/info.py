@@ -1,0 +1,39 @@
+"""``fastvq info``: what this installation can do, and what is in a folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fastvq
+from fastvq.cli import shared
+from fastvq.models.checkpoints import Pretrained, load_tensors
+from fastvq.training.state import FORMAT, OP, STATE
+
+__all__ = ["info"]
+
+
+def info(
+    folder: Annotated[Path | None, typer.Argument(help="a model, a prior or encoded pictures")] = None,
+) -> None:
+    """Describe the installation, or a folder: a model, a prior or maps that `encode` wrote. JSON on stdout."""
+    with shared.reported():
+        described: dict[str, Any]
+        if folder is None:
+            described = {"version": fastvq.__version__, "build": fastvq.build_info()}
+        elif (folder / "manifest.json").is_file():
+            manifest = json.loads((folder / "manifest.json").read_text())
+            described = {name: value for name, value in manifest.items() if name != "shards"}
+        else:
+            model = Pretrained.from_pretrained(folder)
+            described = {
+                "class": type(model).__name__,
+                "config": model.config,
+                "parameters": sum(p.numel() for p in model.parameters()),
+            }
+            if (folder / STATE).is_file():
+                described["step"] = int(load_tensors(OP, folder / STATE, FORMAT)[1]["step"])
+        typer.echo(json.dumps(described, indent=2, default=str))

@@ -1,0 +1,32 @@
+"""The commands of ``fastvq`` and nothing else; what they do is in the modules beside this one."""
+
+from __future__ import annotations
+
+import typer
+
+from fastvq.cli.codes import decode, encode
+from fastvq.cli.info import info
+from fastvq.cli.make import edit_command, sample
+from fastvq.cli.train import train_prior, train_vqvae
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Pictures to maps of code ids and back: train a model and its prior, encode, decode, sample, edit.",
+)
+train = typer.Typer(no_args_is_help=True, help="Train a model of pictures, or a prior over its id maps.")
+train.command("vqvae")(train_vqvae)
+train.command("prior")(train_prior)
+app.add_typer(train, name="train")
+app.command("encode")(encode)
+app.command("decode")(decode)
+app.command("sample")(sample)
+app.command("edit")(edit_command)
+app.command("info")(info)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,169 @@
+"""``fastvq sample`` and ``fastvq edit``: new pictures, and old ones with a part changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fastvq.cli import shared
+from fastvq.cli.pictures import edit_picture, grid, save_picture, save_png
+from fastvq.models import edit
+from fastvq.models.editing import region_mask
+
+__all__ = ["edit_command", "sample"]
+
+COLUMNS = 8
+Model = Annotated[Path, typer.Option(help="folder of the trained model")]
+PriorFolder = Annotated[Path, typer.Option(help="folder of its priors")]
+Temperature = Annotated[float, typer.Option(help="below 1: likelier ids")]
+TopP = Annotated[float | None, typer.Option(help="draw from the likeliest ids that add up to this probability")]
+
+
+def sample(
+    label: Annotated[int | None, typer.Option(help="one class; a row of each unless given")] = None,
+    n: Annotated[int, typer.Option(help="pictures, of each class where no label is given")] = 16,
+    model: Model = shared.MODEL,
+    prior: PriorFolder = shared.PRIOR,
+    out: Annotated[Path, typer.Option(help="the grid of samples")] = Path("samples.png"),
+    each: Annotated[Path | None, typer.Option(help="folder that gets each picture as a file, too")] = None,
+    temperature: Temperature = 0.8,
+    top_p: TopP = None,
+    size: Annotated[int | None, typer.Option(help="side of the pictures; the prior's unless given")] = None,
+    seed: int = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Draw new pictures."""
+    with shared.reported():
+        autoencoder = shared.read_model(model, device)
+        priors = shared.read_priors(prior, autoencoder, device)
+        n_classes = priors[0].n_classes
+        names: list[str] = []
+        labels = None
+        if label is not None:
+            if n_classes is None or not 0 <= label < n_classes:
+                raise ValueError(
+                    f"--label must be one of the prior's classes ({n_classes or 'it has none'}), got {label}"
+                )
+            labels = torch.full((n,), label)
+        elif n_classes is not None:
+            labels = torch.arange(n_classes).repeat_interleave(n)
+            names = [str(c) for c in range(n_classes)]
+        images = autoencoder.generate(
+            n if labels is None else len(labels), labels, priors=priors, temperature=temperature, top_p=top_p,
+            size=None if size is None else (size, size), generator=torch.Generator(device).manual_seed(seed),
+        )  # fmt: skip
+        columns = n if names else min(n, COLUMNS)
+        title = f"label {label}" if label is not None else ""
+        save_png(out, grid(images, columns, title=title, rows=names))
+        if each is not None:
+            for i, image in enumerate(images):
+                save_picture(each / f"{i:05d}.png", image)
+        shared.console.print(f"{out}: {len(images)} pictures", highlight=False)
+
+
+def edit_command(
+    image: Annotated[Path | None, typer.Argument(help="a picture; one that was held out unless given")] = None,
+    index: Annotated[int, typer.Option(help="which held-out picture, where no file is given")] = 0,
+    box: Annotated[str | None, typer.Option(help="region x0,y0,x1,y1 in pixels; the middle unless given")] = None,
+    source: Annotated[Path | None, typer.Option(help="transplant the region from this picture")] = None,
+    source_index: Annotated[int | None, typer.Option(help="transplant it from this held-out picture")] = None,
+    code: Annotated[
+        str | None, typer.Option(help="set the region to these ids, one a level, top first: 3 or 3,17")
+    ] = None,
+    swap: Annotated[str | None, typer.Option(help="swap ids in the region: 3:17,4:2")] = None,
+    label: Annotated[int | None, typer.Option(help="draw the region again, as this class")] = None,
+    n: Annotated[int, typer.Option(help="how many different redrawings")] = 4,
+    candidates: Annotated[int, typer.Option(help="drafts for each, weighed by the ids that follow")] = 8,
+    temperature: Temperature = 1.0,
+    blend: Annotated[
+        int, typer.Option(help="put the original back outside, over a ramp of this many pixels; 0: no")
+    ] = 0,
+    model: Model = shared.MODEL,
+    prior: PriorFolder = shared.PRIOR,
+    size: Annotated[int | None, typer.Option(help="bring the picture to this side")] = None,
+    out: Annotated[Path, typer.Option(help="picture, reconstruction, edit and change, side by side")] = Path(
+        "edit.png"
+    ),
+    seed: int = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+) -> None:
+    """Change a part of a picture: transplant, set or swap its codes, or (else) let the prior draw it again."""
+    with shared.reported():
+        autoencoder = shared.read_model(model, device)
+        if image is not None:
+            picture = shared.picture_file(image, autoencoder, size)
+            own_label = None
+        else:
+            picture, own_label = _held_out(model, index)
+        picture = picture.to(device)
+        height, width = picture.shape[2:]
+        region = (
+            _numbers("--box", box, 4) if box else [width // 4, height // 4, width - width // 4, height - height // 4]
+        )
+        way: dict[str, Any] = {}
+        if source is not None or source_index is not None:
+            other = (
+                shared.picture_file(source, autoencoder, width) if source else _held_out(model, source_index or 0)[0]
+            )
+            way["source"] = other.to(device)
+        if code is not None:
+            way["codes"] = _numbers("--code", code, autoencoder.levels)
+        if swap is not None:
+            way["swap"] = {
+                old: new for old, new in (_numbers("--swap", pair.replace(":", ","), 2) for pair in swap.split(","))
+            }
+        if not way:
+            priors = shared.read_priors(prior, autoencoder, device)
+            label = own_label if label is None else label
+            way = {
+                "prior": priors, "labels": label if priors[0].n_classes else None, "n_candidates": candidates,
+                "temperature": temperature,
+            }  # fmt: skip
+        repeats = n if "prior" in way else 1
+        edited = edit(
+            autoencoder, picture.expand(repeats, -1, -1, -1), region, blend=blend,
+            generator=torch.Generator(device).manual_seed(seed), **way,
+        )  # fmt: skip
+        for i in range(repeats):
+            path = out if i == 0 else out.with_name(f"{out.stem}-{i}{out.suffix}")
+            title = f"change inside {edited.inside_change[i]:.4f}, outside {edited.outside_change[i]:.4f}"
+            mask = region_mask(region, picture)[0]
+            save_png(path, edit_picture(picture[0], edited.reconstruction[i], edited.image[i], mask, title))
+            save_picture(path.with_name(f"{path.stem}-picture{path.suffix}"), edited.image[i])
+        typer.echo(json.dumps({
+            "region": list(region),
+            "changed_ids": [int(c[0].sum()) for c in edited.changed],
+            "inside_change": [round(float(v), 6) for v in edited.inside_change],
+            "outside_change": [round(float(v), 6) for v in edited.outside_change],
+            "pixels_in_reach": int(edited.reach[0].sum()),
+            "pixels": height * width,
+        }))  # fmt: skip
+
+
+def _held_out(model: Path, index: int) -> tuple[torch.Tensor, int | None]:
+    """One held-out picture [1, C, H, W] of what the model was trained on, and its label."""
+    from fastvq.data import normalise, open_data
+    from fastvq.data.sources import Source
+
+    name, options = shared.read_data(model)
+    source = open_data(name, "held-out", **options)
+    if not isinstance(source, Source):
+        raise ValueError(f"{name} holds no pictures out; give a picture's file")
+    found = source.get(index % len(source))
+    if found is None:
+        raise ValueError(f"picture {index} of {name} cannot be used: {next(iter(source.skipped.values()))}")
+    return normalise(found.pixels[None]), found.label
+
+
+def _numbers(option: str, text: str, n: int) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != n:
+        raise ValueError(f"{option} must be {n} whole numbers, got {text!r}")
+    return numbers

@@ -1,0 +1,139 @@
+"""Pictures for people: grids, samples by class, an edit before and after, how often each code is used."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from fastvq.data import to_pixels
+from fastvq.models.checkpoints import write_atomically
+
+__all__ = ["PAIRED", "edit_picture", "grid", "save_picture", "save_png", "usage_plot"]
+
+GAP = 2
+SIDE = 96  # small pictures are enlarged to about this many pixels
+LINE = 14  # height of a line of text
+INK, PAPER, BAR, MARK = (20, 20, 20), (255, 255, 255), (52, 101, 164), (204, 0, 0)
+PAIRED = "upper rows: pictures; lower rows: what their ids decode to"
+DIFFERENCE_GAIN = 2
+
+
+def save_png(path: Path, picture: Image.Image) -> None:
+    data = io.BytesIO()
+    picture.save(data, "png", optimize=True)
+    write_atomically(path, data.getvalue())
+
+
+def save_picture(
+    path: Path,
+    image: Tensor,  # [C, H, W] normalised
+) -> None:
+    save_png(path, _to_image(image, 1))
+
+
+def grid(
+    images: Tensor,  # [N, C, H, W] normalised, row by row
+    columns: int,
+    *,
+    title: str = "",
+    rows: Sequence[str] = (),  # a name in front of each row
+) -> Image.Image:
+    height, width = images.shape[2:]
+    scale = max(1, SIDE // max(height, width))
+    cell_w, cell_h = width * scale + GAP, height * scale + GAP
+    n_rows = -(-len(images) // columns)
+    left = max((_text_width(name) for name in rows), default=0) + (2 * GAP if rows else 0)
+    top = LINE + GAP if title else 0
+    page = Image.new(
+        "RGB", (max(left + columns * cell_w, _text_width(title)) + GAP, top + n_rows * cell_h + GAP), PAPER
+    )
+    draw = ImageDraw.Draw(page)
+    if title:
+        draw.text((GAP, GAP), title, fill=INK)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        page.paste(_to_image(image, scale), (left + column * cell_w + GAP, top + row * cell_h + GAP))
+    for row, name in enumerate(rows):
+        draw.text((GAP, top + row * cell_h + cell_h // 2 - LINE // 2), name, fill=INK)
+    return page
+
+
+def paired(
+    originals: Tensor,  # [N, C, H, W]
+    others: Tensor,
+    columns: int,
+) -> Tensor:
+    """Both in one grid: a row of originals above the row of the others, again and again."""
+    rows = [torch.cat(pair) for pair in zip(originals.split(columns), others.split(columns), strict=True)]
+    return torch.cat(rows)
+
+
+def edit_picture(
+    original: Tensor,  # [C, H, W]
+    reconstruction: Tensor,
+    edited: Tensor,
+    mask: Tensor,  # [H, W] bool, the region
+    title: str = "",
+) -> Image.Image:
+    """Four pictures side by side: the original with the region's frame, its plain reconstruction, the edit, and the
+    difference of the last two, on grey."""
+    difference = ((edited - reconstruction) * DIFFERENCE_GAIN / 2).clamp(-1, 1)
+    page = grid(torch.stack([original, reconstruction, edited, difference]), 4, title=title or " ")
+    scale = max(1, SIDE // max(mask.shape))
+    ys, xs = torch.nonzero(mask, as_tuple=True)
+    x0, y0, x1, y1 = (int(v) * scale for v in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+    top = LINE + 2 * GAP
+    ImageDraw.Draw(page).rectangle((GAP + x0, top + y0, GAP + x1 - 1, top + y1 - 1), outline=MARK)
+    step = mask.shape[1] * scale + GAP
+    tall = Image.new("RGB", (page.width, page.height + LINE), PAPER)
+    tall.paste(page, (0, 0))
+    draw = ImageDraw.Draw(tall)
+    for i, name in enumerate(("picture", "reconstruction", "edited", "change")):
+        draw.text((GAP + i * step, page.height - 1), name, fill=INK)
+    return tall
+
+
+def usage_plot(
+    counts: Sequence[Tensor],  # L tensors [K]: how often each code was chosen, top first
+) -> Image.Image:
+    """A bar a code, the most used first, for each level."""
+    width, height = 640, 150
+    page = Image.new("RGB", (width, len(counts) * height), PAPER)
+    draw = ImageDraw.Draw(page)
+    for level, level_counts in enumerate(counts):
+        ordered = level_counts.double().sort(descending=True).values
+        share = ordered / ordered.sum().clamp(min=1)
+        perplexity = float(torch.exp(-torch.special.xlogy(share, share).sum()))
+        used = int((ordered > 0).sum())
+        base, tall = (level + 1) * height - 2 * GAP, height - LINE - 6 * GAP
+        draw.text((GAP, level * height + GAP), fill=INK, text=(
+            f"level {level}: {used} of {len(ordered)} codes in use, perplexity {perplexity:.1f}; "
+            f"most used {share[0]:.1%} of positions"
+        ))  # fmt: skip
+        draw.line((GAP, base, width - GAP, base), fill=INK)
+        span = (width - 2 * GAP) / len(ordered)
+        for k, value in enumerate((share / share.max().clamp(min=1e-12)).tolist()):
+            x0 = GAP + k * span
+            if value:
+                draw.rectangle((x0, base - value * tall, max(x0, x0 + span - 1), base), fill=BAR)
+    return page
+
+
+def _to_image(
+    image: Tensor,  # [C, H, W]
+    scale: int,
+) -> Image.Image:
+    pixels = to_pixels(image.cpu())
+    if pixels.shape[0] not in (1, 3):
+        pixels = pixels[:1]  # other numbers of channels have no colours that a person could see
+    picture = Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy())
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _text_width(text: str) -> int:
+    return int(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(text)) + 2 * GAP if text else 0

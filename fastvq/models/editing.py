@@ -1,0 +1,263 @@
+"""Editing a part of a picture: the ids of a region change, everything else stays as it was.
+
+A region of pixels becomes positions on every level; their ids are set, transplanted, swapped or drawn again; the result
+is decoded. What the decoder's reach does not touch is the same to the bit as ``decode(encode(image))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastvq.models.autoencoder import Autoencoder
+from fastvq.models.blocks import widen
+from fastvq.models.prior import as_priors
+
+__all__ = ["Edited", "edit", "positions", "region_mask"]
+
+OP = "fastvq.models.edit"
+Region = Sequence[int] | Tensor
+
+
+class Edited(NamedTuple):
+    """What an edit returns; L levels, top first."""
+
+    image: Tensor  # [B, C, H, W] the edited picture
+    reconstruction: Tensor  # [B, C, H, W] decode(encode(image)), what it is compared with
+    maps: list[Tensor]  # L maps after the edit
+    changed: list[Tensor]  # L masks [B, h, w] bool: the positions whose ids are not what they were
+    inside_change: Tensor  # [B] mean absolute change of a pixel inside the region, before any blending
+    outside_change: Tensor  # [B] the same outside of it: what leaks over the edge, 0 beyond ``reach``
+    reach: Tensor  # [B, H, W] bool: the pixels that the changed ids can reach; no other differs at all
+
+
+@torch.no_grad()
+def edit(
+    model: Autoencoder,
+    image: Tensor,  # [B, C, H, W]
+    region: Region,
+    *,
+    codes: Sequence[Tensor | int] | Tensor | int | None = None,
+    source: Tensor | None = None,
+    swap: Mapping[int, int] | Sequence[Mapping[int, int]] | None = None,
+    prior: Any = None,
+    labels: Tensor | int | None = None,
+    n_candidates: int = 1,
+    temperature: float = 1.0,
+    blend: bool | int = False,
+    generator: torch.Generator | None = None,
+    **sampling: Any,
+) -> Edited:
+    """Changes the ids of a region of pictures and decodes.
+
+    Exactly one of ``codes``, ``source``, ``swap`` and ``prior`` says how:
+
+    Args:
+        model: a ``VQVAE`` or ``VQVAE2``; its mode does not matter, no codebook is updated.
+        image: normalised pictures, sides multiples of the top level's stride.
+        region: a box (x0, y0, x1, y1) in pixels, x1 and y1 not in it, or a bool mask [H, W] or [B, H, W]. A position
+            of a map is in the region where any of its pixels is.
+        codes: per level, top first, the new ids: one id for all positions, a map [h, w] or [B, h, w] of which the
+            region's positions are taken, or None to leave the level. Without a list: the one level's.
+        source: other pictures, [B, C, H, W] or [1, C, H, W]; the region's ids are theirs, on all levels.
+        swap: {old id: new id}, for all levels or one a level; all at once, so {1: 2, 2: 1} exchanges two.
+        prior: one ``Prior`` a level, top first. The region is drawn again in raster order, each id given all before it,
+            the label and the maps above; the others stay.
+        labels: [B] or one, the prior's condition.
+        n_candidates: with ``prior``, how many drafts. Raster order does not look ahead, so a draft knows nothing of the
+            ids below and right of the region. Draft j is taken with probability proportional to
+            prod_i p(ids_i | before, draft j) over the positions i outside the region: sampling-importance-resampling
+            of the region given everything around it (Rubin 1987), exact as n_candidates grows.
+        temperature, sampling (top_k, top_p, cached): of the drafts, as in ``PixelCNN.sample``.
+        blend: True or a number of pixels: outside the region the original picture is put back, over a ramp that wide
+            (True: one position of the bottom map). Beyond the ramp ``image`` is the original, to the bit.
+        generator: source of the draws.
+
+    Returns:
+        ``Edited``. Its changes compare with ``decode(encode(image))``, not with the picture itself.
+
+    Raises:
+        ValueError: not exactly one way is given; the region is empty, lies outside the picture or has the wrong shape;
+            an id that is no code; a source of another shape; priors that are not one a level.
+
+    Example:
+        >>> edited = edit(model, picture, (8, 8, 16, 16), source=other)       # doctest: +SKIP
+        >>> edited.outside_change < edited.inside_change                       # doctest: +SKIP
+        tensor([True])
+    """
+    ways = [name for name, value in dict(codes=codes, source=source, swap=swap, prior=prior).items()
+            if value is not None]  # fmt: skip
+    if len(ways) != 1:
+        raise ValueError(f"{OP}: exactly one of codes, source, swap, prior must be given, got {ways or 'none'}")
+    if n_candidates < 1:
+        raise ValueError(f"{OP}: n_candidates must be at least 1, got {n_candidates}")
+    training = model.training
+    model.eval()
+    try:
+        before = model.encode_maps(image)
+        inside = region_mask(region, image)
+        where = [positions(inside, stride) for stride in model.strides]
+        if codes is not None:
+            maps = _set(model, before, where, codes)
+        elif source is not None:
+            maps = _transplant(model, image, before, where, source)
+        elif swap is not None:
+            maps = _swap(model, before, where, swap)
+        else:
+            maps = _resample(
+                model, before, where, prior, labels, n_candidates, generator, temperature=temperature, **sampling
+            )
+        reconstruction = model.decode_maps(before)
+        edited = model.decode_maps(maps)
+    finally:
+        model.train(training)
+    changed = [(a != b).flatten(3).any(-1) if a.dim() == 4 else a != b for a, b in zip(maps, before, strict=True)]
+    difference = (edited - reconstruction).abs().float().mean(1)  # [B, H, W]
+    if blend:
+        edited = _blend(edited, image, inside, model.strides[-1] if blend is True else int(blend))
+    return Edited(
+        edited, reconstruction, maps, changed, _mean(difference, inside), _mean(difference, ~inside),
+        model.reach(changed),
+    )  # fmt: skip
+
+
+def region_mask(
+    region: Region,
+    image: Tensor,  # [B, C, H, W]
+) -> Tensor:
+    """[B, H, W] bool of a box (x0, y0, x1, y1) or of a mask; ValueError where it is empty or does not fit."""
+    batch, _, height, width = image.shape
+    if isinstance(region, Tensor):
+        if region.dtype != torch.bool or region.shape not in ((height, width), (batch, height, width)):
+            raise ValueError(
+                f"{OP}: region as a mask must be bool [{height}, {width}] or [{batch}, {height}, {width}], "
+                f"got {region.dtype} {list(region.shape)}"
+            )
+        mask = region.to(image.device).expand(batch, height, width)
+        if not mask.flatten(1).any(1).all():
+            raise ValueError(f"{OP}: region must hold at least one pixel of every picture, and has none")
+        return mask
+    box = list(region)
+    if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
+        raise ValueError(
+            f"{OP}: region as a box must be (x0, y0, x1, y1) with 0 <= x0 < x1 <= {width} and "
+            f"0 <= y0 < y1 <= {height}, got {box}"
+        )
+    mask = torch.zeros(batch, height, width, dtype=torch.bool, device=image.device)
+    mask[:, box[1] : box[3], box[0] : box[2]] = True
+    return mask
+
+
+def positions(
+    mask: Tensor,  # [B, H, W] bool
+    stride: int,
+) -> Tensor:
+    """[B, H/stride, W/stride] bool: the positions of a map that hold a pixel of the mask."""
+    return F.max_pool2d(mask[:, None].float(), stride)[:, 0] > 0
+
+
+def _replace(ids: Tensor, where: Tensor, new: Tensor) -> Tensor:
+    return torch.where(where[..., None] if ids.dim() == 4 else where, new, ids)
+
+
+def _set(model: Autoencoder, before: list[Tensor], where: list[Tensor], codes: Any) -> list[Tensor]:
+    per_level = list(codes) if isinstance(codes, (list, tuple)) else [codes]
+    if len(per_level) != model.levels:
+        raise ValueError(f"{OP}: codes must be one entry a level ({model.levels}), top first, got {len(per_level)}")
+    maps = []
+    for level, (ids, new, mask) in enumerate(zip(before, per_level, where, strict=True)):
+        if new is None:
+            maps.append(ids)
+            continue
+        new = torch.as_tensor(new, device=ids.device)
+        if new.dtype != torch.int64 or (new.dim() and new.shape not in (ids.shape, ids.shape[1:])):
+            raise ValueError(
+                f"{OP}: codes[{level}] must be one id, or int64 ids {list(ids.shape[1:])} or {list(ids.shape)}, "
+                f"got {new.dtype} {list(new.shape)}"
+            )
+        maps.append(_checked(model, level, _replace(ids, mask, new.expand_as(ids)), "codes"))
+    return maps
+
+
+def _transplant(
+    model: Autoencoder, image: Tensor, before: list[Tensor], where: list[Tensor], source: Tensor
+) -> list[Tensor]:
+    if source.dim() != 4 or source.shape[1:] != image.shape[1:] or source.shape[0] not in (1, image.shape[0]):
+        raise ValueError(
+            f"{OP}: source must be {list(image.shape)} like image, or one such picture, got {list(source.shape)}"
+        )
+    new = model.encode_maps(source)
+    return [_replace(ids, mask, other.expand_as(ids)) for ids, mask, other in zip(before, where, new, strict=True)]
+
+
+def _swap(model: Autoencoder, before: list[Tensor], where: list[Tensor], swap: Any) -> list[Tensor]:
+    per_level = [swap] * model.levels if isinstance(swap, Mapping) else list(swap)
+    if len(per_level) != model.levels:
+        raise ValueError(f"{OP}: swap must be one mapping, or one a level ({model.levels}), got {len(per_level)}")
+    maps = []
+    for level, (ids, pairs, mask) in enumerate(zip(before, per_level, where, strict=True)):
+        n_codes = model.n_codes[level]
+        # An old id beyond this level's codes cannot occur here; a new one could not be decoded.
+        becomes = torch.arange(n_codes, device=ids.device)
+        for old, new in pairs.items():
+            if not 0 <= new < n_codes:
+                raise ValueError(f"{OP}: swap must give ids in 0 .. {n_codes - 1} on level {level}, got {old}: {new}")
+            if 0 <= old < n_codes:
+                becomes[old] = new
+        maps.append(_replace(ids, mask, becomes[ids]))
+    return maps
+
+
+def _resample(
+    model: Autoencoder, before: list[Tensor], where: list[Tensor], prior: Any, labels: Tensor | int | None,
+    n_candidates: int, generator: torch.Generator | None, **sampling: Any,
+) -> list[Tensor]:  # fmt: skip
+    priors = as_priors(OP, prior, model.levels)
+    batch, device = before[0].shape[0], before[0].device
+    if labels is not None:
+        labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
+        labels = labels.expand(batch).repeat_interleave(n_candidates)
+    drafts: list[Tensor] = []  # L maps [B * J, h, w], the J drafts of a picture together
+    weight = torch.zeros(batch, n_candidates, device=device)
+    for one, ids, mask in zip(priors, before, where, strict=True):
+        if ids.dim() != 3:
+            raise ValueError(f"{OP}: prior needs one id a position, got maps {list(ids.shape)}")
+        known, redrawn = ids.repeat_interleave(n_candidates, 0), mask.repeat_interleave(n_candidates, 0)
+        drawn = one.sample(
+            tuple(known.shape), labels, drafts, known=known, keep=~redrawn, generator=generator, **sampling
+        )
+        if n_candidates > 1:
+            score = one.log_prob(drawn, labels, drafts).masked_fill(redrawn, 0)
+            weight += score.flatten(1).sum(1).view(batch, n_candidates)
+        drafts.append(drawn)
+    uniform = torch.rand(batch, 1, generator=generator, device=generator.device if generator else device).to(device)
+    chosen = (weight.softmax(1).cumsum(1) < uniform).sum(1).clamp(max=n_candidates - 1)
+    row = torch.arange(batch, device=device) * n_candidates + chosen
+    return [ids[row] for ids in drafts]
+
+
+def _checked(model: Autoencoder, level: int, ids: Tensor, argument: str) -> Tensor:
+    if not 0 <= int(ids.min()) <= int(ids.max()) < model.n_codes[level]:
+        raise ValueError(f"{OP}: {argument}[{level}] must hold ids in 0 .. {model.n_codes[level] - 1}")
+    return ids
+
+
+def _mean(difference: Tensor, mask: Tensor) -> Tensor:
+    """[B]: the mean of [B, H, W] where the mask is True; 0 where it is nowhere."""
+    return (difference * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
+
+
+def _blend(edited: Tensor, image: Tensor, inside: Tensor, width: int) -> Tensor:
+    """``edited`` inside, ``image`` beyond ``width`` pixels, a linear ramp between."""
+    alpha = inside[:, None].float()
+    grown = inside[:, None]
+    for step in range(1, width):
+        grown = widen(grown, 1)
+        alpha = torch.maximum(alpha, grown.float() * (1 - step / width))
+    mixed = image + alpha.to(image.dtype) * (edited - image)
+    # image + 1 * (edited - image) may round; inside the region the edited pixels are wanted as they are.
+    return torch.where(alpha >= 1, edited, mixed)

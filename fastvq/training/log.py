@@ -1,0 +1,47 @@
+"""A run's log: one JSON object a line, and TensorBoard's where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from fastvq.models.checkpoints import write_atomically
+
+__all__ = ["Log"]
+
+
+class Log:
+    """``folder/log.jsonl``. A resumed run drops the lines of the steps that it will take again."""
+
+    def __init__(self, folder: Path, resumed_step: int) -> None:
+        self.path = folder / "log.jsonl"
+        kept = [line for line in self._lines() if line.get("step", 0) <= resumed_step] if resumed_step else []
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.board: Any = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+
+    def write(self, line: dict[str, Any]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self.board is not None:
+            for name, value in line.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self.board.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def _lines(self) -> list[dict[str, Any]]:
+        lines = []
+        for text in self.path.read_text().splitlines() if self.path.is_file() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # the line that a killed run was writing
+                continue
+        return lines

@@ -1,0 +1,171 @@
+"""The loop that trains an autoencoder or a prior: on one process or several, and on from where it was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastvq.data import Batch, Loader
+from fastvq.models.checkpoints import Pretrained
+from fastvq.nn import update_codebooks
+from fastvq.training.config import TrainConfig
+from fastvq.training.log import Log
+from fastvq.training.processes import Place, average, barrier
+from fastvq.training.state import OP, STATE, Averages, load_run, save_run
+
+__all__ = ["Objective", "train"]
+
+# (what to call instead of the model, batch on its device) -> (loss [], numbers for the log)
+Objective = Callable[[Callable[..., Any], Batch], tuple[Tensor, dict[str, Tensor]]]
+
+
+def train(
+    model: Pretrained,
+    objective: Objective,
+    loader: Loader,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    place: Place | None = None,
+    resume: bool = False,
+    on_step: Callable[[int], None] | None = None,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Trains ``model`` in place and leaves it, with the averaged weights where there are any, in ``eval()``.
+
+    Every ``save_every`` steps and at the end ``folder`` gets ``state.safetensors``, all that a resumed run needs, and
+    the model itself (``from_pretrained``); ``log.jsonl`` a line every ``log_every`` steps. A run that was killed at any
+    moment and is resumed ends with the weights of one that was not, to the bit on a CPU with as many threads: the data,
+    and every random number, follow from the seed and the step.
+
+    Args:
+        objective: the loss of one micro-batch; it must call what it is given, not the model, for the gradients of
+            several processes to be averaged.
+        loader: made for this process's rank and world.
+        resume: go on from ``folder`` where something was saved; else an existing state is refused.
+        on_step: called after each step with the number of steps done; on_log: with each line of the log (rank 0).
+
+    Raises:
+        ValueError: there is a state in ``folder`` and ``resume`` is False; the state is truncated, foreign or of
+            another run; the loss is not finite.
+        OSError: a checkpoint cannot be written; the one before it is whole.
+    """
+    place = place or Place(0, 1, torch.device("cpu"))
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(place.device).train()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], config.lr, weight_decay=config.weight_decay
+    )
+    averages = Averages(model, config.ema)
+    done = 0
+    if (folder / STATE).exists():
+        if not resume:
+            raise ValueError(f"{OP}: {folder} holds a run already; resume it, or train into another folder")
+        done = load_run(folder, model, optimizer, averages, config)
+    net = _wrap(model, config, place)
+    log = Log(folder, done) if place.first else None
+    batches = loader.batches(start=done * config.accumulate)
+    sums: dict[str, Tensor] = {}
+    since = (time.perf_counter(), time.process_time())
+    saved = done
+    try:
+        for step in range(done, config.steps):
+            torch.manual_seed(config.seed * 1_000_003 + step)
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate(step)
+            for micro in range(config.accumulate):
+                last = micro + 1 == config.accumulate
+                # Gradients travel once a step, with the last micro-batch.
+                wait = contextlib.nullcontext() if last or place.world == 1 else net.no_sync()
+                batch = _to(next(batches), place.device)
+                with wait, torch.autocast(place.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                    loss, numbers = objective(net, batch)
+                    (loss / config.accumulate).backward()
+                for name, value in {"loss": loss, **numbers}.items():
+                    sums[name] = sums.get(name, 0) + value.detach().float()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+            update_codebooks(model)
+            averages.update(step)
+            sums["gradient_norm"] = sums.get("gradient_norm", 0) + norm.detach() * config.accumulate
+            now = step + 1
+            if now % config.log_every == 0 or now == config.steps:
+                average(sums)
+                seconds, busy = time.perf_counter() - since[0], time.process_time() - since[1]
+                line = _line(now, sums, config, seconds, place.world, done, loader)
+                line |= {"seconds": round(seconds, 3), "processor_seconds": round(busy, 3)}
+                sums, since = {}, (time.perf_counter(), time.process_time())
+                if log is not None:
+                    log.write(line)
+                    if on_log is not None:
+                        on_log(line)
+            if now % config.save_every == 0 or now == config.steps:
+                if place.first:
+                    _save(folder, model, optimizer, averages, now, saved, config)
+                saved = now
+            if on_step is not None:
+                on_step(now)
+    finally:
+        if log is not None:
+            log.close()
+        batches.close()
+    averages.swap()
+    model.eval()
+    barrier()
+
+
+def _wrap(model: nn.Module, config: TrainConfig, place: Place) -> Any:
+    net: Any = torch.compile(model) if config.compile else model
+    if place.world > 1:
+        # Buffers are the codebooks', which fastvq.nn sums over the ranks itself.
+        devices = [place.device.index] if place.device.type == "cuda" else None
+        net = DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
+    return net
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(batch.images.to(device), None if batch.labels is None else batch.labels.to(device))
+
+
+def _line(
+    step: int, sums: dict[str, Tensor], config: TrainConfig, seconds: float, world: int, done: int, loader: Loader
+) -> dict[str, Any]:
+    steps = (step - 1 - max(done, (step - 1) // config.log_every * config.log_every)) + 1
+    n = steps * config.accumulate
+    line: dict[str, Any] = {"step": step, **{name: round(float(value) / n, 6) for name, value in sums.items()}}
+    if not all(abs(line[name]) < float("inf") for name in ("loss", "gradient_norm")):
+        raise ValueError(
+            f"{OP}: the loss or its gradient is not finite near step {step} (loss {line['loss']}, norm "
+            f"{line['gradient_norm']}); lower lr, or clip, and resume from the last checkpoint"
+        )
+    line["rate"] = config.rate(step - 1)
+    line["pictures_per_second"] = round(n * config.batch_size * world / seconds, 1)
+    if loader.source.skipped:
+        line["skipped"] = len(loader.source.skipped)
+    return line
+
+
+def _save(
+    folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer, averages: Averages, step: int, saved: int,
+    config: TrainConfig,
+) -> None:  # fmt: skip
+    try:
+        save_run(folder, model, optimizer, averages, step, config)
+        averages.swap()
+        try:
+            model.save_pretrained(folder)
+        finally:
+            averages.swap()
+    except OSError as error:
+        raise OSError(
+            f"{OP}: the checkpoint of step {step} could not be written to {folder} ({error}); "
+            f"the last good one, of step {saved}, is still there: make room and resume"
+        ) from error

@@ -1,0 +1,60 @@
+"""One process or several: who this one is, and what several do together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Place", "average", "barrier", "processes"]
+
+
+class Place(NamedTuple):
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def processes(device: str = "auto") -> Iterator[Place]:
+    """This process's place among those that ``torchrun`` started; alone where it did not.
+
+    The process group (gloo on CPUs, nccl on GPUs) lives as long as the block.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    place = Place(rank, world, torch.device(f"cuda:{local}" if kind == "cuda" else kind))
+    if world == 1:
+        yield place
+        return
+    if place.device.type == "cuda":
+        torch.cuda.set_device(place.device)
+    dist.init_process_group("nccl" if place.device.type == "cuda" else "gloo")
+    try:
+        yield place
+    finally:
+        dist.destroy_process_group()
+
+
+def average(numbers: dict[str, Tensor]) -> None:
+    """Replaces each number [] by its mean over all processes, in one message; nothing where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        packed = torch.stack(list(numbers.values()))
+        dist.all_reduce(packed)
+        numbers.update(zip(numbers, packed / dist.get_world_size(), strict=True))
+
+
+def barrier() -> None:
+    """Waits for every process; nothing where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,185 @@
+"""The command: what a new user runs, from training to an edit, on small pictures."""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from fastvq.cli import app
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--size", "16", "--channels", "1", "--hidden", "8", "--codes", "16", "--code-dim", "4", "--blocks", "1",
+         "--batch-size", "8", "--device", "cpu", "--log-every", "2"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def fastvq(*arguments, status=0):
+    result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == status, result.output
+    return result
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder of pictures, a two-level model of them and its priors."""
+    root = tmp_path_factory.mktemp("runs")
+    rng = np.random.default_rng(0)
+    for i in range(30):
+        path = root / "pictures" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).save(path)
+    (root / "pictures" / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    data = ["--data", root / "pictures"]
+    fastvq("train", "vqvae", *data, "--out", root / "vqvae", "--levels", 2, "--downsample", 2, "--steps", 6, *SMALL)
+    fastvq("train", "prior", "--model", root / "vqvae", "--out", root / "prior", "--steps", 4, "--batch-size", 8,
+           "--channels", 8, "--layers", 2, "--device", "cpu")  # fmt: skip
+    return root
+
+
+def side(path):
+    with Image.open(path) as picture:
+        picture.load()
+        return picture.size
+
+
+def test_training_writes_a_model_a_log_and_pictures(runs):
+    names = {p.name for p in (runs / "vqvae").iterdir()}
+    assert names == {"config.json", "data.json", "log.jsonl", "model.safetensors", "reconstructions.png",
+                     "state.safetensors", "usage.png"}  # fmt: skip
+    assert [json.loads(s)["step"] for s in (runs / "vqvae" / "log.jsonl").read_text().splitlines()] == [2, 4, 6]
+    assert min(side(runs / "vqvae" / "reconstructions.png")) > 90 and side(runs / "vqvae" / "usage.png") == (640, 300)
+    assert {p.name for p in (runs / "prior").iterdir()} == {"level0", "level1"}
+
+
+def test_a_second_run_needs_resume(runs):
+    again = ["train", "vqvae", "--data", runs / "pictures", "--out", runs / "vqvae", "--levels", 2, "--downsample", 2,
+             "--steps", 6, *SMALL]  # fmt: skip
+    assert "resume it" in " ".join(fastvq(*again, status=1).output.split())
+    before = (runs / "vqvae" / "model.safetensors").read_bytes()
+    fastvq(*again, "--resume")
+    assert (runs / "vqvae" / "model.safetensors").read_bytes() == before
+
+
+def test_samples_by_label_and_of_every_class(runs, tmp_path):
+    both = ["--model", runs / "vqvae", "--prior", runs / "prior"]
+    fastvq("sample", *both, "--label", 1, "--n", 4, "--out", tmp_path / "one.png", "--each", tmp_path / "each")
+    fastvq("sample", *both, "--n", 3, "--out", tmp_path / "all.png")
+    assert len(list((tmp_path / "each").iterdir())) == 4 and side(tmp_path / "each" / "00000.png") == (16, 16)
+    assert side(tmp_path / "all.png")[0] > 3 * 96
+    assert "one of the prior's classes (2)" in " ".join(fastvq("sample", *both, "--label", 5, status=1).output.split())
+
+
+@pytest.mark.parametrize("way", [["--code", "3,5"], ["--swap", "1:2,2:1"], ["--source-index", "1"], ["--label", "0"]])
+def test_edits_write_what_they_changed(runs, tmp_path, way):
+    out = tmp_path / "edit.png"
+    result = fastvq("edit", "--model", runs / "vqvae", "--prior", runs / "prior", "--box", "4,4,8,8", "--n", 2,
+                    "--candidates", 2, "--out", out, *way)  # fmt: skip
+    said = json.loads(result.stdout)
+    assert said["region"] == [4, 4, 8, 8] and len(said["changed_ids"]) == 2
+    assert side(out)[0] > 4 * 96 and side(tmp_path / "edit-picture.png") == (16, 16)
+    assert (tmp_path / "edit-1.png").exists() == (way[0] == "--label")
+
+
+def test_an_edit_of_a_file(runs, tmp_path):
+    Image.new("RGBA", (40, 22), (200, 30, 30, 255)).save(tmp_path / "mine.png")
+    fastvq("edit", tmp_path / "mine.png", "--model", runs / "vqvae", "--code", "3,5", "--out", tmp_path / "out.png")
+    assert side(tmp_path / "out-picture.png") == (40, 20)
+
+
+def test_encoding_is_resumed_and_decoded(runs, tmp_path):
+    order = ["encode", runs / "pictures", "--model", runs / "vqvae", "--out", tmp_path / "ids", "--shard-size", 10,
+             "--batch-size", 4, "--device", "cpu"]  # fmt: skip
+    fastvq(*order)
+    manifest = json.loads((tmp_path / "ids" / "manifest.json").read_text())
+    assert manifest["pictures"] == 30 and list(manifest["skipped"]) == ["a/broken.png"]
+    files = {p: p.read_bytes() for p in (tmp_path / "ids").glob("ids-*")}
+    assert len(files) == 4
+    kept, lost, cut = sorted(files)[:3]
+    lost.unlink()
+    cut.write_bytes(files[cut][:50])
+    stamp = kept.stat().st_mtime_ns
+    fastvq(*order)
+    assert json.loads((tmp_path / "ids" / "manifest.json").read_text()) == manifest
+    assert all(p.read_bytes() == content for p, content in files.items()) and kept.stat().st_mtime_ns == stamp
+    fastvq("decode", tmp_path / "ids", "--model", runs / "vqvae", "--out", tmp_path / "decoded", "--limit", 7)
+    assert len(list((tmp_path / "decoded").iterdir())) == 7 and side(tmp_path / "decoded" / "a_00.png") == (16, 16)
+    assert "another shard_size" in fastvq(*order, "--shard-size", 5, status=1).output
+
+
+def test_shards_are_encoded_without_those_that_are_broken(runs, tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for path in sorted((runs / "pictures").rglob("*.png")):
+            tar.add(path, path.name)
+    fastvq("encode", tmp_path / "set.tar", "--model", runs / "vqvae", "--out", tmp_path / "ids", "--shard-size", 16)
+    manifest = json.loads((tmp_path / "ids" / "manifest.json").read_text())
+    assert [s["pictures"] for s in manifest["shards"]] == [16, 14]
+    assert list(manifest["skipped"]) == ["set.tar/broken"]
+
+
+def test_info_describes_what_it_is_given(runs):
+    assert json.loads(fastvq("info").stdout)["build"]
+    described = json.loads(fastvq("info", runs / "vqvae").stdout)
+    assert described["class"] == "VQVAE2" and described["step"] == 6
+    assert json.loads(fastvq("info", runs / "prior" / "level1").stdout)["class"] == "Prior"
+
+
+def test_errors_are_one_line(runs, tmp_path):
+    for arguments, message in (
+        (["train", "vqvae", "--data", "digit", "--out", tmp_path / "x"], "data must be digits"),
+        (["sample", "--model", tmp_path], "train a model first"),
+        (["edit", "--model", runs / "vqvae", "--box", "1,2", "--code", "1,1"], "--box must be 4 whole numbers"),
+        (["edit", "--model", runs / "vqvae", "--box", "9,9,1,1", "--code", "1,1"], "region as a box"),
+    ):
+        output = fastvq(*arguments, status=1).output
+        assert message in " ".join(output.split()) and "Traceback" not in output
+
+
+def test_two_processes_do_what_one_does(tmp_path):
+    """Under torchrun: losses within rounding of one process that takes the same micro-batches, tokens to the bit."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).save(tmp_path / "pictures" / f"{i:02d}.png")
+    # Means of the first batch, and replacements, are of other vectors where two processes hold them.
+    order = ["train", "vqvae", "--data", tmp_path / "pictures", "--levels", 1, "--steps", 4, "--no-kmeans",
+             "--dead-codes", 0, *SMALL[:-1], 1]  # fmt: skip
+    fastvq(*order, "--accumulate", 2, "--out", tmp_path / "one")
+    _torchrun([*order, "--accumulate", 1, "--out", tmp_path / "two"])
+    one, two = ([json.loads(s) for s in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
+    assert [line["step"] for line in two] == [1, 2, 3, 4]
+    # Gradients are summed in another order: an element may be off by a rounding, 6e-8 of the sum of its terms' sizes,
+    # and Adam moves a weight whose gradient is nothing but rounding by at most 2 * lr * steps. Such a weight moves the
+    # loss by its gradient times that, so to second order the losses differ by rounding only.
+    for a, b in zip(one, two, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["psnr"] == pytest.approx(a["psnr"], rel=1e-5)
+    tokens = ["encode", tmp_path / "pictures", "--model", tmp_path / "one", "--shard-size", 8, "--batch-size", 4,
+              "--device", "cpu"]  # fmt: skip
+    fastvq(*tokens, "--out", tmp_path / "ids-one")
+    _torchrun([*tokens, "--out", tmp_path / "ids-two"])
+    for path in (tmp_path / "ids-one").glob("ids-*"):
+        assert path.read_bytes() == (tmp_path / "ids-two" / path.name).read_bytes()
+    assert (tmp_path / "ids-one" / "manifest.json").read_text() == (tmp_path / "ids-two" / "manifest.json").read_text()
+
+
+def _torchrun(arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastvq.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    done = subprocess.run(
+        [*command, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
