@@ -163,8 +163,8 @@ class PackedHeads {
 
 // Calls body(head, first row, rows, block, thread, scratch) for every block, scratch made once a thread.
 template <class Body>
-void for_blocks(const Rows& x, int n_threads, size_t scratch_bytes, const Body& body) {
-  const int64_t N = x.n_rows(), block = block_rows(x.dim), n_blocks = (N + block - 1) / block;
+void for_blocks(const Rows& x, int n_threads, size_t scratch_bytes, const Body& body, int64_t block) {
+  const int64_t N = x.n_rows(), n_blocks = (N + block - 1) / block;
   std::vector<std::unique_ptr<Buffer>> scratch(static_cast<size_t>(n_threads));
   parallel_chunks(x.n_heads * n_blocks, n_threads, [&](int64_t i, int thread) {
     const DefaultFloatingPoint scope;
@@ -173,6 +173,11 @@ void for_blocks(const Rows& x, int n_threads, size_t scratch_bytes, const Body& 
     const int64_t first = i % n_blocks * block;
     body(i / n_blocks, first, std::min(block, N - first), i, mine->data());
   });
+}
+
+template <class Body>
+void for_blocks(const Rows& x, int n_threads, size_t scratch_bytes, const Body& body) {
+  for_blocks(x, n_threads, scratch_bytes, body, block_rows(x.dim));
 }
 
 inline void check(const Rows& x, const Codes& codes) {

@@ -1,4 +1,4 @@
-// Residual quantization: a block of rows stays in cache while every level quantizes what the levels before left over.
+// Residual quantization: some blocks of rows stay in cache while every level quantizes what the levels before left over.
 //
 //   r = x;  for each level:  i = nearest(r, codes);  quantized += c_i;  r -= c_i      (r, quantized: float, or double)
 //
@@ -13,6 +13,8 @@
 namespace fastvq {
 namespace {
 
+// Blocks that go through a level together, so that its codes are read from beyond the second-level cache once for all.
+constexpr int64_t kBlocks = 4;
 constexpr int64_t kColumns = 16;  // a cache line of float: what a task of the statistics reads of a row
 
 int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
@@ -46,11 +48,11 @@ const Real* level_code(const Codes& levels, int64_t q, int64_t k) {
   return static_cast<const Real*>(levels.data) + q * levels.stride_head + k * levels.stride_k;
 }
 
-// The arrays of one block. total and chosen are [n, D] like the residual.
+// The arrays of kBlocks blocks. total is [n, D] like the residual, chosen that of one block.
 template <class Real>
 struct Block {
   Real *residual, *chosen, *total;
-  int64_t* indices;  // [n], of one level
+  int64_t* indices;  // of one level and block
   double* room;      // [3 D]
   char* search;
 };
@@ -63,11 +65,11 @@ size_t block_layout(int64_t D, size_t search_bytes, char* base, Block<Real>* out
     used += padded(bytes);
     return at;
   };
-  const int64_t n = block_rows(D), matrix = n * D * static_cast<int64_t>(sizeof(Real));
+  const int64_t n = block_rows(D), matrix = n * D * static_cast<int64_t>(sizeof(Real));  // of one block
   Block<Real> b;
-  b.residual = reinterpret_cast<Real*>(take(matrix));
+  b.residual = reinterpret_cast<Real*>(take(kBlocks * matrix));
   b.chosen = reinterpret_cast<Real*>(take(matrix));
-  b.total = reinterpret_cast<Real*>(take(matrix));
+  b.total = reinterpret_cast<Real*>(take(kBlocks * matrix));
   b.indices = reinterpret_cast<int64_t*>(take(8 * n));
   b.room = reinterpret_cast<double*>(take(3 * 8 * D));
   b.search = take(static_cast<int64_t>(search_bytes));
@@ -75,18 +77,43 @@ size_t block_layout(int64_t D, size_t search_bytes, char* base, Block<Real>* out
   return used;
 }
 
+// One level of one block, rows [first, first + n): its indices, total += the codes, residual -= the codes.
+// Returns how many of the rows are real; square is the sum of (residual - code)^2 over them.
+template <class Real>
+int64_t quantize_level(const NearestKernels& kernels, const PackedCodes& packed, const Codes& level,
+                       const ResidualOptions& options, int64_t q, int64_t first, int64_t n, Real* residual,
+                       Real* total, const Block<Real>& b, const ResidualOutputs& out, int64_t Q, double& square) {
+  const int64_t D = level.dim;
+  const Rows rows = block_view(residual, n, D), chosen = block_view(b.chosen, n, D);
+  const Lookup lookup{&rows, &level, options.metric, options.fast, options.mask ? options.mask + first : nullptr,
+                      b.indices};
+  LookupCounts counts;
+  kernels.search(lookup, packed, 0, 0, n, b.search, counts);
+  int64_t n_real = 0;
+  square = kernels.gather(lookup, chosen, 0, 0, n, n_real, b.room);
+  for (int64_t i = 0; i < n; ++i) {
+    out.indices[(first + i) * Q + q] = b.indices[i];
+    if (out.finite_levels && is_finite(residual + i * D, D)) out.finite_levels[first + i] = static_cast<int32_t>(q + 1);
+  }
+  for (int64_t j = 0; j < n * D; ++j) {
+    total[j] += b.chosen[j];
+    residual[j] -= b.chosen[j];
+  }
+  return n_real;
+}
+
 template <class Real>
 void forward(const Rows& x, const Codes& levels, const ResidualOptions& options, const Rows& quantized,
              const ResidualOutputs& out, Isa isa, int n_threads) {
   const NearestKernels& kernels = nearest_kernels(isa);
-  const int64_t D = x.dim, N = x.n_rows(), Q = levels.n_heads, n_blocks = (N + block_rows(D) - 1) / block_rows(D);
+  const int64_t D = x.dim, N = x.n_rows(), Q = levels.n_heads, rows = block_rows(D), n_blocks = (N + rows - 1) / rows;
   const PackedHeads packed(kernels, levels, options.metric, options.fast, n_threads);
   std::vector<double> squares(static_cast<size_t>(Q * n_blocks));
   std::atomic<int64_t> n_real{0};
   const size_t search_bytes = kernels.search_bytes(D);
   n_threads = useful_threads(filter_work(x, levels) * static_cast<double>(Q), n_threads);
   for_blocks(x, n_threads, block_layout<Real>(D, search_bytes, nullptr, nullptr),
-             [&](int64_t, int64_t first, int64_t n, int64_t block, char* scratch) {
+             [&](int64_t, int64_t first, int64_t n, int64_t, char* scratch) {
     Block<Real> b;
     block_layout<Real>(D, search_bytes, scratch, &b);
     with_element(x.dtype, [&](auto e) {
@@ -97,25 +124,16 @@ void forward(const Rows& x, const Codes& levels, const ResidualOptions& options,
       }
     });
     std::fill(b.total, b.total + n * D, Real(0));
-    const Rows residual = block_view(b.residual, n, D), chosen = block_view(b.chosen, n, D);
-    int64_t here = 0;
     for (int64_t q = 0; q < Q; ++q) {
-      const Codes level = level_of(levels, q);
-      const Lookup lookup{&residual, &level, options.metric, options.fast,
-                          options.mask ? options.mask + first : nullptr, b.indices};
-      LookupCounts counts;
-      kernels.search(lookup, packed[q], 0, 0, n, b.search, counts);
-      squares[static_cast<size_t>(q * n_blocks + block)] = kernels.gather(lookup, chosen, 0, 0, n, here, b.room);
-      for (int64_t i = 0; i < n; ++i) {
-        out.indices[(first + i) * Q + q] = b.indices[i];
-        if (out.finite_levels && is_finite(b.residual + i * D, D)) out.finite_levels[first + i] = static_cast<int32_t>(q + 1);
+      int64_t here = 0;
+      for (int64_t i = 0; i < n; i += rows) {
+        const int64_t in_block = std::min(rows, n - i);
+        here += quantize_level<Real>(kernels, packed[q], level_of(levels, q), options, q, first + i, in_block,
+                                     b.residual + i * D, b.total + i * D, b, out, Q,
+                                     squares[static_cast<size_t>(q * n_blocks + (first + i) / rows)]);
       }
-      for (int64_t j = 0; j < n * D; ++j) {
-        b.total[j] += b.chosen[j];
-        b.residual[j] -= b.chosen[j];
-      }
+      if (q == 0) n_real += here;
     }
-    n_real += here;
     with_element(quantized.dtype, [&](auto e) {
       using E = decltype(e);
       auto* to = static_cast<typename E::Stored*>(const_cast<void*>(quantized.data));
@@ -124,7 +142,7 @@ void forward(const Rows& x, const Codes& levels, const ResidualOptions& options,
         for (int64_t d = 0; d < D; ++d) row[d * quantized.stride_d] = E::put(b.total[i * D + d]);
       }
     });
-  });
+  }, kBlocks * rows);
   for (int64_t q = 0; q < Q; ++q) {
     out.squares[q] = 0;
     for (int64_t block = 0; block < n_blocks; ++block) out.squares[q] += squares[static_cast<size_t>(q * n_blocks + block)];
