@@ -208,7 +208,8 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
                 panel.plot(*zip(*line, strict=True), marker="o", lw=2.6 if mine else 1.3, ls="--" if last else "-",
                            color="#d1495b" if mine else None, label=name)  # fmt: skip
         panel.set(yscale="log", title=kind, ylabel="milliseconds, median")
-        panel.tick_params(axis="x", rotation=30, ha="right")
+        for label in panel.get_xticklabels():
+            label.set(rotation=30, ha="right")
         panel.grid(True, which="both", axis="y", color="#dddddd", linewidth=0.7)
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
