@@ -5,6 +5,8 @@ Nothing of torch is compiled in: a tensor crosses as a tuple of integers, its ad
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ try:
 except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 
-__all__ = ["codes_view", "image_view", "isa", "metric_code", "rows_view", "unavailable"]
+__all__ = ["codes_view", "image_view", "isa", "metric_code", "refuse", "rows_view", "unavailable"]
 
 # The numbers of csrc/fastvq.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -52,6 +54,13 @@ def isa() -> int:
             f"it has {', '.join(available)}; set one of those or unset it"
         )
     return ISAS[forced]
+
+
+def refuse(x: Tensor, *_: Any) -> str | None:
+    """Why the CPU kernels cannot serve a call on ``x``, or None: the predicate of most ops."""
+    if x.device.type != "cpu":
+        return f"it takes CPU tensors, x is on {x.device}"
+    return None
 
 
 def metric_code(metric: str) -> int:

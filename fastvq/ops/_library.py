@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["register"]
+__all__ = ["no_second_derivative", "register"]
 
 LIBRARY = torch.library.Library("fastvq", "DEF")
 
@@ -31,3 +31,15 @@ def register(
     torch.library.register_fake(name, fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def no_second_derivative(op: str) -> Callable[..., Any]:
+    """The backward of an estimator's backward: it raises, rather than let autograd return zeros in silence."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            f"{op}: a second derivative was asked for (create_graph=True), and it has none: "
+            "the gradient is an estimate, not a derivative"
+        )
+
+    return backward

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvq import _native
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_option
 from fastvq.ops._library import register
@@ -16,7 +17,7 @@ OP = "fastvq.ops.nearest"
 METRICS = ("euclidean", "cosine", "dot")
 PRECISIONS = ("exact", "fast")
 IMPLEMENTATIONS = {
-    "cpu": Implementation(cpu.nearest, cpu.refuse),
+    "cpu": Implementation(cpu.nearest, _native.refuse),
     "reference": Implementation(reference.nearest, lambda *_: None),
 }
 

@@ -7,13 +7,7 @@ from torch import Tensor
 
 from fastvq import _native
 
-__all__ = ["nearest", "refuse"]
-
-
-def refuse(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
-    if x.device.type != "cpu":
-        return f"it takes CPU tensors, x is on {x.device}"
-    return None
+__all__ = ["nearest"]
 
 
 def nearest(

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq import _native
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_mask, check_option
-from fastvq.ops._library import register
+from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import cpu, reference
 
@@ -18,11 +19,11 @@ __all__ = ["ESTIMATORS", "Quantized", "quantize"]
 OP = "fastvq.ops.quantize"
 ESTIMATORS = ("straight_through", "rotation", "none")
 FORWARD = {
-    "cpu": Implementation(cpu.quantize, cpu.refuse),
+    "cpu": Implementation(cpu.quantize, _native.refuse),
     "reference": Implementation(reference.quantize, lambda *_: None),
 }
 BACKWARD = {
-    "cpu": Implementation(cpu.quantize_backward, cpu.refuse),
+    "cpu": Implementation(cpu.quantize_backward, _native.refuse),
     "reference": Implementation(reference.quantize_backward, lambda *_: None),
 }
 
@@ -172,13 +173,6 @@ def _fake_backward(
     )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-    raise RuntimeError(
-        f"{OP}: a second derivative was asked for (create_graph=True), and it has none: "
-        "the gradient is an estimate, not a derivative"
-    )
-
-
 register(
     "quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
     "str? backend) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, Tensor indices)",
@@ -188,5 +182,5 @@ register(
     "quantize_backward(Tensor x, Tensor codebook, Tensor indices, Tensor? grad_quantized, Tensor? grad_commitment, "
     "Tensor? grad_codebook_loss, str estimator, float beta, bool need_x, bool need_codebook, str? backend) "
     "-> (Tensor grad_x, Tensor grad_codebook)",
-    _run_backward, _fake_backward, _no_second_derivative, lambda ctx, inputs, output: None,
+    _run_backward, _fake_backward, no_second_derivative(OP), lambda ctx, inputs, output: None,
 )  # fmt: skip

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastvq import _native
 from fastvq.ops.ema.cpu import code_statistics
 
-__all__ = ["Output", "quantize", "quantize_backward", "refuse"]
-
-
-def refuse(x: Tensor, codebook: Tensor, *_: Any) -> str | None:
-    if x.device.type != "cpu":
-        return f"it takes CPU tensors, x is on {x.device}"
-    return None
+__all__ = ["Output", "quantize", "quantize_backward"]
 
 
 def _heads(codebook: Tensor) -> int | None:

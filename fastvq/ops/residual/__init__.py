@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq import _native
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_mask, check_option
-from fastvq.ops._library import register
+from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS
 from fastvq.ops.residual import cpu, reference
@@ -19,11 +20,11 @@ __all__ = ["ResidualQuantized", "residual_quantize"]
 
 OP = "fastvq.ops.residual_quantize"
 FORWARD = {
-    "cpu": Implementation(cpu.residual_quantize, cpu.refuse),
+    "cpu": Implementation(cpu.residual_quantize, _native.refuse),
     "reference": Implementation(reference.residual_quantize, lambda *_: None),
 }
 BACKWARD = {
-    "cpu": Implementation(cpu.residual_quantize_backward, cpu.refuse),
+    "cpu": Implementation(cpu.residual_quantize_backward, _native.refuse),
     "reference": Implementation(reference.residual_quantize_backward, lambda *_: None),
 }
 
@@ -174,13 +175,6 @@ def _fake_backward(
     )
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-    raise RuntimeError(
-        f"{OP}: a second derivative was asked for (create_graph=True), and it has none: "
-        "the gradient is an estimate, not a derivative"
-    )
-
-
 register(
     "residual_quantize(Tensor x, Tensor codebooks, Tensor? mask, str metric, str estimator, float beta, "
     "bool statistics, str precision, str? backend) -> (Tensor quantized, Tensor commitment_losses, "
@@ -191,5 +185,5 @@ register(
     "residual_quantize_backward(Tensor x, Tensor codebooks, Tensor indices, Tensor? grad_quantized, "
     "Tensor? grad_commitment, Tensor? grad_codebook, str estimator, float beta, bool need_x, bool need_codebooks, "
     "str? backend) -> (Tensor grad_x, Tensor grad_codebooks)",
-    _run_backward, _fake_backward, _no_second_derivative, lambda ctx, inputs, output: None,
+    _run_backward, _fake_backward, no_second_derivative(OP), lambda ctx, inputs, output: None,
 )  # fmt: skip

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,13 +10,7 @@ from fastvq.ops.quantize.cpu import Output
 from fastvq.ops.quantize.reference import gather
 from fastvq.ops.residual import reference
 
-__all__ = ["refuse", "residual_quantize", "residual_quantize_backward"]
-
-
-def refuse(x: Tensor, *_: Any) -> str | None:
-    if x.device.type != "cpu":
-        return f"it takes CPU tensors, x is on {x.device}"
-    return None
+__all__ = ["residual_quantize", "residual_quantize_backward"]
 
 
 def residual_quantize(

@@ -25,17 +25,12 @@ def residual_quantize(
     precision: str,
 ) -> tuple[Tensor, ...]:
     """(quantized, indices, commitment_losses, codebook_losses, sums, counts) of ``fastvq.ops.residual_quantize``."""
-    return loop(one_level.quantize, ema.code_statistics, x, codebooks, mask, metric, beta, statistics, precision)
-
-
-def loop(quantize, statistic, x, codebooks, mask, metric, beta, statistics, precision):  # type: ignore[no-untyped-def]
-    """A level at a time, by one backend's ``quantize`` and ``code_statistics``; arguments of ``residual_quantize``."""
     dtype = residual_dtype(x, codebooks)
     residual, codes = x.to(dtype), codebooks.to(dtype)
     quantized, levels = torch.zeros_like(residual), []
     for level in codes:
-        q, commitment, codebook_loss, indices = quantize(residual, level, mask, metric, beta, precision)
-        found = statistic(residual, indices, level.shape[0], None) if statistics else None
+        q, commitment, codebook_loss, indices = one_level.quantize(residual, level, mask, metric, beta, precision)
+        found = ema.code_statistics(residual, indices, level.shape[0], None) if statistics else None
         levels.append((indices, commitment, codebook_loss, found))
         quantized = quantized + q
         residual = residual - q
