@@ -1,6 +1,6 @@
 """The table of backends: which exist, which can run here, and which one serves a call.
 
-An op holds one ``Implementation`` a backend. ``choose`` walks the backends from the fastest to the slowest and takes
+An op holds one ``Implementation`` a backend. ``choose`` walks the backends in order of preference and takes
 the first whose predicate has nothing against the call; the same predicates write the error message.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from fastvq import _env, _native
+from fastvq import _env, _native, _triton
 
 __all__ = ["BACKENDS", "Backend", "Implementation", "choose", "use_backend"]
 
@@ -21,11 +21,13 @@ class Backend(NamedTuple):
     unavailable: Callable[[], str | None]  # why it cannot run on this machine at all, or None
 
 
-# From the fastest to the slowest.
+# In order of preference. No two kernel backends take the same tensors, but for Triton's interpreter, which takes CPU
+# tensors too: it is slower than anything, so it stands behind the CPU kernels.
 BACKENDS = {
     b.name: b
     for b in (
         Backend("cpu", "C++ kernels for CPU tensors", _native.unavailable),
+        Backend("triton", "Triton kernels for CUDA tensors", _triton.unavailable),
         Backend("reference", "plain torch, any device", lambda: None),
     )
 }

@@ -1,9 +1,18 @@
 """Fixtures of every test: the engines of this machine, and an environment that nothing outside has set."""
 
+import importlib.util
 import os
 
 import pytest
 import torch
+
+# Where there is no GPU the Triton kernels run in Triton's interpreter, on CPU tensors. It is asked for before fastvq is
+# imported, because Triton reads the variable when a kernel is decorated.
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    from tests import triton_guard
+
+    triton_guard.install()
 
 from fastvq import _native
 from fastvq._env import VARIABLES

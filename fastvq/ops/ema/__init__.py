@@ -52,7 +52,7 @@ def code_statistics(
         n_codes: K.
         mask: True marks a real vector.
         n_heads: with heads, their number H = x.shape[0]; each has its own K codes.
-        backend: "cpu" or "reference"; None takes the fastest that supports the call.
+        backend: one of ``fastvq.build_info()["backends"]``; None takes the fastest that supports the call.
 
     Returns:
         sums, float32 (float64 for float64 x), and counts, int64.

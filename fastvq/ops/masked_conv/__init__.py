@@ -62,7 +62,8 @@ def masked_conv2d(
         weight, bias: of x's dtype.
         mask: see above.
         colours: 1, or the number of ordered channel groups.
-        backend: "cpu" or "reference"; None takes the fastest that supports the call. A named one never falls back.
+        backend: one of ``fastvq.build_info()["backends"]``; None: the fastest that can serve. A named one never
+            falls back.
 
     Returns:
         x's dtype. On the CPU every element is summed in one order, whatever the number of threads, the batch and its

@@ -54,7 +54,8 @@ def nearest(
         precision: "exact", or "fast": the winner of the low-precision pass, with no certificate. On Gaussian data and
             float32 filtering about 1 row in 10,000 then differs, ties and offsets far from zero fare worse.
         check_finite: raise, with the first bad row, if x holds NaN or infinity. Costs a pass over x.
-        backend: "cpu" or "reference"; None takes the fastest that supports the call. A named one never falls back.
+        backend: one of ``fastvq.build_info()["backends"]``; None: the fastest that can serve. A named one never
+            falls back.
 
     Returns:
         Indices, int64, of x's shape without its last dimension. Integers take no gradient.

@@ -65,7 +65,7 @@ def pixelcnn_start(
         kernel_sizes: k of every layer, odd.
         shape: B, H, W of the id maps.
         condition: c^v (2C) and c^h (2C) of every layer and image, on a map that H and W are whole multiples of.
-        backend: "cpu" or "reference"; None takes the fastest that supports these weights.
+        backend: one of ``fastvq.build_info()["backends"]``; None takes the fastest that supports these weights.
 
     Raises:
         ValueError: kernel sizes, shapes or a condition that do not fit, a backend that cannot serve.

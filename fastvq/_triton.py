@@ -1,0 +1,70 @@
+"""The Triton backend: can it run here, on which tensors, and with which tiles.
+
+The kernels are in ``fastvq/ops/<op>/triton_*.py``. They are imported at the first call, because Triton is not there on
+every machine that fastvq runs on, and because Triton reads ``TRITON_INTERPRET`` when a kernel is decorated: with
+``TRITON_INTERPRET=1`` in the environment the kernels run on CPU tensors, in plain NumPy (slowly; for tests).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["capability", "interpreting", "lazily", "refuse", "unavailable"]
+
+OLDEST = 80  # compute capability times ten: the first with bf16 tensor cores and asynchronous copies
+
+
+def interpreting() -> bool:
+    """True where the kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; pip install triton"
+    return None
+
+
+def unavailable() -> str | None:
+    """Why the Triton kernels cannot run at all, or None."""
+    reason = _missing()
+    if reason is None and not interpreting() and not torch.cuda.is_available():
+        reason = "torch sees no GPU (with TRITON_INTERPRET=1, set before the start, the kernels run on CPU tensors)"
+    return reason
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability times ten, 90 for an H100. The interpreter runs the oldest card's tiles."""
+    if device.type != "cuda":
+        return OLDEST
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def refuse(x: Tensor, *_: Any) -> str | None:
+    """Why the Triton kernels cannot serve a call on ``x``, or None: the predicate of most ops."""
+    if x.device.type == "cpu":
+        return None if interpreting() else "it takes CUDA tensors, x is on cpu"
+    if x.device.type != "cuda":
+        return f"it takes CUDA tensors, x is on {x.device}"
+    if (found := capability(x.device)) < OLDEST:
+        return f"it needs compute capability {OLDEST / 10} or later, {x.device} has {found / 10}"
+    return None
+
+
+def lazily(module: str, name: str) -> Callable[..., Any]:
+    """The function ``name`` of ``module``, which is imported at its first call."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return run

@@ -1,0 +1,60 @@
+"""Triton's interpreter, with every address checked: a load or store outside the launch's tensors raises IndexError.
+
+On a GPU such an access may go unnoticed for years; in the plain interpreter it may crash the process or read a
+neighbour. ``install()`` is called once, by conftest.py, before any kernel is imported.
+"""
+
+import numpy as np
+import torch
+
+_spans: list[tuple[int, int]] = []  # bytes [low, high) of each tensor argument of the launch that runs
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    reach = 1 + sum((size - 1) * abs(stride) for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (reach * t.element_size() if t.numel() else 0)
+
+
+def _check(pointers, mask, what: str) -> None:
+    addresses = np.broadcast_to(pointers.data, mask.data.shape)[mask.data.astype(bool)].astype(np.int64)
+    size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    inside = np.zeros(addresses.shape, bool)
+    for low, high in _spans:
+        inside |= (addresses >= low) & (addresses + size <= high)
+    if not inside.all():
+        raise IndexError(
+            f"{what} outside every tensor of the launch: {int((~inside).sum())} of {inside.size} addresses"
+        )
+
+
+def install() -> None:
+    from triton.runtime import interpreter
+
+    start = interpreter.GridExecutor._init_args_hst
+
+    def record(self, args, kwargs):
+        host, host_kwargs = start(self, args, kwargs)
+        tensors = [t for t in [*host, *host_kwargs.values()] if isinstance(t, torch.Tensor)]
+        _spans[:] = [_span(t) for t in tensors]
+        return host, host_kwargs
+
+    interpreter.GridExecutor._init_args_hst = record
+    # (method, position of its mask, what it does); an unmasked load or store comes here too, with a mask of ones.
+    for name, mask_at, what in (
+        ("create_masked_load", 1, "a load"),
+        ("create_masked_store", 2, "a store"),
+    ):
+        inner = getattr(interpreter.InterpreterBuilder, name)
+
+        def checked(self, pointers, *rest, inner=inner, mask_at=mask_at, what=what):
+            _check(pointers, rest[mask_at - 1], what)
+            return inner(self, pointers, *rest)
+
+        setattr(interpreter.InterpreterBuilder, name, checked)
+    atomic = interpreter.InterpreterBuilder.create_atomic_rmw
+
+    def checked_atomic(self, operation, pointers, value, mask, *rest):
+        _check(pointers, mask, "an atomic")
+        return atomic(self, operation, pointers, value, mask, *rest)
+
+    interpreter.InterpreterBuilder.create_atomic_rmw = checked_atomic
