@@ -62,9 +62,13 @@ def refuse(x: Tensor, *_: Any) -> str | None:
 
 
 def lazily(module: str, name: str) -> Callable[..., Any]:
-    """The function ``name`` of ``module``, which is imported at its first call."""
+    """The function ``name`` of ``module``, which is imported at its first call, on the device of its first argument."""
 
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args)
+        function = getattr(importlib.import_module(module), name)
+        if args[0].device.type != "cuda":
+            return function(*args)
+        with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on its tensors'
+            return function(*args)
 
     return run

@@ -1,0 +1,61 @@
+"""Every shipped Triton kernel and tile, compiled for three generations of cards that need not be there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs the package triton")
+from tests.triton_calls import CALLS, TENSOR_CORES
+
+ROOT = Path(__file__).parent.parent
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use, CUDA programming guide
+TENSOR_CORE = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
+
+
+@pytest.fixture(scope="module", params=[80, 90, 100])
+def compiled(request):
+    """(card, one dictionary a kernel that was compiled for it)."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # kernels that must not fuse say so themselves
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.triton_offline", str(request.param)],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return request.param, [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def told(kernel):
+    return f"{kernel['kernel']} of {kernel['call']}, {kernel['constants']}"
+
+
+def test_every_call_compiles(compiled):
+    _, kernels = compiled
+    # A call whose kernels were all met in calls before it prints none: its constants are the others'.
+    assert bool(kernels) == bool(CALLS)
+
+
+def test_no_spills(compiled):
+    _, kernels = compiled
+    spilling = [
+        f"{told(k)}: {k['stack']} bytes of stack, {k['instructions']}"
+        for k in kernels
+        if k["stack"] or k["instructions"].keys() & {"LDL", "STL"}
+    ]
+    assert spilling == []
+
+
+def test_shared_memory_fits(compiled):
+    card, kernels = compiled
+    assert [f"{told(k)}: {k['shared']}" for k in kernels if k["shared"] > SHARED_LIMIT[card]] == []
+
+
+def test_matrix_products_are_on_the_tensor_cores(compiled):
+    card, kernels = compiled
+    products = [k for k in kernels if k["kernel"] in TENSOR_CORES]
+    assert {k["kernel"] for k in products} == TENSOR_CORES
+    assert [told(k) for k in products if not k["instructions"].keys() & TENSOR_CORE[card]] == []
