@@ -1,19 +1,21 @@
-"""encodec and audiocraft: ``EuclideanCodebook`` of their ``core_vq``.
+"""encodec and audiocraft: ``EuclideanCodebook`` and ``ResidualVectorQuantization`` of their ``core_vq``.
 
-``ResidualVectorQuantizer`` and all between are made of it and stay the peer's.
+``ResidualVectorQuantizer`` is made of them and stays the peer's.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastvq.compat._exports import subclasses_of
 from fastvq.compat._lookup import lloyd, nearest, statistics
+from fastvq.compat._residual import FastResidual
 from fastvq.compat._target import Fast, Target, home, needs
 
-__all__ = ["TARGETS", "FastEuclideanCodebook"]
+__all__ = ["TARGETS", "FastEuclideanCodebook", "FastResidualVectorQuantization"]
 
 
 class FastEuclideanCodebook(Fast):
@@ -55,6 +57,32 @@ class FastEuclideanCodebook(Fast):
         return quantized, indices
 
 
+class FastResidualVectorQuantization(FastResidual):
+    """All levels in one pass where nothing is learnt; in training each level changes what the next one sees."""
+
+    def encode(self, x: Tensor, n_q: int | None = None) -> Tensor:  # [B, D, T] -> [Q, B, T]
+        """As the peer's."""
+        done = self._at_once(x, n_q or len(self.layers))
+        if done is None:
+            theirs: Any = super()
+            return theirs.encode(x, n_q)
+        return done[1]
+
+    def forward(self, x: Tensor, n_q: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """As the peer's: (quantized [B, D, T], indices [Q, B, T], losses [Q, 1])."""
+        n_levels = n_q or len(self.layers)
+        done = self._at_once(x, n_levels) if self._only_looks_up(n_levels) else None
+        if done is None:
+            return super().forward(x, n_q)
+        return *done, torch.zeros(len(done[1]), 1, device=x.device)
+
+    def _only_looks_up(self, n_levels: int) -> bool:
+        levels = self._levels(n_levels)
+        if any(level.training or level._codebook.training or not level._codebook.inited for level in levels):
+            return False
+        return not self._is_heard(n_levels)
+
+
 def _shared(peer: Any) -> Any:
     """The peer's module for several processes: encodec calls it ``distrib``, audiocraft takes it from flashy."""
     return getattr(peer, "distrib", None) or peer.flashy.distrib
@@ -65,16 +93,20 @@ UNFIT = needs(embed="2", embed_avg="2", cluster_size="1", inited="", decay="", e
 TARGETS = tuple(
     Target(
         peer=peer,
-        name="EuclideanCodebook",
+        name=name,
         modules=rf"{peer}\.quantization\.core_vq",
-        fast=FastEuclideanCodebook,
-        seams=SEAMS,
-        unfit=UNFIT,
+        fast=fast,
+        seams=seams,
+        unfit=unfit,
         importable=(f"{peer}.quantization.core_vq",),
         distribution=peer,
         tested=tested,
     )
     for peer, tested in (("encodec", "0.1"), ("audiocraft", "1.4"))
+    for name, fast, seams, unfit in (
+        ("EuclideanCodebook", FastEuclideanCodebook, SEAMS, UNFIT),
+        ("ResidualVectorQuantization", FastResidualVectorQuantization, ("encode", "forward"), needs(layers="")),
+    )
 )
 
 __getattr__ = subclasses_of(
