@@ -42,41 +42,46 @@ class FastResidual(Fast):
     holder: ClassVar[str] = "_codebook"  # a level its codebook,
     codes: ClassVar[str] = "embed"  # and a codebook its codes [K, D]
 
-    def _levels(self, n_levels: int) -> list[Any]:
-        return list(getattr(self, self.stack))[:n_levels]
-
     def _at_once(
         self,
         x: Tensor,  # [B, D, T]
         n_levels: int,
+        *,
+        forward: bool = False,
     ) -> tuple[Tensor, Tensor] | None:  # [B, D, T], [Q, B, T]
-        """All levels, or None if some level is more than a patched codebook between two permutations."""
-        levels = self._levels(n_levels)
+        """All levels; None if some level is more than a patched codebook between two permutations.
+
+        ``forward``: the peer would call the levels, which then may learn, or be heard by hooks.
+        """
+        levels = list(getattr(self, self.stack))[:n_levels]
         if x.dim() != 3 or not all(self._is_plain(level) for level in levels):
             return None
-        codebooks = [getattr(getattr(level, self.holder), self.codes) for level in levels]
+        codebooks = [getattr(level, self.holder) for level in levels]
+        if forward and (self.training or not all(self._only_looks_up(part) for part in (*levels, *codebooks))):
+            return None
         # Contiguous rows: copying them once takes less than reading them down the columns.
-        done = all_levels(x.transpose(1, 2).contiguous(), codebooks)
+        done = all_levels(x.transpose(1, 2).contiguous(), [getattr(codebook, self.codes) for codebook in codebooks])
         if done is None:
             return None
         quantized, indices = done
-        return quantized.transpose(1, 2), indices.movedim(-1, 0).contiguous()
+        return quantized.transpose(1, 2), torch.stack(indices.unbind(-1))
 
     def _is_plain(self, level: Any) -> bool:
         codebook = getattr(level, self.holder, None)
         if not isinstance(codebook, Fast) or getattr(level, "channels_last", False):
             return False
         # A level that is not the peer's own class, or whose methods are replaced, may do anything.
-        own = (
-            type(level).__name__.endswith("VectorQuantization") and type(level).__module__ == type(codebook).__module__
-        )
+        if (
+            not type(level).__name__.endswith("VectorQuantization")
+            or type(level).__module__ != type(codebook).__module__
+        ):
+            return False
+        if level.__dict__.keys() & {"encode", "decode", "forward"}:
+            return False
         projections = (getattr(level, name, None) for name in ("project_in", "project_out"))
-        return (
-            own
-            and not level.__dict__.keys() & {"encode", "decode", "forward"}
-            and all(p is None or isinstance(p, nn.Identity) for p in projections)
-        )
+        return all(p is None or isinstance(p, nn.Identity) for p in projections)
 
-    def _is_heard(self, n_levels: int) -> bool:
-        """Whether hooks wait for the calls of a level or its codebook."""
-        return any(hooked(level) or hooked(getattr(level, self.holder)) for level in self._levels(n_levels))
+    @staticmethod
+    def _only_looks_up(part: Any) -> bool:
+        """Of a level or a codebook; encodec's codebooks learn in eval too, until they are initialised."""
+        return not (part.training or hooked(part)) and bool(getattr(part, "inited", True))

@@ -70,17 +70,10 @@ class FastResidualVectorQuantization(FastResidual):
 
     def forward(self, x: Tensor, n_q: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """As the peer's: (quantized [B, D, T], indices [Q, B, T], losses [Q, 1])."""
-        n_levels = n_q or len(self.layers)
-        done = self._at_once(x, n_levels) if self._only_looks_up(n_levels) else None
+        done = self._at_once(x, n_q or len(self.layers), forward=True)
         if done is None:
             return super().forward(x, n_q)
         return *done, torch.zeros(len(done[1]), 1, device=x.device)
-
-    def _only_looks_up(self, n_levels: int) -> bool:
-        levels = self._levels(n_levels)
-        if any(level.training or level._codebook.training or not level._codebook.inited for level in levels):
-            return False
-        return not self._is_heard(n_levels)
 
 
 def _shared(peer: Any) -> Any:

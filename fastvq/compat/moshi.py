@@ -40,9 +40,7 @@ class FastResidualVectorQuantization(FastResidual):
 
     def forward(self, x: Tensor, n_q: int | None = None) -> Any:
         """As the peer's: (quantized [B, D, T], codes [Q, B, T], losses [Q], metrics), which are none in eval."""
-        n_levels = n_q or len(self.layers)
-        learns = self.training or any(m.training or m._codebook.training for m in self._levels(n_levels))
-        done = None if learns or self._is_heard(n_levels) else self._at_once(x, n_levels)
+        done = self._at_once(x, n_q or len(self.layers), forward=True)
         if done is None:
             return super().forward(x, n_q)
         quantized, indices = done
