@@ -79,7 +79,7 @@ def test_a_file_of_one_is_read_by_the_other(which, saves, tmp_path):
     target.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
     for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype
-    found = [[t for t in model.eval()(x()[None]) if not t.is_floating_point()][0] for model in (source, target)]
+    found = [next(t for t in model.eval()(x()[None]) if not t.is_floating_point()) for model in (source, target)]
     assert torch.equal(*found)
 
 
