@@ -3,8 +3,8 @@
     python benchmarks/bench_drop_in.py
 
 Both sides in turn in one run, medians, one thread unless --threads says otherwise. Writes drop_in.csv, drop_in.png and
-drop_in.md, the README's table, to ./out (--out DIR). "(double)": a repository that is no package, by the plain quantizer
-that the tests compare with.
+drop_in.md, the README's table, to ./out (--out DIR). "(double)": a repository that is no package, by the plain
+quantizer that the tests compare with.
 """
 
 from __future__ import annotations
