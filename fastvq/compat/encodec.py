@@ -40,20 +40,19 @@ class FastEuclideanCodebook(Fast):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [..., D] -> [..., D], [...]
         """As the peer's: the codes are those before the update, and expiry comes before the averages."""
-        shape = x.shape
-        x = self.preprocess(x)
-        self.init_embed_(x)
-        flat = self.quantize(x)
-        indices = self.postprocess_emb(flat, shape)
+        rows = self.preprocess(x)
+        self.init_embed_(rows)
+        chosen = self.quantize(rows)
+        indices = self.postprocess_emb(chosen, x.shape)
         quantized = self.dequantize(indices)
         if self.training:
-            self.expire_codes_(x)
+            self.expire_codes_(rows)
             peer = home(self, "EuclideanCodebook")
-            sums, counts = statistics(x, flat, self.codebook_size)
+            sums, counts = statistics(rows, chosen, self.codebook_size)
             peer.ema_inplace(self.cluster_size, counts, self.decay)
             peer.ema_inplace(self.embed_avg, sums, self.decay)
-            smoothed = peer.laplace_smoothing(self.cluster_size, self.codebook_size, self.epsilon)
-            self.embed.data.copy_(self.embed_avg / (smoothed * self.cluster_size.sum())[:, None])
+            share = peer.laplace_smoothing(self.cluster_size, self.codebook_size, self.epsilon)
+            self.embed.data.copy_(self.embed_avg / (share * self.cluster_size.sum())[:, None])
         return quantized, indices
 
 
