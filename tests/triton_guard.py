@@ -1,6 +1,8 @@
 """Triton's interpreter, with every address checked: a load or store outside the launch's tensors raises IndexError.
 
-On a GPU such an access may go unnoticed for years; in the plain interpreter it may crash the process or read a
+Besides, float32 becomes bfloat16 as on a GPU, rounded to nearest even, where the plain interpreter cuts bits off.
+
+On a GPU a bad access may go unnoticed for years; in the plain interpreter it may crash the process or read a
 neighbour. ``install()`` is called once, by conftest.py, before any kernel is imported.
 """
 
@@ -28,6 +30,7 @@ def _check(pointers, mask, what: str) -> None:
 
 
 def install() -> None:
+    import triton.language as tl
     from triton.runtime import interpreter
 
     start = interpreter.GridExecutor._init_args_hst
@@ -58,3 +61,12 @@ def install() -> None:
         return atomic(self, operation, pointers, value, mask, *rest)
 
     interpreter.InterpreterBuilder.create_atomic_rmw = checked_atomic
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounded(self, source, to):
+        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            narrow = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
+            return interpreter.TensorHandle(narrow.numpy().view(np.uint16), tl.bfloat16)
+        return cast(self, source, to)
+
+    interpreter.InterpreterBuilder.cast_impl = rounded
