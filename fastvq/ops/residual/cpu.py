@@ -79,7 +79,9 @@ def residual_quantize_backward(
             if estimator == "rotation":
                 grad_quantized = _turn(x, codebooks, indices, grad_quantized)
             incoming, g = _native.rows_view(grad_quantized, None)
-        _native._cpu.residual_backward(rows, levels, indices.data_ptr(), g, scales.data_ptr(), _native.rows_of(out.rows), threads)
+        _native._cpu.residual_backward(
+            rows, levels, indices.data_ptr(), g, scales.data_ptr(), _native.rows_of(out.rows), threads
+        )
         del incoming  # it had to live until here
         grad_x = out.tensor()
     if need_codebooks:
