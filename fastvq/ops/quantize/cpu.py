@@ -70,7 +70,7 @@ def quantize_backward(
         grad_codebook = torch.zeros_like(codebook)
         if grad_codebook_loss is not None:
             # The sum of (c_k - x) over the vectors that chose k, from their count and sum.
-            sums, counts = code_statistics(x, indices, codebook.shape[-2], _heads(codebook), torch.float64)
+            sums, counts = code_statistics(x, indices, codebook.shape[-2], _heads(codebook), sums_dtype=torch.float64)
             total = counts[..., None] * codebook.double() - sums
             used = (counts > 0)[..., None]  # a code that is not finite is not used, and zero times it is not zero
             grad_codebook.copy_(torch.where(used, total * (grad_codebook_loss.double() * scale), 0))
