@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
+from tests import triton_calls_learning
+
 CALLS: dict[str, Callable[[], object]] = {}
 
 # Kernels that must use the tensor cores, in every tile and dtype of theirs that CALLS launches.
 TENSOR_CORES: set[str] = set()
+CALLS.update(triton_calls_learning.CALLS)

@@ -20,13 +20,13 @@ SMOOTHINGS = ("laplace", "none")
 IMPLEMENTATIONS = {
     name: {
         "cpu": Implementation(getattr(cpu, name), cpu.refuse),
-        "triton": Implementation(_triton.lazily(f"fastvq.ops.ema.{module}", name), _triton.refuse),
+        "triton": Implementation(_triton.lazily(f"fastvq.ops.ema.{module}", name), refuse),
         "reference": Implementation(getattr(reference, name), lambda *_: None),
     }
-    for name, module in (
-        ("code_statistics", "triton_statistics"),
-        ("ema_update_", "triton_update"),
-        ("replace_dead_codes_", "triton_replace"),
+    for name, module, refuse in (
+        ("code_statistics", "triton_statistics", _triton.refuse_rows),
+        ("ema_update_", "triton_update", _triton.refuse_rows),
+        ("replace_dead_codes_", "triton_replace", lambda *arguments: _triton.refuse_rows(arguments[3])),
     )
 }
 
