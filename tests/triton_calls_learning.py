@@ -1,4 +1,4 @@
-"""The launches of codebook learning for ``tests.triton_calls``: every tile, both methods, each dtype and layout once."""
+"""The launches of quantization and codebook learning for ``tests.triton_calls``: every tile, layout and dtype once."""
 
 from collections.abc import Callable
 
@@ -7,58 +7,79 @@ import torch
 from fastvq.ops.ema.triton_replace import replace_dead_codes_
 from fastvq.ops.ema.triton_statistics import code_statistics
 from fastvq.ops.ema.triton_update import ema_update_
+from fastvq.ops.quantize.triton_backward import quantize_backward
+from fastvq.ops.quantize.triton_forward import gather
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
+CALLS: dict[str, Callable[[], object]] = {}
 
 
-def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def tensor(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-def image(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """[B, H, W, C] of an image that is stored [B, C, H, W]."""
-    b, h, w, c = shape
-    return tensor(b, c, h, w, dtype=dtype).movedim(1, -1)
+def image(dim: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    """[B, H, W, D] of images that are stored [B, D, H, W]."""
+    return tensor(8, dim, 32, 32, dtype=dtype).movedim(1, -1)
 
 
-def statistics(x: torch.Tensor, n_codes: int, n_heads: int | None = None, deterministic: bool = True) -> object:
-    indices = tensor(*x.shape[:-1], dtype=torch.int64)
-    return code_statistics(x, indices, n_codes, n_heads, deterministic)
+def statistics(x: torch.Tensor, n_heads: int | None = None, deterministic: bool = True) -> object:
+    return code_statistics(x, tensor(*x.shape[:-1], dtype=torch.int64), 1024, n_heads, deterministic)
 
 
-def buffers(*shape: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def buffers(*shape: int, dtype: torch.dtype = F32) -> list[torch.Tensor]:
     return [tensor(*shape, dtype=dtype), tensor(*shape, dtype=dtype), tensor(*shape[:-1], dtype=dtype)]
 
 
-def update(*shape: int, dtype: torch.dtype = torch.float32, smoothing: str = "laplace", debias: bool = False) -> object:
-    sums, counts = tensor(*shape, dtype=dtype), tensor(*shape[:-1], dtype=torch.int64)
-    return ema_update_(*buffers(*shape, dtype=dtype), sums, counts, 0.99, 1e-5, smoothing, debias)
+def update(dim: int, dtype: torch.dtype, smoothing: str, debias: bool) -> object:
+    sums, counts = tensor(8, 1024, dim), tensor(8, 1024, dtype=torch.int64)
+    return ema_update_(*buffers(8, 1024, dim, dtype=dtype), sums, counts, 0.99, 1e-5, smoothing, debias)
 
 
-def replace(x: torch.Tensor, n_codes: int) -> object:
-    return replace_dead_codes_(*buffers(n_codes, x.shape[-1]), x, tensor(n_codes), 1.0)
+def replace(x: torch.Tensor) -> object:
+    return replace_dead_codes_(*buffers(1024, x.shape[-1]), x, tensor(1024), 1.0)
 
 
-CALLS: dict[str, Callable[[], object]] = {}
-for dtype in FLOATS:
-    name = str(dtype).removeprefix("torch.")
-    for dim in (8, 32, 64, 128, 256, 512, 1024, 4096):
-        CALLS[f"statistics {name} {dim}"] = lambda dim=dim, dtype=dtype: statistics(
-            tensor(65536, dim, dtype=dtype), 1024
+def forward(x: torch.Tensor, dtype: torch.dtype = F32, masked: bool = False) -> object:
+    mask = tensor(*x.shape[:-1], dtype=torch.bool) if masked else None
+    return gather(x, tensor(1024, x.shape[-1], dtype=dtype), tensor(*x.shape[:-1], dtype=torch.int64), mask, 0.25)
+
+
+def backward(x: torch.Tensor, estimator: str, dtype: torch.dtype = F32, loss: bool = True) -> object:
+    indices, scalar = tensor(*x.shape[:-1], dtype=torch.int64), tensor() if loss else None
+    codebook, g = tensor(1024, x.shape[-1], dtype=dtype), torch.empty_like(x)
+    return quantize_backward(x, codebook, indices, g, scalar, scalar, estimator, 0.25, True, True)
+
+
+for dim in (8, 32, 64, 128, 256, 512, 1024, 4096):
+    CALLS[f"statistics {dim}"] = lambda dim=dim: statistics(tensor(65536, dim))
+for dtype, dim in ((F64, 64), (F64, 1024), (F16, 256), (BF16, 64), (BF16, 4096)):
+    CALLS[f"statistics {dim} {dtype}"] = lambda dtype=dtype, dim=dim: statistics(tensor(65536, dim, dtype=dtype))
+CALLS["statistics of heads"] = lambda: statistics(tensor(8, 65536, 64), n_heads=8)
+for dtype, dim in ((F32, 8), (F32, 256), (F32, 4096), (F64, 64), (BF16, 64)):
+    CALLS[f"atomic statistics {dim} {dtype}"] = lambda dtype=dtype, dim=dim: statistics(
+        tensor(65536, dim, dtype=dtype), deterministic=False
+    )
+CALLS["atomic statistics of images"] = lambda: statistics(image(64), deterministic=False)
+for dtype, dim in ((F32, 8), (F32, 64), (F32, 256), (F64, 64)):
+    CALLS[f"update {dim} {dtype}"] = lambda dtype=dtype, dim=dim: update(dim, dtype, "laplace", False)
+CALLS["update without a bias"] = lambda: update(64, F32, "none", True)
+for dtype, dim in ((F32, 8), (F32, 256), (BF16, 64)):
+    CALLS[f"replacement {dim} {dtype}"] = lambda dtype=dtype, dim=dim: replace(tensor(65536, dim, dtype=dtype))
+CALLS["replacement from images"] = lambda: replace(image(64))
+for dim in (8, 32, 256):
+    CALLS[f"quantize {dim}"] = lambda dim=dim: forward(tensor(65536, dim))
+    for estimator in ("straight_through", "rotation"):
+        CALLS[f"gradient {dim} {estimator}"] = lambda dim=dim, estimator=estimator: backward(
+            tensor(65536, dim), estimator
         )
-    for dim in (8, 64, 256, 4096):
-        CALLS[f"atomic statistics {name} {dim}"] = lambda dim=dim, dtype=dtype: statistics(
-            tensor(65536, dim, dtype=dtype), 1024, deterministic=False
-        )
-    CALLS[f"replacement {name}"] = lambda dtype=dtype: replace(tensor(65536, 64, dtype=dtype), 1024)
-    CALLS[f"replacement of an image {name}"] = lambda dtype=dtype: replace(image(8, 32, 32, 64, dtype=dtype), 1024)
-CALLS["statistics of heads"] = lambda: statistics(tensor(8, 65536, 64), 16384, n_heads=8)
-for dtype in (torch.float32, torch.float64):
-    for dim in (8, 64, 256):
-        for smoothing in ("laplace", "none"):
-            for debias in (False, True):
-                CALLS[f"update {dtype} {dim} {smoothing} {debias}"] = (
-                    lambda dtype=dtype, dim=dim, smoothing=smoothing, debias=debias: update(
-                        8, 1024, dim, dtype=dtype, smoothing=smoothing, debias=debias
-                    )
-                )
+CALLS["gradient without losses"] = lambda: backward(tensor(65536, 64), "straight_through", loss=False)
+for x_dtype, dtype in ((BF16, F32), (F16, F16), (F64, F64)):
+    CALLS[f"quantize {x_dtype} {dtype}"] = lambda x=x_dtype, c=dtype: forward(
+        tensor(65536, 64, dtype=x), c, masked=True
+    )
+    CALLS[f"gradient {x_dtype} {dtype}"] = lambda x=x_dtype, c=dtype: backward(
+        tensor(65536, 64, dtype=x), "rotation", dtype=c
+    )
+CALLS["quantize images"] = lambda: forward(image(64))
+CALLS["gradient of images"] = lambda: backward(image(64), "rotation")

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["axis_of", "finite", "narrow", "plain", "row_offset", "wide"]
+__all__ = ["axis_of", "code_strides", "finite", "narrow", "plain", "row_offset", "wide"]
 
 
 @triton.jit
@@ -57,3 +58,10 @@ def narrow(v, dtype: tl.constexpr):
 def axis_of(stride_d: int, n_inner: int) -> int:
     """AXIS of a tensor's tiles: 0 where its elements lie apart and its rows do not."""
     return 1 if stride_d == 1 or n_inner == 1 else 0
+
+
+def code_strides(
+    codebook: Tensor,  # [K, D] or [H, K, D]
+) -> tuple[int, int, int]:
+    """Of a head, a code and an element."""
+    return codebook.stride(0) if codebook.dim() == 3 else 0, codebook.stride(-2), codebook.stride(-1)

@@ -108,18 +108,24 @@ def replace_dead_codes_(
     n_rows = view.n_rows
     if n_rows == 0:
         return torch.zeros((), dtype=torch.int64, device=x.device)
-    strides = (view.n_inner, view.stride_head, view.stride_outer, view.stride_inner, view.stride_d)
     tile = _tiles.pick("replace_dead_codes_", TILES, x.device, dim, torch.float64)
     usable = torch.empty((heads, n_rows), dtype=torch.int8, device=x.device)
     _usable[(triton.cdiv(heads * n_rows, tile["ROWS"]),)](
-        view.tensor, usable, n_rows, heads * n_rows, *strides, D=dim, AXIS=axis_of(view.stride_d, view.n_inner), **tile
+        view.tensor,
+        usable,
+        n_rows,
+        heads * n_rows,
+        *view.steps,
+        D=dim,
+        AXIS=axis_of(view.stride_d, view.n_inner),
+        **tile,
     )
     rank = usable.cumsum(-1)
     dead = cluster_size.contiguous() < threshold
     slots = dead.cumsum(-1)
     _replace[(triton.cdiv(heads * n_codes, CODES),)](
         codebook, embed_sum, cluster_size, view.tensor, dead, slots, uniforms.contiguous(), rank,
-        n_codes, heads * n_codes, n_rows, *strides, *codebook.stride(), *embed_sum.stride(), *cluster_size.stride(),
+        n_codes, heads * n_codes, n_rows, *view.steps, *codebook.stride(), *embed_sum.stride(), *cluster_size.stride(),
         float64_bits(threshold), D=dim, CODES=CODES, BLOCK_D=tile["BLOCK_D"], enable_fp_fusion=False,
     )  # fmt: skip
     return torch.where(rank.select(1, -1) > 0, slots.select(1, -1), 0).sum()

@@ -208,18 +208,17 @@ def code_statistics(
         return sums, counts
 
     tile = _tiles.pick("code_statistics", TILES, x.device, dim, torch.float64)
-    strides = (view.n_inner, view.stride_head, view.stride_outer, view.stride_inner, view.stride_d)
     read_x = dim > tile["BLOCK_D"]
     rows = tile["ROWS"] if read_x else KEYS
     keys = indices.new_empty(n_total, dtype=_key_type(n_keys))
     _keys[(triton.cdiv(n_total, rows),)](
-        indices, keys, view.tensor, view.n_rows, n_total, n_codes, n_keys, *strides,
+        indices, keys, view.tensor, view.n_rows, n_total, n_codes, n_keys, *view.steps,
         D=dim, READ_X=read_x, ROWS=rows, BLOCK_D=tile["BLOCK_D"], num_warps=tile["num_warps"],
     )  # fmt: skip
     column_tiles = triton.cdiv(dim, tile["BLOCK_D"])
     if not deterministic:
         _scatter[(triton.cdiv(n_total, tile["ROWS"]), column_tiles)](
-            view.tensor, keys, sums, counts, view.n_rows, n_total, n_keys, *strides, D=dim, **tile
+            view.tensor, keys, sums, counts, view.n_rows, n_total, n_keys, *view.steps, D=dim, **tile
         )
         return sums, counts
 
@@ -232,7 +231,7 @@ def code_statistics(
     partial_counts = indices.new_empty(most)
     _add[(n_keys + most, column_tiles)](
         view.tensor, order, starts, ends, sums, counts, partial, partial_counts, view.n_rows, n_codes, n_keys,
-        *strides, D=dim, CHUNK=CHUNK, **tile,
+        *view.steps, D=dim, CHUNK=CHUNK, **tile,
     )  # fmt: skip
     if most:
         _join[(n_keys, column_tiles)](ends, sums, counts, partial, partial_counts, D=dim, **tile)
