@@ -25,10 +25,15 @@ from fastvq._triton import float64_bits
 from fastvq.ops._triton_rows import axis_of, code_strides, narrow, plain, row_offset, wide
 from fastvq.ops.ema.triton_statistics import code_statistics
 from fastvq.ops.quantize.reference import DEGENERATE
-from fastvq.ops.quantize.triton_forward import TILES
 
 __all__ = ["quantize_backward"]
 
+# Smaller than the forward's: the rotation holds three tiles and nine numbers a row in float64.
+TILES = [
+    _tiles.Tile(80, 16, torch.float64, {"ROWS": 32, "BLOCK_D": 16, "num_warps": 4}),
+    _tiles.Tile(80, 32, torch.float64, {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4}),
+    _tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4}),
+]
 CODE_TILE = {"ROWS": 8, "BLOCK_D": 64}
 
 

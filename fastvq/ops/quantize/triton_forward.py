@@ -26,11 +26,11 @@ from fastvq._triton import float64_bits
 from fastvq.ops._triton_rows import axis_of, code_strides, narrow, row_offset, wide
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 
-__all__ = ["TILES", "gather", "quantize"]
+__all__ = ["gather", "quantize"]
 
 LOOKUP = NEAREST.get("triton", NEAREST["reference"])
 BLOCKS = 1024  # partial sums a step of _losses
-# By width alone; of _gather and of the backward's kernel.
+# By width alone: an element costs its loads, whatever its type.
 TILES = [
     _tiles.Tile(80, 16, torch.float64, {"ROWS": 128, "BLOCK_D": 16, "num_warps": 4}),
     _tiles.Tile(80, 32, torch.float64, {"ROWS": 64, "BLOCK_D": 32, "num_warps": 4}),
