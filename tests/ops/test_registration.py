@@ -23,6 +23,7 @@ def test_opcheck_nearest(metric, engine):
     opcheck(torch.ops.fastvq.nearest.default, (*heads, metric, "exact", True, engine))
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("estimator", ["straight_through", "rotation", "none"])
 def test_opcheck_quantize(estimator, engine):
     x, codebook = pair(requires_grad=True)
@@ -32,6 +33,7 @@ def test_opcheck_quantize(estimator, engine):
     opcheck(torch.ops.fastvq.quantize.default, (images, codebook, None, "dot", estimator, 0.5, "exact", engine))
 
 
+@pytest.mark.interpreted
 def test_opcheck_quantize_backward(engine):
     x, codebook = pair()
     indices, loss = nearest(x, codebook), torch.tensor(2.0)
