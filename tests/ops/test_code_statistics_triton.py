@@ -1,4 +1,4 @@
-"""The Triton statistics in the interpreter: cut codes, wide rows, keys of every width, atomics, nothing out of bounds."""
+"""The Triton statistics in the interpreter: cut codes, wide rows, keys of every width, atomics, wild indices."""
 
 import pytest
 import torch
