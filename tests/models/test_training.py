@@ -102,9 +102,29 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_checkpoint(tmp_path, whole
     assert same(run(tmp_path, resume=True), whole[0])
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+@pytest.mark.parametrize("log_every", [1, 12])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path, log_every):
     with pytest.raises(ValueError, match="not finite near step"):
-        run(tmp_path, lr=1e30, warmup=0, clip=0.0)
+        run(tmp_path, lr=1e30, warmup=0, clip=0.0, log_every=log_every)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run(tmp_path, make=small_vqvae, steps=4, log_every=1, save_every=2)
+    run(tmp_path, make=small_vqvae, steps=6, log_every=1, resume=True)
+    read = events.EventAccumulator(str(tmp_path))
+    read.Reload()
+    log = lines(tmp_path)
+    for name in ("loss", "psnr", "perplexity_0", "used_0", "rate"):
+        written = read.Scalars(name)
+        assert [(e.step, e.value) for e in written] == [(line["step"], pytest.approx(line[name])) for line in log]
+
+
+def test_without_tensorboard_there_is_the_log_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # importing it raises ImportError
+    run(tmp_path, make=small_vqvae, steps=2, log_every=1)
+    assert len(lines(tmp_path)) == 2 and not list(tmp_path.glob("*tfevents*"))
 
 
 @pytest.mark.parametrize("changes", [dict(precision="bf16"), dict(compile=True, steps=2)])
