@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -55,12 +55,20 @@ def write_json(path: Path | str, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(op: str, path: Path | str) -> Any:
-    """Raises ValueError, naming the file, where it is no JSON; FileNotFoundError where it is not there."""
+def read_json(op: str, path: Path | str, *, entries: Sequence[str] | None = None) -> Any:
+    """What a JSON file holds; with ``entries`` that must be an object which has them.
+
+    Raises:
+        ValueError: it is no JSON or not such an object; the message names the file.
+        FileNotFoundError: it is not there.
+    """
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{op}: {path} must be JSON, and is not ({error}); it may be truncated") from None
+    if entries is not None and not (isinstance(value, dict) and all(entry in value for entry in entries)):
+        raise ValueError(f"{op}: {path} must be an object with {', '.join(entries)}; it is a file of something else")
+    return value
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
