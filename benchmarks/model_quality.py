@@ -74,7 +74,7 @@ def digits(folder: Path, figures: Path, report: Report, *, share: float = 1.0) -
     ]
     began = time.perf_counter(), time.process_time()
     model = read_model(model_folder)
-    priors = read_priors(prior_folder, model)
+    priors = read_priors(prior_folder, model, model_folder)
     held_out = Digits("held-out")
     images = normalise(held_out.pixels)
     maps = model.encode_maps(images)
