@@ -86,7 +86,7 @@ def encode(
             _show_some(autoencoder, source, out, place.device)
             shared.console.print(
                 f"{out}: {manifest['pictures']} pictures in {len(manifest['shards'])} shards, "
-                f"{len(manifest['skipped'])} left out", highlight=False,
+                f"{len(manifest['skipped'])} left out", highlight=False, soft_wrap=True,
             )  # fmt: skip
             shared.show_skipped(source)
 
@@ -136,7 +136,7 @@ def decode(
                     advance(done)
                 seconds = time.perf_counter() - began
                 write_line(out / LOG, {"shard": shard["name"], "pictures": done - before, "seconds": round(seconds, 3)})
-        shared.console.print(f"{out}: {done} pictures", highlight=False)
+        shared.console.print(f"{out}: {done} pictures", highlight=False, soft_wrap=True)
 
 
 def _shards(source: Source | Shards, size: int, place: Place) -> Iterator[tuple[str, Iterator[Picture]]]:

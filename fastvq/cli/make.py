@@ -70,7 +70,7 @@ def sample(
             "pictures": len(images), "label": label, "temperature": temperature, "top_p": top_p, "seed": seed,
             "model_sha256": shared.fingerprint(model), "seconds": round(seconds, 3), "file": out.name,
         })  # fmt: skip
-        shared.console.print(f"{out}: {len(images)} pictures", highlight=False)
+        shared.console.print(f"{out}: {len(images)} pictures", highlight=False, soft_wrap=True)
 
 
 def edit_command(
@@ -160,7 +160,9 @@ def edit_command(
         asked = {"picture": str(image or f"held-out {index}"), "code": code, "swap": swap, "label": label, "seed": seed}
         write_line(out.with_suffix(".jsonl"), {**asked, **line, "file": out.name})
         typer.echo(json.dumps(line))
-        shared.console.print(f"{', '.join(paths)}; each alone in *-picture{out.suffix}", highlight=False)
+        shared.console.print(
+            f"{', '.join(paths)}; each alone in *-picture{out.suffix}", highlight=False, soft_wrap=True
+        )
 
 
 def _held_out(model: Path, index: int) -> tuple[torch.Tensor, int | None]:

@@ -196,7 +196,7 @@ def _show_priors(model: Autoencoder, priors: list[Prior], out: Path, device: tor
     images = model.generate(DRAWN * max(n_classes, 2), labels, priors=priors, temperature=0.8, generator=generator)
     rows = [str(c) for c in range(n_classes)]
     save_png(out / "samples.png", grid(images, DRAWN, title="samples, temperature 0.8", rows=rows))
-    shared.console.print(f"{out}: a prior a level with its log.jsonl, samples.png", highlight=False)
+    shared.console.print(f"{out}: a prior a level with its log.jsonl, samples.png", highlight=False, soft_wrap=True)
 
 
 def _filled(preset: dict[str, Any], **given: Any) -> dict[str, Any]:
@@ -210,6 +210,8 @@ def _show_model(model: Autoencoder, out: Path, data: str, device: torch.device, 
     shown, columns = images[:SHOWN], 8
     decoded = model.decode_maps([ids[:SHOWN] for ids in maps]).cpu()
     save_png(out / "reconstructions.png", grid(paired(shown, decoded, columns), columns, title=PAIRED))
+    written = "model, log.jsonl, reconstructions.png"
     if model.depth == 1:
         save_png(out / "usage.png", usage_plot(shared.count_codes(model, maps)))
-    shared.console.print(f"{out}: model, log.jsonl, reconstructions.png, usage.png", highlight=False)
+        written += ", usage.png"
+    shared.console.print(f"{out}: {written}", highlight=False, soft_wrap=True)
