@@ -159,8 +159,8 @@ def _photograph_priors(
         report(f"photographs, prior of the {kind}: bits an id, held-out crops", float(bits),
                note=f"the frequencies of those crops' own ids need {entropy:.2f}")  # fmt: skip
     wall, busy = (sum(s) for s in zip(*(_trained_seconds(where / f"level{i}") for i in range(2)), strict=True))
-    report("photographs, priors of both levels: wall seconds of training", wall, "<=", PRIOR_SECONDS,
-           note=f"{busy:.0f} processor seconds")  # fmt: skip
+    report("photographs, priors of both levels: processor seconds of training", busy, "<=", PRIOR_SECONDS,
+           note=f"{wall:.0f} wall seconds; load of the machine at the end {os.getloadavg()[0]:.1f}")  # fmt: skip
     drawn = model.generate(2 * SHOWN_CROPS, priors=priors, generator=torch.Generator().manual_seed(0))
     names = ["held out", "drawn", "drawn"]
     page = grid(torch.cat([images[:SHOWN_CROPS], drawn]), SHOWN_CROPS, rows=names, title="top drawn, then bottom")

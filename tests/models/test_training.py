@@ -199,8 +199,8 @@ def test_backends_train_alike_for_fifty_steps(tmp_path):
     assert len(fast) == 50
     for x, y in zip(fast, plain, strict=True):
         assert x["used_0"] == y["used_0"] and x["used_1"] == y["used_1"]
-        # A rounding of float32 is 6e-8; what a step adds to the difference moves the loss by the gradient times lr times
-        # that, so after 50 steps a hundred roundings of the loss itself are the larger part.
+        # What a rounding moves in a weight moves the loss by that times the gradient and lr, so that even after 50
+        # steps it is a hundred roundings of the loss itself that are the larger part.
         assert x["loss"] == pytest.approx(y["loss"], rel=100 * 2.0**-24, abs=1e-6)  # and the log's own to six places
     image = pictures(16)
     for x, y in zip(a.encode(image), b.encode(image), strict=True):
