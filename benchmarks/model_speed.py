@@ -20,7 +20,7 @@ from fastvq.nn import update_codebooks
 from harness.timing import Call, interleave, paired_ratio, thread_count
 from model_peers import dense_prior, peer_autoencoder
 
-__all__ = ["speed"]
+__all__ = ["drawings", "training_steps"]
 
 Report = Callable[..., None]
 QUANTIZER = dict(kmeans_init=True, dead_code_threshold=1.0, decay=0.95, update="manual")
@@ -67,12 +67,16 @@ DRAWINGS = (
 )  # fmt: skip
 
 
-def speed(report: Report, *, threads: int, seconds: float) -> None:
+def training_steps(report: Report, *, threads: int, seconds: float) -> None:
     with thread_count(threads):
         for case in CASES:
             _training_step(case, report, threads, seconds)
-        for drawing in DRAWINGS:
-            _drawing(drawing, report, threads, seconds)
+
+
+def drawings(report: Report, *, threads: int, seconds: float) -> None:
+    with thread_count(threads):
+        for case in DRAWINGS:
+            _drawing(case, report, threads, seconds)
 
 
 def _training_step(case: Case, report: Report, threads: int, seconds: float) -> None:
