@@ -185,6 +185,12 @@ def test_shards_are_encoded_without_those_that_are_broken(runs, tmp_path):
     manifest = json.loads((tmp_path / "ids" / "manifest.json").read_text())
     assert [s["pictures"] for s in manifest["shards"]] == [16, 14]
     assert list(manifest["skipped"]) == ["set.tar/broken"]
+    # Another number of processes would cut the stream elsewhere, and the folder would hold pictures twice.
+    order = json.loads((tmp_path / "ids" / "order.json").read_text())
+    (tmp_path / "ids" / "order.json").write_text(json.dumps({**order, "processes": 2}))
+    said = fastvq("encode", tmp_path / "set.tar", "--model", runs / "vqvae", "--out", tmp_path / "ids",
+                  "--shard-size", 16, status=1).output  # fmt: skip
+    assert "was begun with another processes" in " ".join(said.split())
 
 
 def test_info_describes_what_it_is_given(runs):

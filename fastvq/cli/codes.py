@@ -61,6 +61,8 @@ def encode(
             "model_sha256": shared.fingerprint(model), "data": data, "split": split, "size": size,
             "shard_size": shard_size,
         }  # fmt: skip
+        if isinstance(source, Shards):
+            order["processes"] = place.world  # a stream is cut between them, so their number says what a shard holds
         _check_order(out, order, place)
         n_shards = -(-len(source) // shard_size) if isinstance(source, Source) else 0
         with shared.progress(n_shards, "encode", shown=place.first) as advance:

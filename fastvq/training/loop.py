@@ -171,7 +171,8 @@ def _save(
         finally:
             averages.swap()
     except OSError as error:
+        before = f"the last good one, of step {saved}, is still there" if saved else "there was none before it"
         raise OSError(
-            f"{OP}: the checkpoint of step {step} could not be written to {folder} ({error}); "
-            f"the last good one, of step {saved}, is still there: make room and resume"
+            f"{OP}: the checkpoint of step {step} could not be written to {folder} ({error}); {before}: "
+            "make room and resume"
         ) from error
