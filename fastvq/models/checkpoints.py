@@ -39,9 +39,11 @@ def write_atomically(path: Path | str, data: bytes) -> None:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(name)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say what it was asked to hold
         raise
     with contextlib.suppress(OSError):  # a file system that has no fsync of folders
         folder = os.open(path.parent, os.O_RDONLY)
