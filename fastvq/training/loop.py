@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,10 @@ def _wrap(model: nn.Module, config: TrainConfig, place: Place) -> Any:
     if place.world > 1:
         # Buffers are the codebooks', which fastvq.nn sums over the ranks itself.
         devices = [place.device.index] if place.device.type == "cuda" else None
-        net = DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # Later torches advise another name, which earlier ones do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            net = DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
     return net
 
 
