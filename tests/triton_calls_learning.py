@@ -54,10 +54,10 @@ def backward(x: torch.Tensor, estimator: str, dtype: torch.dtype = F32, loss: bo
 
 for dim in (8, 32, 64, 128, 256, 512, 1024, 4096):
     CALLS[f"statistics {dim}"] = lambda dim=dim: statistics(tensor(65536, dim))
-for dtype, dim in ((F64, 64), (F64, 1024), (F16, 256), (BF16, 64), (BF16, 4096)):
+for dtype, dim in ((F64, 64), (F64, 1024), (F16, 256), (BF16, 64)):
     CALLS[f"statistics {dim} {dtype}"] = lambda dtype=dtype, dim=dim: statistics(tensor(65536, dim, dtype=dtype))
 CALLS["statistics of heads"] = lambda: statistics(tensor(8, 65536, 64), n_heads=8)
-for dtype, dim in ((F32, 8), (F32, 256), (F32, 4096), (F64, 64), (BF16, 64)):
+for dtype, dim in ((F32, 8), (F32, 4096), (F64, 64), (BF16, 64)):
     CALLS[f"atomic statistics {dim} {dtype}"] = lambda dtype=dtype, dim=dim: statistics(
         tensor(65536, dim, dtype=dtype), deterministic=False
     )

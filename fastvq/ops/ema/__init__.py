@@ -61,8 +61,8 @@ def code_statistics(
         mask: True marks a real vector.
         n_heads: with heads, their number H = x.shape[0]; each has its own K codes.
         deterministic: False lets a GPU add with atomics, in any order and in the type of ``sums``: the fastest, its
-            last bits differ from run to run, and a sum errs by up to ``n 2^-24 sum |x_r|``. Counts stay exact. Backends
-            without such a kernel add as ever.
+            last bits differ from run to run, and a sum errs by up to ``n 2^-24 sum |x_r|``, besides denormals, which
+            the card may take for 0. Counts stay exact. Backends without such a kernel add as ever.
         backend: one of ``fastvq.build_info()["backends"]``; None takes the fastest that supports the call.
 
     Returns:

@@ -208,13 +208,14 @@ def code_statistics(
         return sums, counts
 
     tile = _tiles.pick("code_statistics", TILES, x.device, dim, torch.float64)
-    read_x = dim > tile["BLOCK_D"]
-    rows = tile["ROWS"] if read_x else KEYS
     keys = indices.new_empty(n_total, dtype=_key_type(n_keys))
-    _keys[(triton.cdiv(n_total, rows),)](
-        indices, keys, view.tensor, view.n_rows, n_total, n_codes, n_keys, *view.steps,
-        D=dim, READ_X=read_x, ROWS=rows, BLOCK_D=tile["BLOCK_D"], num_warps=tile["num_warps"],
-    )  # fmt: skip
+    if dim > tile["BLOCK_D"]:
+        source, steps, blocks = view.tensor, view.steps, {"D": dim, "READ_X": True, **tile}
+    else:  # one kernel for all widths and dtypes
+        source, steps, blocks = indices, (1, 0, 0, 0, 0), {"D": 0, "READ_X": False, "ROWS": KEYS, "BLOCK_D": 1}
+    _keys[(triton.cdiv(n_total, blocks["ROWS"]),)](
+        indices, keys, source, view.n_rows, n_total, n_codes, n_keys, *steps, **blocks
+    )
     column_tiles = triton.cdiv(dim, tile["BLOCK_D"])
     if not deterministic:
         _scatter[(triton.cdiv(n_total, tile["ROWS"]), column_tiles)](
