@@ -50,7 +50,7 @@ GATED = [
         for dtype in HALVES
         for tile in (
             Tile(80, 32, dtype, _tile(128, 64, 32, 4, 4)),
-            Tile(80, ANY, dtype, _tile(128, 64, 64, 8, 3)),
+            Tile(80, ANY, dtype, _tile(128, 32, 64, 8, 4)),
             Tile(90, 32, dtype, _tile(128, 64, 32, 4, 4)),
             Tile(90, ANY, dtype, _tile(128, 64, 64, 8, 4)),
         )
