@@ -11,14 +11,13 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["capability", "interpreting", "lazily", "on", "refuse", "unavailable"]
+__all__ = ["capability", "interpreting", "lazily", "refuse", "unavailable"]
 
 OLDEST = 80  # compute capability times ten: the first with bf16 tensor cores and asynchronous copies
 
@@ -60,11 +59,6 @@ def refuse(x: Tensor, *_: Any) -> str | None:
     if (found := capability(x.device)) < OLDEST:
         return f"it needs compute capability {OLDEST / 10} or later, {x.device} has {found / 10}"
     return None
-
-
-def on(x: Tensor) -> AbstractContextManager[Any]:
-    """Within it kernels are launched on the device of ``x``, which need not be the current one."""
-    return torch.cuda.device_of(x) if torch.cuda.is_available() else nullcontext()
 
 
 def lazily(module: str, name: str) -> Callable[..., Any]:

@@ -67,6 +67,7 @@ WEIGHT_GRAD = [
         )
     ),
     Tile(80, ANY, torch.float32, _tile(32, 64, 64, 4, 3)),
+    Tile(100, ANY, torch.float32, _tile(32, 64, 32, 4, 3)),
     Tile(80, ANY, torch.float64, _tile(16, 32, 32, 4, 2)),
 ]
 GATE_BLOCK = 1024
@@ -86,7 +87,7 @@ class _Packed(NamedTuple):
 
 
 def _listed(taps: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The taps of a mask, active ones first, [kh * kw]; and those as the kernels take them, how many are active last."""
+    """A mask's taps, active ones first, [kh * kw]; and the same as the kernels take them, how many are active last."""
     active = taps.to(device).flatten()
     order = torch.argsort(active, descending=True, stable=True)
     return order, torch.cat([order, active.sum()[None]]).to(torch.int32)
@@ -171,13 +172,13 @@ def _convolve(
     def launch(meta: Mapping[str, int]) -> None:
         meta = _narrowed(meta, BLOCK_C=c_in)
         grid = (triton.cdiv(n_pixels, meta["BLOCK_P"]) * triton.cdiv(c_out, meta["BLOCK_O"]),)
-        kernels.forward[grid](
-            x, packed.weight, bias, condition, packed.taps, out, tanh_a, sigmoid_b, n_pixels, height, width, c_in, c_out,
-            packed.first, packed.n_taps, SIGN=sign, GATED=table is GATED, CONDITION=kind, **_constants(x, weight), **meta,
+        kernels.masked_conv[grid](
+            x, packed.weight, bias, condition, packed.taps, out, tanh_a, sigmoid_b, n_pixels, height, width, c_in,
+            c_out, packed.first, packed.n_taps, SIGN=sign, GATED=table is GATED, CONDITION=kind,
+            **_constants(x, weight), **meta,
         )  # fmt: skip
 
-    with _triton.on(x):
-        launch(pick(name, table, x.device, c_out, x.dtype, launch))
+    launch(pick(name, table, x.device, c_out, x.dtype, launch))
 
 
 def masked_conv2d(
@@ -250,13 +251,12 @@ def _weight_grad(
         partial = torch.empty(
             (n_slices, n_slots, c_in, c_out), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
         )
-        kernels.weight_grad[(n_tiles, n_slots, n_slices)](
+        kernels.masked_conv_weight_grad[(n_tiles, n_slots, n_slices)](
             x, grad, listed, partial, n_pixels, height, width, c_in, c_out, active.start, length, **constants, **meta,
         )  # fmt: skip
         sums[:] = [partial]
 
-    with _triton.on(x):
-        launch(pick("masked_conv2d_weight_grad", WEIGHT_GRAD, x.device, max(c_in, c_out), x.dtype, launch))
+    launch(pick("masked_conv2d_weight_grad", WEIGHT_GRAD, x.device, max(c_in, c_out), x.dtype, launch))
     total = sums[0].sum(0)  # [slots, C_in, C_out], slice after slice
     if colours > 1:
         total[-1] = torch.where(_before(c_in, c_out, mask, colours, x.device), total[-1], 0)
@@ -318,9 +318,8 @@ def gated_backward(
     if n := t.numel():
         inner = t.shape[1] if last else t[0].numel()
         sums = tl.float64 if t.dtype == torch.float64 else tl.float32
-        with _triton.on(t):
-            kernels.gate_backward[(triton.cdiv(n, GATE_BLOCK),)](
-                g, t, s, both, n, inner, SUMS=sums, INTERPRETED=_triton.interpreting(), enable_fp_fusion=False,
-                BLOCK=GATE_BLOCK,
-            )  # fmt: skip
+        kernels.gate_backward[(triton.cdiv(n, GATE_BLOCK),)](
+            g, t, s, both, n, inner, SUMS=sums, INTERPRETED=_triton.interpreting(), enable_fp_fusion=False,
+            BLOCK=GATE_BLOCK,
+        )  # fmt: skip
     return both

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
 """Triton kernels of the masked convolution: an implicit GEMM over the active taps, its gate, and its gradients.
 
 tensor      layout                          what
@@ -10,11 +11,12 @@ taps        [KH * KW + 1] int32, or None    taps of a mask that is known on the 
 out         [B * H * W, C_out]              C_out halves to C where gated, as do tanh_a and sigmoid_b
 partial     [slices, slots, C_in, C_out]    sums of a slice of the pixels, in the type sums are made in
 
-A program of the forward kernel makes BLOCK_P pixels x BLOCK_O channels. One loop runs over taps and BLOCK_C channels of
-each: the pixels move by the tap, those that it moves off their image read zeros, and a product of matrices adds to the
-sums, which stay in registers. Shared memory: num_stages * (BLOCK_P + n * BLOCK_O) * BLOCK_C elements, n = 2 where gated.
-The gradient to x is the same kernel with SIGN = -1 and C_in and C_out exchanged. The gradient to the weight reduces over
-pixels instead: a program takes a tile of C_in x C_out for one tap and one slice; the slices are added by the launcher.
+A program of the forward kernel makes BLOCK_P pixels x BLOCK_O channels. One loop runs over taps and BLOCK_C channels
+of each: the pixels move by the tap, those that it moves off their image read zeros, and a product of matrices adds to
+the sums, which stay in registers. Shared memory: num_stages * (BLOCK_P + n * BLOCK_O) * BLOCK_C elements, n = 2 where
+gated. The gradient to x is the same kernel with SIGN = -1 and C_in and C_out exchanged. The gradient to the weight
+reduces over pixels instead: a program takes a tile of C_in x C_out for one tap and one slice of the pixels; the slices
+are added by the launcher.
 
 Sums are float32 (float64 for float64). float32 operands are split into two TF32 numbers each, whose three largest
 products are taken (PRECISION "tf32x3"), so the tensor cores serve them too.
@@ -23,12 +25,12 @@ products are taken (PRECISION "tf32x3"), so the tensor cores serve them too.
 import triton
 import triton.language as tl
 
-__all__ = ["forward", "gate_backward", "sigmoid", "tanh", "weight_grad"]
+__all__ = ["dot", "gate_backward", "masked_conv", "masked_conv_weight_grad", "narrow", "sigmoid", "tanh"]
 
 
 @triton.jit
 def _split_exp(x):
-    """2^n and expm1(r) with x = n ln2 + r, for x <= 0: a series cut after r^7/7!, 0.26 * 2^-24 off on |r| <= ln2 / 2."""
+    """2^n and expm1(r) with x = n ln2 + r, for x <= 0: a series to r^7/7!, 0.26 * 2^-24 off on |r| <= ln2 / 2."""
     x = tl.where(x < -87.0, -87.0, x)  # 2^n stays normal; NaN stays NaN
     n = tl.floor(tl.fma(x, 1.44269504, 0.5))
     r = tl.fma(n, -0.693145752, x)  # ln2 in two pieces, the first short enough for an exact product
@@ -61,14 +63,14 @@ def sigmoid(b):
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
     if INTERPRETED:  # whose product of bfloat16 would be one of raw bits
         a, b = a.to(acc.dtype), b.to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
-def _narrow(value, like, INTERPRETED: tl.constexpr):
+def narrow(value, like, INTERPRETED: tl.constexpr):
     """In the type that ``like`` points to, rounded to nearest even; the interpreter would cut bfloat16 off."""
     if INTERPRETED and like.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
@@ -100,7 +102,7 @@ _RUNTIME = ["n_pixels", "height", "width", "first", "n_taps", "slice_length"]
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def forward(
+def masked_conv(
     x, weight, bias, condition, taps, out, tanh_a, sigmoid_b, n_pixels, height, width, c_in, c_out, first, n_taps,
     SIGN: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, GATED: tl.constexpr, CONDITION: tl.constexpr,
     SUMS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -135,9 +137,9 @@ def forward(
         a = tl.load(rows + (move * c_in + c)[None, :], mask=seen[:, None] & (c < c_in)[None, :], other=0.0)
         columns = weight + (slot.to(tl.int64) * c_in + c)[:, None] * stride + o[None, :]
         used = (c < c_in)[:, None] & kept[None, :]
-        sums = _dot(a, tl.load(columns, mask=used, other=0.0), sums, PRECISION, INTERPRETED)
+        sums = dot(a, tl.load(columns, mask=used, other=0.0), sums, PRECISION, INTERPRETED)
         if GATED:
-            sums_b = _dot(a, tl.load(columns + c_out, mask=used, other=0.0), sums_b, PRECISION, INTERPRETED)
+            sums_b = dot(a, tl.load(columns + c_out, mask=used, other=0.0), sums_b, PRECISION, INTERPRETED)
 
     # 3. Bias, condition and gate.
     if bias is not None:
@@ -153,18 +155,18 @@ def forward(
             sums += tl.load(condition, mask=stored, other=0.0).to(SUMS)
         sums = tanh(sums)
         if tanh_a is not None:
-            tl.store(tanh_a + to, _narrow(sums, tanh_a, INTERPRETED), mask=stored)
+            tl.store(tanh_a + to, narrow(sums, tanh_a, INTERPRETED), mask=stored)
         if CONDITION != "none":
             sums_b += tl.load(condition + c_out, mask=stored, other=0.0).to(SUMS)
         sums_b = sigmoid(sums_b)
         if sigmoid_b is not None:
-            tl.store(sigmoid_b + to, _narrow(sums_b, sigmoid_b, INTERPRETED), mask=stored)
+            tl.store(sigmoid_b + to, narrow(sums_b, sigmoid_b, INTERPRETED), mask=stored)
         sums = sums * sums_b
-    tl.store(out + to, _narrow(sums, out, INTERPRETED), mask=stored)
+    tl.store(out + to, narrow(sums, out, INTERPRETED), mask=stored)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def weight_grad(
+def masked_conv_weight_grad(
     x, grad, taps, partial, n_pixels, height, width, c_in, c_out, first, slice_length,
     KH: tl.constexpr, KW: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     INTERPRETED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
@@ -189,16 +191,16 @@ def weight_grad(
             x + (pixel + move)[:, None] * c_in + c[None, :],
             mask=(inside & seen)[:, None] & (c < c_in)[None, :], other=0.0,
         )  # fmt: skip
-        g = tl.load(
-            grad + pixel[:, None] * c_out + o[None, :], mask=inside[:, None] & (o < c_out)[None, :], other=0.0
-        )
-        sums = _dot(tl.trans(a), g, sums, PRECISION, INTERPRETED)
+        g = tl.load(grad + pixel[:, None] * c_out + o[None, :], mask=inside[:, None] & (o < c_out)[None, :], other=0.0)
+        sums = dot(tl.trans(a), g, sums, PRECISION, INTERPRETED)
     to = ((part.to(tl.int64) * tl.num_programs(1) + slot) * c_in + c)[:, None] * c_out + o[None, :]
     tl.store(partial + to, sums, mask=(c < c_in)[:, None] & (o < c_out)[None, :])
 
 
 @triton.jit(do_not_specialize=["n", "inner"])
-def gate_backward(grad, tanh_a, sigmoid_b, out, n, inner, SUMS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
+def gate_backward(
+    grad, tanh_a, sigmoid_b, out, n, inner, SUMS: tl.constexpr, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr
+):
     """[n / inner, inner] -> [n / inner, 2, inner]: the gradient at a, then at b."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
@@ -206,5 +208,5 @@ def gate_backward(grad, tanh_a, sigmoid_b, out, n, inner, SUMS: tl.constexpr, IN
     t = tl.load(tanh_a + at, mask=inside, other=0.0).to(SUMS)
     s = tl.load(sigmoid_b + at, mask=inside, other=0.0).to(SUMS)
     to = out + at + (at // inner) * inner
-    tl.store(to, _narrow(g * s * (1.0 - t * t), out, INTERPRETED), mask=inside)
-    tl.store(to + inner, _narrow(g * t * (s * (1.0 - s)), out, INTERPRETED), mask=inside)
+    tl.store(to, narrow(g * s * (1.0 - t * t), out, INTERPRETED), mask=inside)
+    tl.store(to + inner, narrow(g * t * (s * (1.0 - s)), out, INTERPRETED), mask=inside)
