@@ -13,6 +13,7 @@ from tests.ops.test_masked_conv import case, leaves, literal_mask
 from tests.tolerance import assert_within, gamma, roundoff, tensor_core_gamma
 
 DEVICE = "cpu" if _triton.interpreting() else "cuda"
+pytestmark = [] if _triton.interpreting() else [pytest.mark.needs_gpu]
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 

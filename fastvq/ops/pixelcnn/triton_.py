@@ -17,7 +17,7 @@ __all__ = ["horizontal", "prepare", "step", "vertical"]
 
 # Not measured on a GPU. A position has few vectors and reads all weights: narrow blocks spread them over the card.
 POSITION = {"BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_O": 16, "num_warps": 4, "num_stages": 3}
-ROW = {"BLOCK_M": 64, "BLOCK_C": 32, "BLOCK_O": 32, "num_warps": 4, "num_stages": 3}
+ROW = {"BLOCK_M": 32, "BLOCK_C": 32, "BLOCK_O": 32, "num_warps": 4, "num_stages": 3}
 PACKED = 7  # tensors of a layer: vertical and bias, link and bias, horizontal, out and bias
 
 
