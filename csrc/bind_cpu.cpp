@@ -2,33 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
 
 #include "bind_conv.h"
+#include "bind_views.h"
 #include "fastvq.h"
 
 namespace py = pybind11;
 using namespace fastvq;
-
-namespace {
-
-// Tensors come as tuples of numbers: data_ptr, dtype, sizes, strides.
-using RowsTuple = std::array<int64_t, 10>;
-using CodesTuple = std::array<int64_t, 8>;
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
-Rows rows(const RowsTuple& t) {
-  return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9]};
-}
-Codes codes(const CodesTuple& t) {
-  return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7]};
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.def("compiler", &compiler);

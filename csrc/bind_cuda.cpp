@@ -1,0 +1,37 @@
+// pybind11 and nothing else: device addresses, sizes and a stream in, kernels launched without the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "bind_views.h"
+#include "fastvq_cuda.h"
+
+namespace py = pybind11;
+using namespace fastvq;
+
+namespace {
+
+void check(int error) {
+  if (error) throw std::runtime_error("fastvq: a CUDA kernel could not be launched: " + cuda::error_text(error));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+  m.def("compiler", &cuda::compiler);
+  m.def("architectures", &cuda::architectures);
+  m.def("unavailable", []() -> py::object {
+    const int error = cuda::device_error();
+    return error ? py::cast(cuda::error_text(error)) : py::object(py::none());
+  });
+  m.def("nearest_workspace", [](const RowsTuple& x, const CodesTuple& c) {
+    return cuda::nearest_workspace(rows(x), codes(c));
+  });
+  m.def("nearest", [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t mask, int64_t indices,
+                      int64_t workspace, int64_t stream) {
+    py::gil_scoped_release release;
+    check(cuda::nearest(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask),
+                        pointer<int64_t>(indices), pointer<void>(workspace), pointer<void>(stream)));
+  });
+}

@@ -1,0 +1,109 @@
+// Calls launchers on what a file holds, so that kernels run under a sanitizer without Python around them.
+//
+//   calls FILE RESULTS
+//
+// FILE is a sequence of calls, all numbers little-endian int64: the length of the launcher's name and the name; the
+// number of buffers, and of each its size and its bytes; the number of arguments, and of each a kind and a value:
+//   0, an integer   1, the bits of a double   2, the number of a buffer, whose address it becomes (-1: null)
+// RESULTS receives the bytes of all buffers after each call. Buffers are allocated one by one, exactly as large.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "../../csrc/bind_views.h"
+#include "../../csrc/fastvq_cuda.h"
+
+using namespace fastvq;
+
+namespace {
+
+struct Arguments {
+  std::vector<int64_t> values;
+  size_t at = 0;
+
+  int64_t integer() { return values.at(at++); }
+  template <class T>
+  T* address() {
+    return pointer<T>(integer());
+  }
+  double real() {
+    const int64_t bits = integer();
+    double v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+  }
+  template <size_t n>
+  std::array<int64_t, n> numbers() {
+    std::array<int64_t, n> t;
+    for (int64_t& v : t) v = integer();
+    return t;
+  }
+  Rows vectors() { return rows(numbers<10>()); }
+  Codes codebook() { return codes(numbers<8>()); }
+  Metric metric() { return static_cast<Metric>(integer()); }
+};
+
+// Braces: the arguments are taken in order.
+struct NearestCall {
+  Rows x;
+  Codes codes;
+  Metric metric;
+  int64_t fast;
+  const uint8_t* mask;
+  int64_t *indices, *workspace;
+};
+
+const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
+    {"nearest",
+     [](Arguments& a) {
+       const NearestCall c{a.vectors(), a.codebook(), a.metric(), a.integer(), a.address<uint8_t>(), a.address<int64_t>(),
+                           a.address<int64_t>()};
+       return cuda::nearest(c.x, c.codes, c.metric, c.fast != 0, c.mask, c.indices, c.workspace, nullptr);
+     }},
+};
+
+bool read_bytes(FILE* file, void* to, size_t n) { return n == 0 || std::fread(to, 1, n, file) == n; }
+int64_t read_number(FILE* file) {
+  int64_t v;
+  if (!read_bytes(file, &v, sizeof v)) std::exit(3);
+  return v;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) return 2;
+  FILE* file = std::fopen(argv[1], "rb");
+  FILE* results = std::fopen(argv[2], "wb");
+  if (!file || !results) return 2;
+  int64_t length;
+  while (read_bytes(file, &length, sizeof length)) {
+    std::string name(static_cast<size_t>(length), ' ');
+    if (!read_bytes(file, &name[0], name.size())) return 3;
+    std::vector<std::pair<void*, size_t>> buffers(static_cast<size_t>(read_number(file)));
+    for (auto& [memory, size] : buffers) {
+      size = static_cast<size_t>(read_number(file));
+      memory = std::malloc(size ? size : 1);
+      if (!read_bytes(file, memory, size)) return 3;
+    }
+    Arguments arguments;
+    for (int64_t n = read_number(file); n > 0; --n) {
+      const int64_t kind = read_number(file), value = read_number(file);
+      arguments.values.push_back(kind != 2 || value < 0 ? (kind == 2 ? 0 : value)
+                                                        : reinterpret_cast<int64_t>(buffers.at(static_cast<size_t>(value)).first));
+    }
+    if (const int error = kLaunchers.at(name)(arguments)) {
+      std::fprintf(stderr, "%s: error %d\n", name.c_str(), error);
+      return 4;
+    }
+    for (auto& [memory, size] : buffers) {
+      if (size && std::fwrite(memory, 1, size, results) != size) return 3;
+      std::free(memory);
+    }
+  }
+  return std::fclose(results);
+}
