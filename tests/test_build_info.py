@@ -61,7 +61,7 @@ def test_build_info_without_the_cuda_extension(monkeypatch):
     assert "ImportError: no such file" in reason and "FASTVQ_CUDA=1" in reason
 
 
-@pytest.mark.skipif(not _cuda_native.built() or torch.cuda.is_available(), reason="for a build with nvcc, without a GPU")
+@pytest.mark.skipif(not _cuda_native.built() or torch.cuda.is_available(), reason="a build with nvcc, no GPU")
 def test_the_cuda_extension_without_a_driver_says_so():
     info = fastvq.build_info()
     assert info["cuda"]["compiler"].startswith("nvcc") and "sm_80" in info["cuda"]["architectures"]
