@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import struct
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["capability", "interpreting", "lazily", "refuse", "unavailable"]
+__all__ = ["capability", "float64_bits", "interpreting", "lazily", "refuse", "unavailable"]
 
 OLDEST = 80  # compute capability times ten: the first with bf16 tensor cores and asynchronous copies
 
@@ -72,3 +73,8 @@ def lazily(module: str, name: str) -> Callable[..., Any]:
             return function(*args)
 
     return run
+
+
+def float64_bits(value: float) -> int:
+    """``value`` as a kernel takes it whole, the integer of its bits: Triton makes a float32 of a Python float."""
+    return int(struct.unpack("q", struct.pack("d", value))[0])

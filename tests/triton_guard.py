@@ -1,6 +1,9 @@
 """Triton's interpreter, with every address checked: a load or store outside the launch's tensors raises IndexError.
 
-On a GPU such an access may go unnoticed for years; in the plain interpreter it may crash the process or read a
+Besides, float32 becomes bfloat16 as on a GPU, rounded to nearest even, where the plain interpreter cuts bits off; and a
+launch prepares the language once, not at every call within it.
+
+On a GPU a bad access may go unnoticed for years; in the plain interpreter it may crash the process or read a
 neighbour. ``install()`` is called once, by conftest.py, before any kernel is imported.
 """
 
@@ -28,14 +31,30 @@ def _check(pointers, mask, what: str) -> None:
 
 
 def install() -> None:
+    import triton.language as tl
     from triton.runtime import interpreter
 
     start = interpreter.GridExecutor._init_args_hst
+    patch = interpreter._patch_lang
+    patched: set[tuple[bool, ...]] = set()
+
+    def patch_once(function):
+        # The interpreter does it again at every call of a function within a kernel, tl.sum and tl.zeros included, and
+        # spends most of its time so.
+        modules = function.__globals__.values()
+        key = tuple(any(value is module for value in modules) for module in (tl, tl.core))
+        if key in patched:
+            return None
+        patched.add(key)
+        return patch(function)
+
+    interpreter._patch_lang = patch_once
 
     def record(self, args, kwargs):
         host, host_kwargs = start(self, args, kwargs)
         tensors = [t for t in [*host, *host_kwargs.values()] if isinstance(t, torch.Tensor)]
         _spans[:] = [_span(t) for t in tensors]
+        patched.clear()
         return host, host_kwargs
 
     interpreter.GridExecutor._init_args_hst = record
@@ -58,3 +77,12 @@ def install() -> None:
         return atomic(self, operation, pointers, value, mask, *rest)
 
     interpreter.InterpreterBuilder.create_atomic_rmw = checked_atomic
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounded(self, source, to):
+        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            narrow = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
+            return interpreter.TensorHandle(narrow.numpy().view(np.uint16), tl.bfloat16)
+        return cast(self, source, to)
+
+    interpreter.InterpreterBuilder.cast_impl = rounded

@@ -24,6 +24,7 @@ def code_statistics(
     indices: Tensor,  # [...] or [H, ...] int64
     n_codes: int,
     n_heads: int | None,
+    deterministic: bool = True,  # this one always is
     sums_dtype: torch.dtype | None = None,  # float32 or float64; x's own, at least float32, where None
 ) -> tuple[Tensor, Tensor]:
     if sums_dtype is None:
