@@ -34,4 +34,21 @@ PYBIND11_MODULE(_cuda, m) {
     check(cuda::nearest(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask),
                         pointer<int64_t>(indices), pointer<void>(workspace), pointer<void>(stream)));
   });
+  m.attr("most_statistics_rows") = cuda::kMostStatisticsRows;
+  m.def("code_statistics_workspace", [](const RowsTuple& x, int64_t n_codes, bool deterministic) {
+    return cuda::code_statistics_workspace(rows(x), n_codes, deterministic);
+  });
+  m.def("code_statistics", [](const RowsTuple& x, int64_t indices, int64_t n_codes, bool deterministic, int64_t sums,
+                              bool sums_double, int64_t counts, int64_t workspace, int64_t stream) {
+    py::gil_scoped_release release;
+    check(cuda::code_statistics(rows(x), pointer<const int64_t>(indices), n_codes, deterministic, pointer<void>(sums),
+                                sums_double, pointer<int64_t>(counts), pointer<void>(workspace), pointer<void>(stream)));
+  });
+  m.def("ema_update_workspace", [](const EmaTuple& b) { return cuda::ema_update_workspace(ema_buffers(b)); });
+  m.def("ema_update", [](const EmaTuple& b, int64_t sums, bool sums_double, int64_t counts, double decay, double eps,
+                         bool laplace, bool debias, int64_t workspace, int64_t stream) {
+    py::gil_scoped_release release;
+    check(cuda::ema_update(ema_buffers(b), pointer<const void>(sums), sums_double, pointer<const int64_t>(counts),
+                           {decay, eps, laplace, debias}, pointer<void>(workspace), pointer<void>(stream)));
+  });
 }

@@ -24,4 +24,19 @@ size_t nearest_workspace(const Rows& x, const Codes& codes);
 int nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask, int64_t* indices,
             void* workspace, void* stream);
 
+// ---- statistics per code and their moving average (cuda/statistics*.cu, cuda/ema.cu) ----
+
+// Rows and codes of all heads together that the sorted statistics can number.
+constexpr int64_t kMostStatisticsRows = 0xfffffffe;
+size_t code_statistics_workspace(const Rows& x, int64_t n_codes, bool deterministic);
+// As fastvq::code_statistics, but that an index out of range counts as -1, and that rows are added in another, fixed
+// order; with atomics, in any order and in the type of sums. sums [H, K, D] and counts [H, K] are written in full.
+int code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, bool deterministic, void* sums,
+                    bool sums_double, int64_t* counts, void* workspace, void* stream);
+
+size_t ema_update_workspace(const EmaBuffers& buffers);
+// As fastvq::ema_update, but that the sizes of a head are added up in another, fixed order.
+int ema_update(const EmaBuffers& buffers, const void* sums, bool sums_double, const int64_t* counts,
+               const EmaOptions& options, void* workspace, void* stream);
+
 }  // namespace fastvq::cuda

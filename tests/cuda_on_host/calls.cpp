@@ -19,6 +19,8 @@
 
 using namespace fastvq;
 
+extern "C" void set_shared_limit(size_t n_bytes);
+
 namespace {
 
 struct Arguments {
@@ -44,6 +46,7 @@ struct Arguments {
   }
   Rows vectors() { return rows(numbers<10>()); }
   Codes codebook() { return codes(numbers<8>()); }
+  EmaBuffers ema() { return ema_buffers(numbers<15>()); }
   Metric metric() { return static_cast<Metric>(integer()); }
 };
 
@@ -57,12 +60,49 @@ struct NearestCall {
   int64_t *indices, *workspace;
 };
 
+struct StatisticsCall {
+  Rows x;
+  const int64_t* indices;
+  int64_t n_codes, deterministic;
+  void* sums;
+  int64_t sums_double;
+  int64_t *counts, *workspace;
+};
+struct EmaCall {
+  EmaBuffers buffers;
+  const void* sums;
+  int64_t sums_double;
+  const int64_t* counts;
+  double decay, eps;
+  int64_t laplace, debias;
+  void* workspace;
+};
+
 const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
     {"nearest",
      [](Arguments& a) {
        const NearestCall c{a.vectors(), a.codebook(), a.metric(), a.integer(), a.address<uint8_t>(), a.address<int64_t>(),
                            a.address<int64_t>()};
        return cuda::nearest(c.x, c.codes, c.metric, c.fast != 0, c.mask, c.indices, c.workspace, nullptr);
+     }},
+    {"shared_limit",
+     [](Arguments& a) {
+       set_shared_limit(static_cast<size_t>(a.integer()));
+       return 0;
+     }},
+    {"code_statistics",
+     [](Arguments& a) {
+       const StatisticsCall c{a.vectors(), a.address<int64_t>(), a.integer(), a.integer(), a.address<void>(), a.integer(),
+                              a.address<int64_t>(), a.address<int64_t>()};
+       return cuda::code_statistics(c.x, c.indices, c.n_codes, c.deterministic != 0, c.sums, c.sums_double != 0, c.counts,
+                                    c.workspace, nullptr);
+     }},
+    {"ema_update",
+     [](Arguments& a) {
+       const EmaCall c{a.ema(), a.address<void>(), a.integer(), a.address<int64_t>(), a.real(), a.real(), a.integer(),
+                       a.integer(), a.address<void>()};
+       return cuda::ema_update(c.buffers, c.sums, c.sums_double != 0, c.counts,
+                               {c.decay, c.eps, c.laplace != 0, c.debias != 0}, c.workspace, nullptr);
      }},
 };
 

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
 """Replacement of dead codes on a GPU, without waiting for the device: the rows that the reference chooses.
 
-    1. ``_usable``: which rows of x [H, N, D] hold no NaN and no infinity; torch.cumsum: how many up to each row
-    2. torch: which codes are dead, and the number of each among them
-    3. ``_replace``, CODES codes a program: each dead one finds its row by bisection and copies it
+1. ``_usable``: which rows of x [H, N, D] hold no NaN and no infinity; torch.cumsum: how many up to each row
+2. torch: which codes are dead, and the number of each among them
+3. ``_replace``, CODES codes a program: each dead one finds its row by bisection and copies it
 """
 
 from __future__ import annotations

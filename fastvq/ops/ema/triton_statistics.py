@@ -175,9 +175,7 @@ def _scatter(
     here = (row < n_total) & (key < left_out)
     head = row // n_rows
     at = head * stride_head + row_offset(row - head * n_rows, n_inner, stride_outer, stride_inner)
-    value = tl.load(
-        x + at[:, None] + column[None, :] * stride_d, mask=here[:, None] & (column < D)[None, :], other=0.0
-    )
+    value = tl.load(x + at[:, None] + column[None, :] * stride_d, mask=here[:, None] & (column < D)[None, :], other=0.0)
     value = narrow(wide(value), sums.dtype.element_ty)
     if D <= BLOCK_D:
         here &= tl.sum((~(tl.abs(value) < float("inf"))).to(tl.int32), axis=1) == 0
