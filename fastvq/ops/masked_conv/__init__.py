@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastvq import _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_float, check_option, check_same_device
 from fastvq.ops._library import register
@@ -22,6 +23,7 @@ GATED = "fastvq.ops.gated_masked_conv2d"
 def _table(name: str) -> dict[str, Implementation]:
     return {
         "cpu": Implementation(getattr(cpu, name), cpu.refuse),
+        "triton": Implementation(_triton.lazily("fastvq.ops.masked_conv.triton_", name), _triton.refuse),
         "reference": Implementation(getattr(reference, name), lambda *_: None),
     }
 
