@@ -7,6 +7,7 @@
 #include <string>
 
 #include "fastvq.h"
+#include "masked_conv.h"
 
 namespace fastvq::cuda {
 
@@ -38,5 +39,34 @@ size_t ema_update_workspace(const EmaBuffers& buffers);
 // As fastvq::ema_update, but that the sizes of a head are added up in another, fixed order.
 int ema_update(const EmaBuffers& buffers, const void* sums, bool sums_double, const int64_t* counts,
                const EmaOptions& options, void* workspace, void* stream);
+
+// ---- masked convolution (cuda/masked_conv*.cu); tensors are float32, or all float16, or all bfloat16 ----
+
+// [C_out, C_in, kh, kw] weights, contiguous. Only a range of places of the kernel is walked; within it one counts where
+// `used` (or null: all) says so, and where the order of colours at the centre lets it.
+struct ConvWeight {
+  const void* data;
+  DType dtype;
+  int64_t c_out, c_in, kh, kw, first_tap, n_taps;
+  const uint8_t* used;  // [kh, kw]
+  int64_t colours;
+  bool own_colour;
+};
+
+// Bytes of workspace for the packed weights; swapped: of the input gradient, whose channels change places.
+size_t masked_conv_workspace(const ConvWeight& weight, bool gated, bool swapped);
+// bias [C_out], of x's type, or null. Sums are float.
+int masked_conv_forward(const Image& x, const ConvWeight& weight, const void* bias, const Image& out, void* workspace,
+                        void* stream);
+int gated_masked_conv_forward(const Image& x, const ConvWeight& weight, const void* bias, const Gate& gate,
+                              const Image& out, void* workspace, void* stream);
+int masked_conv_input_grad(const Image& grad_out, const ConvWeight& weight, const Image& grad_x, void* workspace,
+                           void* stream);
+size_t masked_conv_weight_grad_workspace(const Image& x, const ConvWeight& weight);
+// grad_weight, as weight, and grad_bias [C_out] of its type, each may be null: written in full.
+int masked_conv_weight_grad(const Image& x, const Image& grad_out, const ConvWeight& weight, void* grad_weight,
+                            void* grad_bias, void* workspace, void* stream);
+// The gradient at the pre-activations, grad_ab [B, 2C, H, W], from the saved factors.
+int gate_backward(const Image& grad, const Image& tanh_a, const Image& sigmoid_b, const Image& grad_ab, void* stream);
 
 }  // namespace fastvq::cuda

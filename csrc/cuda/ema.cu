@@ -25,7 +25,8 @@ struct SizesShared {
 
 template <class Real>
 __device__ __forceinline__ double new_size(Real old, int64_t count, double decay) {
-  return static_cast<double>(static_cast<Real>(decay * static_cast<double>(old) + (1 - decay) * static_cast<double>(count)));
+  const double size = decay * static_cast<double>(old) + (1 - decay) * static_cast<double>(count);
+  return static_cast<double>(static_cast<Real>(size));
 }
 
 template <class Real>

@@ -5,7 +5,7 @@
 //
 // A block has 2048 pairs: warp w the pairs 256 w ... 256 w + 255, 32 a round.
 //   1. counts:  digits of each block, [256, n_blocks]
-//   2. offsets: a block a digit: exclusive sums over the blocks, and the digit's total
+//   2. offsets: a warp a digit: exclusive sums over the blocks, and the digit's total
 //   3. scatter: a pair goes to (digits below it) + (blocks before) + (warps before) + (rounds before) + (lanes before)
 //
 // Shared bytes of the scatter: 4 (8 x 256 + 8).
@@ -21,23 +21,24 @@ static_assert(kDigits == kThreads, "a thread a digit");
 
 int64_t blocks_of(int64_t n) { return (n + kPairs - 1) / kPairs; }
 
-// The sum over the threads before this one; `total` the sum over all. `warp_sums` [kWarps] is shared, free again after
-// the next barrier.
-__device__ __forceinline__ uint32_t sum_before(uint32_t v, uint32_t* warp_sums, uint32_t& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// The sum over the lanes before this one; `total` the sum over the warp.
+__device__ __forceinline__ uint32_t sum_before_in_warp(uint32_t v, uint32_t& total) {
   uint32_t sum = v;
   for (int lanes = 1; lanes < 32; lanes *= 2) {
     const uint32_t other = __shfl_up_sync(kWarp, sum, static_cast<unsigned>(lanes));
-    if (lane >= lanes) sum += other;
+    if (threadIdx.x % 32 >= static_cast<unsigned>(lanes)) sum += other;
   }
-  if (lane == 31) warp_sums[warp] = sum;
+  total = __shfl_sync(kWarp, sum, 31);
+  return sum - v;
+}
+
+// The sum over the threads before this one. `warp_sums` [kWarps] is shared.
+__device__ __forceinline__ uint32_t sum_before(uint32_t v, uint32_t* warp_sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint32_t total, before = sum_before_in_warp(v, total);
+  if (lane == 0) warp_sums[warp] = total;
   __syncthreads();
-  uint32_t before = sum - v;
-  total = 0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w < warp) before += warp_sums[w];
-    total += warp_sums[w];
-  }
+  for (int w = 0; w < warp; ++w) before += warp_sums[w];
   return before;
 }
 
@@ -53,18 +54,17 @@ __global__ void __launch_bounds__(kThreads) counts_kernel(const uint32_t* keys, 
 }
 
 __global__ void __launch_bounds__(kThreads) offsets_kernel(uint32_t* counts, int64_t n_blocks, uint32_t* totals) {
-  uint32_t* warp_sums = reinterpret_cast<uint32_t*>(shared_memory());
-  uint32_t* mine = counts + blockIdx.x * n_blocks;
+  const int lane = threadIdx.x % 32, digit = static_cast<int>(blockIdx.x) * kWarps + threadIdx.x / 32;
+  uint32_t* mine = counts + digit * n_blocks;
   uint32_t done = 0;
-  for (int64_t base = 0; base < n_blocks; base += kThreads) {
-    const int64_t i = base + threadIdx.x;
+  for (int64_t base = 0; base < n_blocks; base += 32) {
+    const int64_t i = base + lane;
     uint32_t total;
-    const uint32_t before = sum_before(i < n_blocks ? mine[i] : 0, warp_sums, total);
+    const uint32_t before = sum_before_in_warp(i < n_blocks ? mine[i] : 0, total);
     if (i < n_blocks) mine[i] = done + before;
     done += total;
-    __syncthreads();
   }
-  if (threadIdx.x == 0) totals[blockIdx.x] = done;
+  if (lane == 0) totals[digit] = done;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -95,8 +95,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncwarp();
   }
   __syncthreads();
-  uint32_t all;
-  uint32_t place = sum_before(totals[tid], warp_sums, all) + offsets[static_cast<int64_t>(tid) * gridDim.x + blockIdx.x];
+  uint32_t place = sum_before(totals[tid], warp_sums) + offsets[static_cast<int64_t>(tid) * gridDim.x + blockIdx.x];
   for (int w = 0; w < kWarps; ++w) {
     const uint32_t count = places[w * kDigits + tid];
     places[w * kDigits + tid] = place;
@@ -137,7 +136,7 @@ int sort_keys(uint32_t* pairs, int64_t n_total, int64_t n_keys, void* workspace,
     uint32_t* to = pairs + 2 * n_total * ((pass + 1) % 2);
     if (const int error = launch(counts_kernel, n_blocks, kThreads, digits, stream, from, n_total, 8 * pass, counts))
       return error;
-    if (const int error = launch(offsets_kernel, kDigits, kThreads, sums, stream, counts, n_blocks, totals)) return error;
+    if (const int error = launch(offsets_kernel, kDigits / kWarps, kThreads, 0, stream, counts, n_blocks, totals)) return error;
     if (const int error = launch(scatter_kernel, n_blocks, kThreads, kWarps * digits + sums, stream, from,
                                  pass == 0 ? static_cast<const uint32_t*>(nullptr) : from + n_total, n_total, 8 * pass,
                                  static_cast<const uint32_t*>(counts), static_cast<const uint32_t*>(totals), to,

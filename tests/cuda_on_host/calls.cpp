@@ -46,6 +46,15 @@ struct Arguments {
   }
   Rows vectors() { return rows(numbers<10>()); }
   Codes codebook() { return codes(numbers<8>()); }
+  Image image() {
+    const auto t = numbers<10>();
+    return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9]};
+  }
+  cuda::ConvWeight conv_weight() {
+    const auto t = numbers<11>();
+    return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7], pointer<uint8_t>(t[8]),
+            t[9], t[10] != 0};
+  }
   EmaBuffers ema() { return ema_buffers(numbers<15>()); }
   Metric metric() { return static_cast<Metric>(integer()); }
 };
@@ -77,6 +86,30 @@ struct EmaCall {
   int64_t laplace, debias;
   void* workspace;
 };
+struct ConvCall {
+  Image x;
+  cuda::ConvWeight weight;
+  const void* bias;
+  Image out;
+  void* workspace;
+};
+struct GatedConvCall {
+  Image x;
+  cuda::ConvWeight weight;
+  const void* bias;
+  Gate gate;
+  Image out;
+  void* workspace;
+};
+struct ConvGradCall {
+  Image x, grad_out;
+  cuda::ConvWeight weight;
+  Image grad_x;
+  void *grad_weight, *grad_bias, *room_x, *room_weight;
+};
+struct GateGradCall {
+  Image grad, tanh_a, sigmoid_b, grad_ab;
+};
 
 const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
     {"nearest",
@@ -96,6 +129,31 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
                               a.address<int64_t>(), a.address<int64_t>()};
        return cuda::code_statistics(c.x, c.indices, c.n_codes, c.deterministic != 0, c.sums, c.sums_double != 0, c.counts,
                                     c.workspace, nullptr);
+     }},
+    {"masked_conv_forward",
+     [](Arguments& a) {
+       const ConvCall c{a.image(), a.conv_weight(), a.address<void>(), a.image(), a.address<void>()};
+       return cuda::masked_conv_forward(c.x, c.weight, c.bias, c.out, c.workspace, nullptr);
+     }},
+    {"gated_masked_conv_forward",
+     [](Arguments& a) {
+       const GatedConvCall c{a.image(), a.conv_weight(), a.address<void>(), Gate{a.image(), a.image(), a.image(), true},
+                             a.image(), a.address<void>()};
+       return cuda::gated_masked_conv_forward(c.x, c.weight, c.bias, c.gate, c.out, c.workspace, nullptr);
+     }},
+    {"masked_conv_backward",
+     [](Arguments& a) {
+       const ConvGradCall c{a.image(), a.image(), a.conv_weight(), a.image(), a.address<void>(), a.address<void>(),
+                            a.address<void>(), a.address<void>()};
+       const int error = cuda::masked_conv_input_grad(c.grad_out, c.weight, c.grad_x, c.room_x, nullptr);
+       return error ? error
+                    : cuda::masked_conv_weight_grad(c.x, c.grad_out, c.weight, c.grad_weight, c.grad_bias, c.room_weight,
+                                                    nullptr);
+     }},
+    {"gate_backward",
+     [](Arguments& a) {
+       const GateGradCall c{a.image(), a.image(), a.image(), a.image()};
+       return cuda::gate_backward(c.grad, c.tanh_a, c.sigmoid_b, c.grad_ab, nullptr);
      }},
     {"ema_update",
      [](Arguments& a) {

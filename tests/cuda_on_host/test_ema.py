@@ -184,7 +184,7 @@ def test_under_sanitizers(kind, tmp_path):
             )  # fmt: skip
             checks.append(None)
             checks.append((x, indices, k, deterministic, wide))
-    for i, (results, case) in enumerate(zip(calls.run(kind, tmp_path), checks, strict=True)):
+    for results, case in zip(calls.run(kind, tmp_path), checks, strict=True):
         if case is not None:
             x, indices, k, deterministic, wide = case
             sums = torch.frombuffer(bytearray(results[2]), dtype=wide).view(k, -1)
@@ -204,8 +204,8 @@ def test_update_under_sanitizers(kind, tmp_path):
         calls.add(
             "ema_update",
             [*map(host.as_bytes, (*theirs, sums, counts)), room],
-            [*view[:4], host.Buffer(0), host.Buffer(1), host.Buffer(2), *view[7:], host.Buffer(3), False, host.Buffer(4),
-             0.9, 1e-5, True, False, host.Buffer(5)],
+            [*view[:4], *map(host.Buffer, (0, 1, 2)), *view[7:], host.Buffer(3), False, host.Buffer(4), 0.9, 1e-5, True,
+             False, host.Buffer(5)],
         )  # fmt: skip
         ema_update_(*theirs, sums, counts, decay=0.9, backend="reference")
         expected.append(theirs)
