@@ -110,6 +110,16 @@ struct ConvGradCall {
 struct GateGradCall {
   Image grad, tanh_a, sigmoid_b, grad_ab;
 };
+// Every position of a map in turn; logits [H, W, B, K].
+int pixelcnn_map(Arguments& a) {
+  cuda::SamplerStep c{a.address<int64_t>(), a.integer(), a.integer(), a.integer(), a.address<float>(), a.integer(),
+                      a.integer(), a.address<float>(), a.address<int64_t>(), a.integer(), a.address<float>(),
+                      a.integer(), a.address<float>(), a.integer(), a.integer(), a.address<float>(), 0, 0};
+  for (c.row = 0; c.row < c.height; ++c.row)
+    for (c.column = 0; c.column < c.width; ++c.column, c.logits += c.batch * c.n_codes)
+      if (const int error = cuda::pixelcnn_step(c, nullptr)) return error;
+  return 0;
+}
 
 const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
     {"nearest",
@@ -155,6 +165,7 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
        const GateGradCall c{a.image(), a.image(), a.image(), a.image()};
        return cuda::gate_backward(c.grad, c.tanh_a, c.sigmoid_b, c.grad_ab, nullptr);
      }},
+    {"pixelcnn_map", pixelcnn_map},
     {"ema_update",
      [](Arguments& a) {
        const EmaCall c{a.ema(), a.address<void>(), a.integer(), a.address<int64_t>(), a.real(), a.real(), a.integer(),
