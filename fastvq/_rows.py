@@ -28,6 +28,11 @@ class Rows(NamedTuple):
         """Rows of one head."""
         return self.n_outer * self.n_inner
 
+    @property
+    def steps(self) -> tuple[int, int, int, int, int]:
+        """What finds an element: ``n_inner`` and the four strides."""
+        return self.n_inner, self.stride_head, self.stride_outer, self.stride_inner, self.stride_d
+
 
 def rows(
     x: Tensor,  # [..., D], or [H, ..., D] with heads

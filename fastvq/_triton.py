@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["capability", "float64_bits", "interpreting", "lazily", "refuse", "unavailable"]
+__all__ = ["capability", "float64_bits", "interpreting", "lazily", "refuse", "refuse_rows", "unavailable"]
 
 OLDEST = 80  # compute capability times ten: the first with bf16 tensor cores and asynchronous copies
+MOST_ROWS = 2**31 - 2**16  # a last block that reaches over the end is still numbered in 32 bits
 
 
 def interpreting() -> bool:
@@ -60,6 +61,13 @@ def refuse(x: Tensor, *_: Any) -> str | None:
     if (found := capability(x.device)) < OLDEST:
         return f"it needs compute capability {OLDEST / 10} or later, {x.device} has {found / 10}"
     return None
+
+
+def refuse_rows(x: Tensor, *_: Any) -> str | None:
+    """``refuse``, and the number of vectors of x [..., D]: they are numbered in 32 bits (their addresses have 64)."""
+    if x.numel() // x.shape[-1] > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} vectors in one call, got {x.numel() // x.shape[-1]}; split them"
+    return refuse(x)
 
 
 def lazily(module: str, name: str) -> Callable[..., Any]:

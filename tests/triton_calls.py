@@ -6,6 +6,7 @@ import torch
 
 from fastvq.ops.masked_conv import triton_ as conv
 from fastvq.ops.pixelcnn import triton_ as pixelcnn
+from tests import triton_calls_learning
 
 CALLS: dict[str, Callable[[], object]] = {}
 
@@ -13,11 +14,13 @@ CALLS: dict[str, Callable[[], object]] = {}
 TENSOR_CORES: set[str] = set()
 
 
-def masked_conv(dtype: torch.dtype, channels: int, *, mask: str = "B", c_in: int | None = None) -> Callable[[], object]:
+def masked_conv(
+    dtype: torch.dtype, channels: int, *, mask: str = "B", c_in: int | None = None, side: int = 16
+) -> Callable[[], object]:
     """Forward, and the gradients to x and to the weight."""
 
     def call():
-        x = torch.empty(2, c_in or channels, 16, 16, dtype=dtype, memory_format=torch.channels_last)
+        x = torch.empty(2, c_in or channels, side, side, dtype=dtype, memory_format=torch.channels_last)
         weight = torch.empty(channels, x.shape[1], 3, 3, dtype=dtype)
         taps = torch.empty(3, 3, dtype=torch.bool) if mask == "custom" else None
         out = conv.masked_conv2d(x, weight, torch.empty(channels, dtype=dtype), mask, taps, 1)
@@ -65,7 +68,9 @@ for dtype, channels in ((F16, 32), (F16, 128), (BF16, 128), (F32, 128)):
     CALLS[f"gated_masked_conv {dtype} {channels}"] = gated_masked_conv(dtype, channels)
 CALLS["masked_conv of three channels"] = masked_conv(BF16, 64, c_in=3)
 CALLS["masked_conv of a mask on the device"] = masked_conv(F16, 128, mask="custom")
+CALLS["masked_conv of more than 2^31 pixels"] = masked_conv(BF16, 64, side=2**16)
 CALLS["gated_masked_conv of a vector"] = gated_masked_conv(F16, 128, "vector")
 CALLS["pixelcnn_step float32"] = pixelcnn_steps(F32)
 CALLS["pixelcnn_step bfloat16"] = pixelcnn_steps(BF16)
 TENSOR_CORES |= {"masked_conv", "masked_conv_weight_grad"}
+CALLS.update(triton_calls_learning.CALLS)

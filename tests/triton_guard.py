@@ -1,14 +1,14 @@
 """Triton's interpreter, with every address checked: a load or store outside the launch's tensors raises IndexError.
 
-Besides, float32 becomes bfloat16 as on a GPU, rounded to nearest even, where the plain interpreter cuts bits off; and a
-launch prepares the language once, not at every call within it.
-
-On a GPU a bad access may go unnoticed for years; in the plain interpreter it may crash the process or read a
+On a GPU such an access may go unnoticed for years; in the plain interpreter it may crash the process or read a
 neighbour. ``install()`` is called once, by conftest.py, before any kernel is imported.
 """
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
+import triton
 
 _spans: list[tuple[int, int]] = []  # bytes [low, high) of each tensor argument of the launch that runs
 
@@ -30,31 +30,29 @@ def _check(pointers, mask, what: str) -> None:
         )
 
 
+def _patch_once_a_launch(interpreter) -> None:
+    # The interpreter swaps triton.language's functions for its own at every call of a device function, though the
+    # launch has done so already: two milliseconds a call, more than everything else.
+    modules = SimpleNamespace(__globals__={"tl": triton.language, "core": triton.language.core})
+    patch = interpreter._patch_lang
+    interpreter._patch_lang = lambda function: patch(modules)
+
+    def call(self, *args, **kwargs):
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
 def install() -> None:
-    import triton.language as tl
     from triton.runtime import interpreter
 
+    _patch_once_a_launch(interpreter)
     start = interpreter.GridExecutor._init_args_hst
-    patch = interpreter._patch_lang
-    patched: set[tuple[bool, ...]] = set()
-
-    def patch_once(function):
-        # The interpreter does it again at every call of a function within a kernel, tl.sum and tl.zeros included, and
-        # spends most of its time so.
-        modules = function.__globals__.values()
-        key = tuple(any(value is module for value in modules) for module in (tl, tl.core))
-        if key in patched:
-            return None
-        patched.add(key)
-        return patch(function)
-
-    interpreter._patch_lang = patch_once
 
     def record(self, args, kwargs):
         host, host_kwargs = start(self, args, kwargs)
         tensors = [t for t in [*host, *host_kwargs.values()] if isinstance(t, torch.Tensor)]
         _spans[:] = [_span(t) for t in tensors]
-        patched.clear()
         return host, host_kwargs
 
     interpreter.GridExecutor._init_args_hst = record
@@ -80,9 +78,10 @@ def install() -> None:
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def rounded(self, source, to):
-        if source.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+        # float32 to bfloat16 goes to the nearest, ties to even, on a GPU; the interpreter cuts bits off.
+        if source.dtype.scalar == triton.language.float32 and to.scalar == triton.language.bfloat16:
             narrow = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
-            return interpreter.TensorHandle(narrow.numpy().view(np.uint16), tl.bfloat16)
+            return interpreter.TensorHandle(narrow.numpy().view(np.uint16), triton.language.bfloat16)
         return cast(self, source, to)
 
     interpreter.InterpreterBuilder.cast_impl = rounded

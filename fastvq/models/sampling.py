@@ -72,10 +72,17 @@ def start(
 
 
 def _check(
-    model: PixelCNN, shape: tuple[int, int, int], known: Tensor | None, keep: Tensor | None, choice: Choice
-) -> None:
+    model: PixelCNN, shape: tuple[int, int, int], labels: Tensor | None, known: Tensor | None, keep: Tensor | None,
+    choice: Choice,
+) -> None:  # fmt: skip
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{OP}: shape must be (B, h, w), each >= 1, got {tuple(shape)}")
+    if labels is not None and model.n_classes is not None and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if not 0 <= low <= high < model.n_classes:
+            raise ValueError(
+                f"{OP}: labels must be in [0, {model.n_classes}), the model's classes, got {low} .. {high}"
+            )
     if not choice.temperature >= 0:
         raise ValueError(f"{OP}: temperature must be >= 0, got {choice.temperature}")
     if choice.top_k is not None and choice.top_k < 1:
@@ -108,7 +115,7 @@ def sample(
 ) -> Tensor:  # [B, h, w] int64
     """See ``PixelCNN.sample``."""
     shape = (shape[0], shape[1], shape[2])
-    _check(model, shape, known, keep, choice)
+    _check(model, shape, labels, known, keep, choice)
     device = model.embedding.weight.device
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
     ids = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -145,9 +152,10 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[], object]]:
         yield lambda: None
         return
     try:
+        from rich.console import Console
         from rich.progress import Progress
     except ImportError:
         raise ImportError(f"{OP}: progress=True needs the package rich; install it or pass progress=False") from None
-    with Progress() as bar:
+    with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("sampling", total=total)
         yield lambda: bar.advance(task)

@@ -10,22 +10,41 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-__all__ = ["axis_of", "narrow", "row_offset", "wide"]
+__all__ = ["axis_of", "code_strides", "finite", "narrow", "plain", "row_offset", "wide"]
 
 
 @triton.jit
 def row_offset(row, n_inner, stride_outer, stride_inner):
-    """Where ``row`` (int64) of a head starts, in elements; the strides are those of ``fastvq._rows.Rows``."""
-    return (row // n_inner) * stride_outer + (row % n_inner) * stride_inner
+    """Where ``row`` of a head starts, in elements (int64); the strides are those of ``fastvq._rows.Rows``.
+
+    ``row`` is int32: a division of 64 bits is a hundred instructions and a call. See ``fastvq._triton.refuse_rows``.
+    """
+    return (row // n_inner).to(tl.int64) * stride_outer + (row % n_inner).to(tl.int64) * stride_inner
+
+
+@triton.jit
+def plain(v):
+    """float32, or float64 where it is: half types are widened before any arithmetic."""
+    if v.dtype != tl.float64:
+        v = v.to(tl.float32)
+    return v
 
 
 @triton.jit
 def wide(v):
     """float64, by way of float32 for half types: the interpreter knows no other way from bfloat16."""
-    if v.dtype != tl.float64:
-        v = v.to(tl.float32)
-    return v.to(tl.float64)
+    return plain(v).to(tl.float64)
+
+
+@triton.jit
+def finite(v, axis: tl.constexpr):
+    """Which rows of a tile of float32 or float64 hold no NaN and no infinity.
+
+    Zero times either is NaN, which a sum keeps. (A sum of predicates is made a bit mask, which goes through memory.)
+    """
+    return tl.sum(v * 0.0, axis=axis) == 0
 
 
 @triton.jit
@@ -39,3 +58,10 @@ def narrow(v, dtype: tl.constexpr):
 def axis_of(stride_d: int, n_inner: int) -> int:
     """AXIS of a tensor's tiles: 0 where its elements lie apart and its rows do not."""
     return 1 if stride_d == 1 or n_inner == 1 else 0
+
+
+def code_strides(
+    codebook: Tensor,  # [K, D] or [H, K, D]
+) -> tuple[int, int, int]:
+    """Of a head, a code and an element."""
+    return codebook.stride(0) if codebook.dim() == 3 else 0, codebook.stride(-2), codebook.stride(-1)

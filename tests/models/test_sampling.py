@@ -207,7 +207,7 @@ def test_registration():
 def test_progress_bar(capsys):
     pytest.importorskip("rich")
     make().sample((1, 2, 2), generator=generator(14), progress=True)
-    assert "sampling" in capsys.readouterr().out
+    assert "sampling" in capsys.readouterr().err
 
 
 BAD = [

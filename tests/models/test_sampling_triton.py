@@ -1,4 +1,4 @@
-"""The sampler by the Triton kernels: in the interpreter, on small maps, and captured in CUDA graphs where there is a GPU."""
+"""The sampler by the Triton kernels: in the interpreter on small maps; captured in CUDA graphs where there is a GPU."""
 
 import pytest
 import torch

@@ -20,13 +20,13 @@ SMOOTHINGS = ("laplace", "none")
 IMPLEMENTATIONS = {
     name: {
         "cpu": Implementation(getattr(cpu, name), cpu.refuse),
-        "triton": Implementation(_triton.lazily(f"fastvq.ops.ema.{module}", name), _triton.refuse),
+        "triton": Implementation(_triton.lazily(f"fastvq.ops.ema.{module}", name), refuse),
         "reference": Implementation(getattr(reference, name), lambda *_: None),
     }
-    for name, module in (
-        ("code_statistics", "triton_statistics"),
-        ("ema_update_", "triton_update"),
-        ("replace_dead_codes_", "triton_replace"),
+    for name, module, refuse in (
+        ("code_statistics", "triton_statistics", _triton.refuse_rows),
+        ("ema_update_", "triton_update", _triton.refuse_rows),
+        ("replace_dead_codes_", "triton_replace", lambda *arguments: _triton.refuse_rows(arguments[3])),
     )
 }
 IMPLEMENTATIONS["code_statistics"]["cuda"] = Implementation(cuda.code_statistics, cuda.refuse_statistics)
@@ -63,8 +63,8 @@ def code_statistics(
         mask: True marks a real vector.
         n_heads: with heads, their number H = x.shape[0]; each has its own K codes.
         deterministic: False lets a GPU add with atomics, in any order and in the type of ``sums``: the fastest, its
-            last bits differ from run to run, and a sum errs by up to ``n 2^-24 sum |x_r|``. Counts stay exact. Backends
-            without such a kernel add as ever.
+            last bits differ from run to run, and a sum errs by up to ``n 2^-24 sum |x_r|``, besides denormals, which
+            the card may take for 0. Counts stay exact. Backends without such a kernel add as ever.
         backend: one of ``fastvq.build_info()["backends"]``; None takes the fastest that supports the call.
 
     Returns:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvq import _rows, _tiles
 from fastvq._triton import float64_bits
-from fastvq.ops._triton_rows import axis_of, row_offset, wide
+from fastvq.ops._triton_rows import axis_of, finite, plain, row_offset, wide
 
 __all__ = ["replace_dead_codes_"]
 
@@ -31,16 +31,23 @@ def _usable(
     x, usable, n_rows, n_total, n_inner, stride_head, stride_outer, stride_inner, stride_d,
     D: tl.constexpr, AXIS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = row // n_rows
-    at = head * stride_head + row_offset(row - head * n_rows, n_inner, stride_outer, stride_inner)
-    strange = tl.zeros([ROWS], tl.int32)
+    at = head.to(tl.int64) * stride_head + row_offset(row - head * n_rows, n_inner, stride_outer, stride_inner)
+    good = row < n_total
     for begin in range(0, D, BLOCK_D):
         column = tl.expand_dims((begin + tl.arange(0, BLOCK_D)).to(tl.int64), 1 - AXIS)
         here = tl.expand_dims(row < n_total, AXIS) & (column < D)
-        value = wide(tl.load(x + tl.expand_dims(at, AXIS) + column * stride_d, mask=here, other=0.0))
-        strange += tl.sum((~(tl.abs(value) < float("inf"))).to(tl.int32), axis=AXIS)
-    tl.store(usable + row, (strange == 0).to(tl.int8), mask=row < n_total)
+        good &= finite(plain(tl.load(x + tl.expand_dims(at, AXIS) + column * stride_d, mask=here, other=0.0)), AXIS)
+    tl.store(usable + row, good.to(tl.int8), mask=row < n_total)
+
+
+@triton.jit
+def _quotient(a, b):
+    """a // b of int64, where it is below 2^31: float64 is then off by one at most, and needs no call."""
+    q = (a.to(tl.float64) / b.to(tl.float64)).to(tl.int64)
+    rest = a - q * b
+    return q + (rest >= b).to(tl.int64) - (rest < 0).to(tl.int64)
 
 
 @triton.jit(do_not_specialize=["n_codes", "n_keys", "n_rows", "n_inner", "threshold_bits"])
@@ -50,10 +57,10 @@ def _replace(
     embed_sum_head, embed_sum_k, embed_sum_d, cluster_size_head, cluster_size_k, threshold_bits,
     D: tl.constexpr, CODES: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    key = tl.program_id(0).to(tl.int64) * CODES + tl.arange(0, CODES)
+    key = tl.program_id(0) * CODES + tl.arange(0, CODES)
     threshold = threshold_bits.to(tl.int64).to(tl.float64, bitcast=True)
     mine = key < n_keys
-    head = tl.where(mine, key // n_codes, 0)
+    head = tl.where(mine, key // n_codes, 0).to(tl.int64)
     code = key - head * n_codes
     n = tl.load(rank + head * n_rows + n_rows - 1)  # usable rows of the head
     n_slots = tl.load(slots + head * n_codes + n_codes - 1)
@@ -61,7 +68,7 @@ def _replace(
     slot = tl.load(slots + key, mask=taken, other=1) - 1
     # The reference's choose_rows: one of an even share of the usable rows.
     n_slots = tl.maximum(n_slots, 1)
-    first, last = slot * n // n_slots, (slot + 1) * n // n_slots
+    first, last = _quotient(slot * n, n_slots), _quotient((slot + 1) * n, n_slots)
     uniform = tl.load(uniforms + key, mask=taken, other=0.0).to(tl.float64)
     nth = first + (uniform * (last - first).to(tl.float64)).to(tl.int64)
     nth = tl.minimum(nth, tl.maximum(last - 1, first))
@@ -72,7 +79,7 @@ def _replace(
         behind = tl.load(rank + head * n_rows + middle) > nth
         high = tl.where(behind, middle, high)
         low = tl.where(behind, low, tl.minimum(middle + 1, high))
-    at = head * stride_head + row_offset(low, n_inner, stride_outer, stride_inner)
+    at = head * stride_head + row_offset(low.to(tl.int32), n_inner, stride_outer, stride_inner)
     dtype = codebook.dtype.element_ty
     for begin in range(0, D, BLOCK_D):
         column = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
@@ -96,23 +103,29 @@ def replace_dead_codes_(
 ) -> Tensor:  # [] int64
     view = _rows.rows(x, codebook.shape[0] if codebook.dim() == 3 else None)
     if codebook.dim() == 2:
-        codebook, embed_sum, cluster_size = (t[None] for t in (codebook, embed_sum, cluster_size))
+        codebook, embed_sum, cluster_size = (t.unsqueeze(0) for t in (codebook, embed_sum, cluster_size))
     heads, n_codes, dim = codebook.shape
     n_rows = view.n_rows
     if n_rows == 0:
         return torch.zeros((), dtype=torch.int64, device=x.device)
-    strides = (view.n_inner, view.stride_head, view.stride_outer, view.stride_inner, view.stride_d)
     tile = _tiles.pick("replace_dead_codes_", TILES, x.device, dim, torch.float64)
     usable = torch.empty((heads, n_rows), dtype=torch.int8, device=x.device)
     _usable[(triton.cdiv(heads * n_rows, tile["ROWS"]),)](
-        view.tensor, usable, n_rows, heads * n_rows, *strides, D=dim, AXIS=axis_of(view.stride_d, view.n_inner), **tile
+        view.tensor,
+        usable,
+        n_rows,
+        heads * n_rows,
+        *view.steps,
+        D=dim,
+        AXIS=axis_of(view.stride_d, view.n_inner),
+        **tile,
     )
     rank = usable.cumsum(-1)
     dead = cluster_size.contiguous() < threshold
     slots = dead.cumsum(-1)
     _replace[(triton.cdiv(heads * n_codes, CODES),)](
         codebook, embed_sum, cluster_size, view.tensor, dead, slots, uniforms.contiguous(), rank,
-        n_codes, heads * n_codes, n_rows, *strides, *codebook.stride(), *embed_sum.stride(), *cluster_size.stride(),
+        n_codes, heads * n_codes, n_rows, *view.steps, *codebook.stride(), *embed_sum.stride(), *cluster_size.stride(),
         float64_bits(threshold), D=dim, CODES=CODES, BLOCK_D=tile["BLOCK_D"], enable_fp_fusion=False,
     )  # fmt: skip
-    return torch.where(rank[:, -1] > 0, slots[:, -1], 0).sum()
+    return torch.where(rank.select(1, -1) > 0, slots.select(1, -1), 0).sum()

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvq import _rows, _tiles
-from fastvq.ops._triton_rows import narrow, row_offset, wide
+from fastvq.ops._triton_rows import finite, narrow, plain, row_offset
 from fastvq.ops.ema import reference
 
 __all__ = ["code_statistics"]
@@ -57,20 +57,17 @@ def _keys(
     indices, keys, x, n_rows, n_total, n_codes, left_out, n_inner, stride_head, stride_outer, stride_inner, stride_d,
     D: tl.constexpr, READ_X: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     index = tl.load(indices + row, mask=row < n_total, other=-1)
     used = (index >= 0) & (index < n_codes)
     head = row // n_rows
     if READ_X:
-        at = head * stride_head + row_offset(row - head * n_rows, n_inner, stride_outer, stride_inner)
-        strange = tl.zeros([ROWS], tl.int32)
+        at = head.to(tl.int64) * stride_head + row_offset(row - head * n_rows, n_inner, stride_outer, stride_inner)
         for begin in range(0, D, BLOCK_D):
             column = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
             here = used[:, None] & (column < D)[None, :]
-            value = wide(tl.load(x + at[:, None] + column[None, :] * stride_d, mask=here, other=0.0))
-            strange += tl.sum((~(tl.abs(value) < float("inf"))).to(tl.int32), axis=1)
-        used &= strange == 0
-    key = tl.where(used, head * n_codes + index, left_out)
+            used &= finite(plain(tl.load(x + at[:, None] + column[None, :] * stride_d, mask=here, other=0.0)), 1)
+    key = tl.where(used, head.to(tl.int64) * n_codes + index, left_out)
     tl.store(keys + row, key.to(keys.dtype.element_ty), mask=row < n_total)
 
 
@@ -92,11 +89,11 @@ def _add(
     stride_head, stride_outer, stride_inner, stride_d,
     D: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     piece = program - n_keys  # below 0: a whole code
     # The first code whose pieces end behind this one.
-    low, high = tl.zeros([], tl.int64), tl.zeros([], tl.int64)
+    low, high = tl.zeros([], tl.int32), tl.zeros([], tl.int32)
     if piece < 0:
         low += program
     else:
@@ -120,24 +117,25 @@ def _add(
             for begin in range(first, last, ROWS):
                 position = begin + tl.arange(0, ROWS)
                 here = position < last
-                row = tl.load(order + position, mask=here, other=0) - head * n_rows
-                at = head * stride_head + row_offset(tl.where(here, row, 0), n_inner, stride_outer, stride_inner)
+                row = tl.load(order + position, mask=here, other=0).to(tl.int32) - head * n_rows
+                row = tl.where(here, row, 0)
+                at = head.to(tl.int64) * stride_head + row_offset(row, n_inner, stride_outer, stride_inner)
                 value = tl.load(
                     x + at[:, None] + column[None, :] * stride_d, mask=here[:, None] & (column < D)[None, :], other=0.0
                 )
-                value = wide(value)
+                value = plain(value)
                 if D <= BLOCK_D:
-                    here &= tl.sum((~(tl.abs(value) < float("inf"))).to(tl.int32), axis=1) == 0
+                    here &= finite(value, 1)
                     value = tl.where(here[:, None], value, 0.0)
-                total += value
+                total += value.to(tl.float64)
                 n += here.to(tl.int64)
             result, n_here = tl.sum(total, axis=0), tl.sum(n, axis=0)
             if whole:
-                tl.store(sums + low * D + column, narrow(result, sums.dtype.element_ty), mask=column < D)
+                tl.store(sums + low.to(tl.int64) * D + column, narrow(result, sums.dtype.element_ty), mask=column < D)
                 if tl.program_id(1) == 0:
                     tl.store(counts + low, n_here)
             else:
-                tl.store(partial + piece * D + column, result, mask=column < D)
+                tl.store(partial + piece.to(tl.int64) * D + column, result, mask=column < D)
                 if tl.program_id(1) == 0:
                     tl.store(partial_counts + piece, n_here)
 
@@ -169,16 +167,16 @@ def _scatter(
     x, keys, sums, counts, n_rows, n_total, left_out, n_inner, stride_head, stride_outer, stride_inner, stride_d,
     D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     key = tl.load(keys + row, mask=row < n_total, other=0).to(tl.int64)
     here = (row < n_total) & (key < left_out)
     head = row // n_rows
-    at = head * stride_head + row_offset(row - head * n_rows, n_inner, stride_outer, stride_inner)
+    at = head.to(tl.int64) * stride_head + row_offset(row - head * n_rows, n_inner, stride_outer, stride_inner)
     value = tl.load(x + at[:, None] + column[None, :] * stride_d, mask=here[:, None] & (column < D)[None, :], other=0.0)
-    value = narrow(wide(value), sums.dtype.element_ty)
+    value = plain(value)
     if D <= BLOCK_D:
-        here &= tl.sum((~(tl.abs(value) < float("inf"))).to(tl.int32), axis=1) == 0
+        here &= finite(value, 1)
     tl.atomic_add(
         sums + key[:, None] * D + column[None, :], value, mask=here[:, None] & (column < D)[None, :], sem="relaxed"
     )
@@ -210,18 +208,18 @@ def code_statistics(
         return sums, counts
 
     tile = _tiles.pick("code_statistics", TILES, x.device, dim, torch.float64)
-    strides = (view.n_inner, view.stride_head, view.stride_outer, view.stride_inner, view.stride_d)
-    read_x = dim > tile["BLOCK_D"]
-    rows = tile["ROWS"] if read_x else KEYS
     keys = indices.new_empty(n_total, dtype=_key_type(n_keys))
-    _keys[(triton.cdiv(n_total, rows),)](
-        indices, keys, view.tensor, view.n_rows, n_total, n_codes, n_keys, *strides,
-        D=dim, READ_X=read_x, ROWS=rows, BLOCK_D=tile["BLOCK_D"], num_warps=tile["num_warps"],
-    )  # fmt: skip
+    if dim > tile["BLOCK_D"]:
+        source, steps, blocks = view.tensor, view.steps, {"D": dim, "READ_X": True, **tile}
+    else:  # one kernel for all widths and dtypes
+        source, steps, blocks = indices, (1, 0, 0, 0, 0), {"D": 0, "READ_X": False, "ROWS": KEYS, "BLOCK_D": 1}
+    _keys[(triton.cdiv(n_total, blocks["ROWS"]),)](
+        indices, keys, source, view.n_rows, n_total, n_codes, n_keys, *steps, **blocks
+    )
     column_tiles = triton.cdiv(dim, tile["BLOCK_D"])
     if not deterministic:
         _scatter[(triton.cdiv(n_total, tile["ROWS"]), column_tiles)](
-            view.tensor, keys, sums, counts, view.n_rows, n_total, n_keys, *strides, D=dim, **tile
+            view.tensor, keys, sums, counts, view.n_rows, n_total, n_keys, *view.steps, D=dim, **tile
         )
         return sums, counts
 
@@ -234,7 +232,7 @@ def code_statistics(
     partial_counts = indices.new_empty(most)
     _add[(n_keys + most, column_tiles)](
         view.tensor, order, starts, ends, sums, counts, partial, partial_counts, view.n_rows, n_codes, n_keys,
-        *strides, D=dim, CHUNK=CHUNK, **tile,
+        *view.steps, D=dim, CHUNK=CHUNK, **tile,
     )  # fmt: skip
     if most:
         _join[(n_keys, column_tiles)](ends, sums, counts, partial, partial_counts, D=dim, **tile)

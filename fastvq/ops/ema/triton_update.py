@@ -69,10 +69,8 @@ def _sizes(
         old = tl.load(at, mask=here, other=0.0).to(tl.float64)
         size = _new_size(old, tl.load(counts + head * n_codes + code, mask=here, other=0), decay, take, dtype)
         keep = tl.zeros([BLOCK], tl.float64) + decay
-        if LAPLACE:
-            divisor = (size + eps) / (total + k_eps) * total
-        else:
-            divisor = tl.where(size < eps, eps, size)
+        laplace = (size + eps) / (total + k_eps) * total
+        divisor = laplace if LAPLACE else tl.where(size < eps, eps, size)
         divisor = tl.where(total == 0, STAYS, divisor)
         if DEBIAS:
             divisor = tl.where(size == 0, STAYS, divisor)
@@ -88,18 +86,18 @@ def _elements(
     codebook, embed_sum, sums, plan, n_codes, n_plan, codebook_head, codebook_k, codebook_d,
     embed_sum_head, embed_sum_k, embed_sum_d, take_bits, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     take = take_bits.to(tl.int64).to(tl.float64, bitcast=True)
     divisor = tl.load(plan + row, mask=row < n_plan, other=UNTOUCHED)[:, None]
     keep = tl.load(plan + n_plan + row, mask=row < n_plan, other=0.0)[:, None]
     here = (divisor != UNTOUCHED) & (column < D)[None, :]
-    head = row // n_codes
+    head = (row // n_codes).to(tl.int64)
     code = row - head * n_codes
     average = (embed_sum + head * embed_sum_head + code * embed_sum_k)[:, None] + column[None, :] * embed_sum_d
     dtype = embed_sum.dtype.element_ty
     old = tl.load(average, mask=here & (keep != 0), other=0.0).to(tl.float64)  # 0 times a NaN would be one
-    new = tl.load(sums + row[:, None] * D + column[None, :], mask=here, other=0.0).to(tl.float64)
+    new = tl.load(sums + row[:, None].to(tl.int64) * D + column[None, :], mask=here, other=0.0).to(tl.float64)
     now = (keep * old + take * new).to(dtype)
     tl.store(average, now, mask=here)
     place = (codebook + head * codebook_head + code * codebook_k)[:, None] + column[None, :] * codebook_d
@@ -118,7 +116,7 @@ def ema_update_(
     debias: bool,
 ) -> None:
     if codebook.dim() == 2:
-        codebook, embed_sum, cluster_size = (t[None] for t in (codebook, embed_sum, cluster_size))
+        codebook, embed_sum, cluster_size = (t.unsqueeze(0) for t in (codebook, embed_sum, cluster_size))
     heads, n_codes, dim = codebook.shape
     sums, counts = sums.contiguous(), counts.contiguous()
     n_plan = heads * n_codes

@@ -150,7 +150,9 @@ def pixelcnn_step(
     also computes the vertical stack for the whole row, which sees only rows above. Starting again at (0, 0) starts
     anew. ids at the position and after it are not read.
 
-    float32 weights are computed in float32, and on the CPU the result does not depend on the number of threads.
+    float32 weights are computed in float32, and on the CPU the result does not depend on the number of threads. The
+    Triton kernels take weights of two bytes too, add in float32 and keep activations in the weights' dtype; an id
+    outside [0, K) is read as zeros there, and nothing waits for the device.
 
     Raises:
         ValueError: ids of another shape than the state's, ids outside [0, K) (checked on the CPU), a position outside.
