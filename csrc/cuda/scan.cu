@@ -13,7 +13,7 @@
 //
 // Shared bytes: 8 (16 x 129 + 16 x 16) for the tiles, 16 (4 x 16) for the warps' best, 8 x span for the list, and the
 // counters.
-#include "elements.cuh"
+#include "exact.cuh"
 #include "scan.cuh"
 
 namespace fastvq::cuda {
@@ -32,18 +32,6 @@ struct Shared {
   int n_listed;
   int not_finite;  // one bit a row
 };
-
-// The lexicographic minimum of (score, code) over a warp.
-__device__ __forceinline__ void warp_minimum(double& score, int64_t& code) {
-  for (int lanes = 16; lanes > 0; lanes /= 2) {
-    const double other = __shfl_xor_sync(kWarp, score, lanes);
-    const int64_t other_code = __shfl_xor_sync(kWarp, static_cast<long long>(code), lanes);
-    if (other < score || (other == score && other_code < code)) {
-      score = other;
-      code = other_code;
-    }
-  }
-}
 
 template <Metric kMetric>
 __global__ void __launch_bounds__(kCodes) scan_kernel(Scan s, int span, int64_t n_spans) {
@@ -150,7 +138,7 @@ __global__ void __launch_bounds__(kCodes) scan_kernel(Scan s, int span, int64_t 
     for (int i = 0; i < kRows; ++i) {
       double score = best[i];
       int64_t code = best_tile[i] < 0 ? K : static_cast<int64_t>(best_tile[i]) * kCodes + tid;
-      warp_minimum(score, code);
+      group_minimum(score, code, 32);
       if (lane == 0) {
         m.best[warp * kRows + i] = score;
         m.best_code[warp * kRows + i] = code;

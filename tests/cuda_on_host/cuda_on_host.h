@@ -15,6 +15,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(n) alignas(n)
 
 struct dim3 {
   unsigned x, y, z;
@@ -68,6 +69,21 @@ inline unsigned lane() { return machine.current->thread % kLanes; }
 
 ON_HOST_HIDDEN inline uint64_t lane_value(uint64_t bits, unsigned mask, unsigned source, const char* where) {
   return hand_over(bits, mask, where)[source % kLanes];
+}
+
+ON_HOST_HIDDEN inline void remember_copy(void* to, const void* from) {
+  Fiber& me = *machine.current;
+  if (me.n_copies == kMostCopies) fail("more asynchronous copies under way than cuda_on_host keeps");
+  me.copies[me.n_copies++] = {to, from, me.copy_group};
+}
+// The oldest copy of all but the last n groups.
+ON_HOST_HIDDEN inline bool next_copy(unsigned n, PendingCopy& copy) {
+  Fiber& me = *machine.current;
+  if (me.n_copies == 0 || me.copies[0].group + n >= me.copy_group) return false;
+  copy = me.copies[0];
+  for (unsigned i = 1; i < me.n_copies; ++i) me.copies[i - 1] = me.copies[i];
+  --me.n_copies;
+  return true;
 }
 
 }  // namespace on_host
@@ -157,20 +173,13 @@ inline void copy_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
     on_host::fail("an asynchronous copy that is not aligned to 16 bytes");
   *static_cast<uint4*>(shared) = {~0u, ~0u, ~0u, ~0u};
-  on_host::machine.current->copies->push_back({shared, global, on_host::machine.current->copy_group});
+  on_host::remember_copy(shared, global);
 }
-inline void copy_commit() { ++on_host::machine.current->copy_group; }
+ON_HOST_HIDDEN inline void copy_commit() { ++on_host::machine.current->copy_group; }
 template <int N>
 void copy_wait() {
-  on_host::Fiber& me = *on_host::machine.current;
-  std::vector<on_host::PendingCopy> later;
-  for (const on_host::PendingCopy& copy : *me.copies) {
-    if (copy.group + N < me.copy_group)
-      *static_cast<uint4*>(copy.to) = *static_cast<const uint4*>(copy.from);
-    else
-      later.push_back(copy);
-  }
-  me.copies->swap(later);
+  on_host::PendingCopy copy;
+  while (on_host::next_copy(N, copy)) *static_cast<uint4*>(copy.to) = *static_cast<const uint4*>(copy.from);
 }
 
 inline float half_to_float(uint16_t h) { return Element<DType::f16>::get(h); }
@@ -186,7 +195,7 @@ inline double power(int biased) { return from_bits<double>(static_cast<uint64_t>
 // Towards zero, to 24 bits: as cutting the low 29 of a double's 52.
 inline float cut(double v) { return static_cast<float>(from_bits<double>(as_bits(v) & ~uint64_t{0x1fffffff})); }
 
-inline float multiply_add_step(float sum, const float* a, const float* b) {
+ON_HOST_HIDDEN inline float multiply_add_step(float sum, const float* a, const float* b) {
   double addends[17];
   int top = 0;
   for (int i = 0; i < 16; ++i) addends[i] = static_cast<double>(a[i]) * static_cast<double>(b[i]);

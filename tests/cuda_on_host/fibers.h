@@ -22,14 +22,14 @@
 #include <sanitizer/tsan_interface.h>
 #define ON_HOST_TSAN 1
 // The scheduler's own memory is no thread's: its accesses must neither be reported nor order anything.
-#define ON_HOST_HIDDEN __attribute__((no_sanitize("thread"), noinline))
+#define ON_HOST_HIDDEN __attribute__((no_sanitize("thread", "address", "undefined"), noinline))
 #else
-#define ON_HOST_HIDDEN __attribute__((noinline))  // setjmp and getcontext return twice: no caller's variable may live on
+#define ON_HOST_HIDDEN __attribute__((no_sanitize("address", "undefined"), noinline))  // setjmp and getcontext return twice
 #endif
 
 namespace on_host {
 
-constexpr int kMostThreads = 256, kLanes = 32;
+constexpr int kMostThreads = 256, kLanes = 32, kMostCopies = 256;
 constexpr size_t kStack = size_t{256} << 10;  // sanitizers make frames large
 
 enum State { running, waiting, done };
@@ -48,8 +48,8 @@ struct Fiber {
   unsigned thread;
   unsigned meetings[2];  // of the block, of the warp
   void* sanitizer;       // the fake stack, or the fiber, of whichever sanitizer there is
-  unsigned copy_group;
-  std::vector<PendingCopy>* copies;
+  unsigned copy_group, n_copies;
+  PendingCopy copies[kMostCopies];
 };
 
 // Threads that wait for one another. Two keys in turn: one that has run ahead must not order the late ones.
@@ -189,9 +189,8 @@ ON_HOST_HIDDEN inline void run_block() {
     f.started = false;
     f.state = running;
     f.thread = i;
-    f.meetings[0] = f.meetings[1] = f.copy_group = 0;
+    f.meetings[0] = f.meetings[1] = f.copy_group = f.n_copies = 0;
     f.sanitizer = nullptr;
-    if (!f.copies) f.copies = new std::vector<PendingCopy>;
     make_fiber(f);
   }
   while (machine.live) {
@@ -206,7 +205,7 @@ ON_HOST_HIDDEN inline void run_block() {
     if (!moved) fail(machine.live < n ? "threads wait for others that have returned" : "threads wait for one another in different places");
   }
   for (unsigned i = 0; i < n; ++i) {
-    if (!machine.fibers[i].copies->empty()) fail("a thread returned before its asynchronous copies were waited for");
+    if (machine.fibers[i].n_copies) fail("a thread returned before its asynchronous copies were waited for");
 #if ON_HOST_TSAN
     __tsan_destroy_fiber(machine.fibers[i].sanitizer);
 #endif
