@@ -18,7 +18,17 @@ try:
 except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 
-__all__ = ["codes_view", "image_view", "isa", "metric_code", "refuse", "rows_of", "rows_view", "unavailable"]
+__all__ = [
+    "codes_view",
+    "ema_view",
+    "image_view",
+    "isa",
+    "metric_code",
+    "refuse",
+    "rows_of",
+    "rows_view",
+    "unavailable",
+]
 
 # The numbers of csrc/fastvq.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -93,6 +103,21 @@ def codes_view(
     return (
         codebook.data_ptr(), DTYPES[codebook.dtype], heads, codebook.shape[-2], codebook.shape[-1],
         stride_head, codebook.stride(-2), codebook.stride(-1),
+    )  # fmt: skip
+
+
+def ema_view(
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    embed_sum: Tensor,  # [K, D] or [H, K, D]
+    cluster_size: Tensor,  # [K] or [H, K]
+) -> tuple[int, ...]:
+    """What ``ema_update_`` writes as the ``EmaBuffers`` of csrc/fastvq.h. The caller keeps the tensors alive."""
+    if codebook.dim() == 2:
+        codebook, embed_sum, cluster_size = codebook[None], embed_sum[None], cluster_size[None]
+    return (
+        DTYPES[codebook.dtype], *codebook.shape,
+        codebook.data_ptr(), embed_sum.data_ptr(), cluster_size.data_ptr(),
+        *codebook.stride(), *embed_sum.stride(), *cluster_size.stride(),
     )  # fmt: skip
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _triton
+from fastvq import _cuda_native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_float, check_mask, check_option, check_same_device
 from fastvq.ops._library import register
-from fastvq.ops.ema import cpu, reference
+from fastvq.ops.ema import cpu, cuda, reference
 
 __all__ = ["SMOOTHINGS", "code_statistics", "ema_update_", "replace_dead_codes_"]
 
@@ -29,6 +29,8 @@ IMPLEMENTATIONS = {
         ("replace_dead_codes_", "triton_replace", lambda *arguments: _triton.refuse_rows(arguments[3])),
     )
 }
+IMPLEMENTATIONS["code_statistics"]["cuda"] = Implementation(cuda.code_statistics, cuda.refuse_statistics)
+IMPLEMENTATIONS["ema_update_"]["cuda"] = Implementation(cuda.ema_update_, _cuda_native.refuse)
 
 
 def code_statistics(
