@@ -1,0 +1,186 @@
+"""The Triton filter: upper bounds of all codes on the tensor cores, and a certificate for the row's winner.
+
+            block of BN codes, streamed              1. upper[r, k] >= t_k: one product, bias and bound ride in columns
+  tile of    c c c c c c c c                             (triton_pack); no arithmetic per score beyond it
+  BM rows  x . . . . . . . .                         2. the largest of GROUP codes, then the two largest of those, block
+  (kept)   x . . . . . . . .                             number packed into the low bits of the first
+                                                     3. codes of the best group scored again in float32: lower bound L
+                                                     4. second group and all but one of the first below L: proved.
+                                                        Otherwise the row and its L go on a list.
+
+``_survivors`` goes over the listed rows once more and notes, for each, the groups that reach its L; triton_exact.py
+scores those by the definition. Nothing of size N x K exists. Shared memory: BM * D' + stages * BN * (D' + 16) elements
+of 16 bits, D' being BD where the row tile is not kept. Arithmetic per score: (GROUP - 1 + 4) / GROUP operations.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastvq.ops.nearest.triton_pack import FIRST, WIDTH  # noqa: F401
+from fastvq.ops.nearest.triton_rows import row_piece
+
+CAP = 8  # groups noted for a row before it is scanned instead
+ROOM: tl.constexpr = tl.constexpr(CAP)
+LOWEST: tl.constexpr = tl.constexpr(-3e38)
+
+
+@triton.jit
+def multiplied(a, b, start, BRAIN: tl.constexpr, INTERPRETED: tl.constexpr):
+    if BRAIN and INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
+        return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), start)
+    return tl.dot(a, tl.trans(b), start)
+
+
+@triton.jit
+def upper_bounds(
+    tile, columns, rows, line, codes, code_columns, block,  # block: first code of the block, head included
+    BRAIN: tl.constexpr, INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
+    DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    k = tl.arange(0, BN)[:, None]
+    c = tl.load(code_columns + block * WIDTH + k * WIDTH + tl.arange(0, WIDTH)[None, :])
+    upper = multiplied(columns, c, tl.zeros((BM, BN), tl.float32), BRAIN, INTERPRETED)
+    if not NARROW:
+        d = tl.arange(0, BD)[None, :]
+        if KEPT:
+            c = tl.load(codes + block * DP + k * DP + d)
+            upper = multiplied(tile, c, upper, BRAIN, INTERPRETED)
+        else:
+            for d0 in range(0, DP, BD):
+                piece = tl.load(rows + line[:, None] * DP + d0 + d)
+                c = tl.load(codes + block * DP + d0 + k * DP + d)
+                upper = multiplied(piece, c, upper, BRAIN, INTERPRETED)
+    return upper
+
+
+@triton.jit
+def row_operands(rows, row_columns, line, NARROW: tl.constexpr, KEPT: tl.constexpr, DP: tl.constexpr):
+    columns = tl.load(row_columns + line[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+    tile = columns
+    if KEPT and not NARROW:
+        tile = tl.load(rows + line[:, None] * DP + tl.arange(0, DP)[None, :])
+    return tile, columns
+
+
+@triton.jit
+def append(counter, entries, items, chosen):
+    """Adds the chosen items to a list; returns where each went."""
+    ones = chosen.to(tl.int32)
+    first = tl.atomic_add(counter, tl.sum(ones))
+    at = first + tl.cumsum(ones) - ones
+    tl.store(entries + at, items, mask=chosen)
+    return at
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_blocks", "slab"])
+def _filter(
+    x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,  # [H, N, D]
+    codebook, c_stride_h, c_stride_k, c_stride_d,  # [H, K, D]
+    indices, i_stride_h,  # [H, N]
+    mean, info, codes, code_columns, norms, factors, n_blocks,
+    rows, row_columns, row_norms, row_scales, slab,
+    counters, listed, thresholds, pending, candidate_counts,
+    sum_error, packing,
+    METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr, BRAIN: tl.constexpr,
+    INTERPRETED: tl.constexpr, FAST: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr,
+    DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    there = r < n_rows
+    line = head * slab + tl.where(there, r, 0)
+    tile, columns = row_operands(rows, row_columns, line, NARROW, KEPT, DP)
+    # Steps 1 and 2. A lane holds the groups at its place of every block.
+    LANES: tl.constexpr = BN // GROUP
+    MASK: tl.constexpr = (1 << BITS) - 1
+    best = tl.full((BM, LANES), LOWEST, tl.float32)
+    second = tl.full((BM, LANES), LOWEST, tl.float32)
+    first_code = head * n_blocks * BN
+    for b in range(0, n_blocks):
+        upper = upper_bounds(tile, columns, rows, line, codes, code_columns, first_code + b * BN,
+                             BRAIN, INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
+        top = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1)
+        top = ((top.to(tl.int32, bitcast=True) & ~MASK) | b).to(tl.float32, bitcast=True)
+        second = tl.maximum(second, tl.minimum(best, top))
+        best = tl.maximum(best, top)
+    highest = tl.max(best, axis=1)
+    lanes = tl.arange(0, LANES)[None, :]
+    lane = tl.min(tl.where(best == highest[:, None], lanes, LANES), axis=1)
+    runner_up = tl.max(tl.where(lanes == lane[:, None], second, best), axis=1)
+    runner_up += tl.abs(runner_up) * packing
+    block = highest.to(tl.int32, bitcast=True) & MASK
+    # Step 3. The group's codes in float32.
+    k = (block * BN + lane).to(tl.int64)[:, None] + (tl.arange(0, GROUP) * LANES)[None, :]
+    norm = tl.load(norms + first_code + k)
+    factor = tl.load(factors + first_code + k)
+    held = norm >= 0
+    length = tl.load(row_norms + head * slab + r, mask=there, other=0.0)
+    scale = tl.load(row_scales + head * slab + r, mask=there, other=0.0)
+    x += head * x_stride_h
+    codebook += head * c_stride_h
+    mean += head * dim
+    score = tl.zeros((BM, GROUP), tl.float32)
+    for d0 in range(0, dim, CHUNK):
+        d = d0 + tl.arange(0, CHUNK)
+        f = row_piece(x, r.to(tl.int64) * x_stride_n, there, x_stride_d, mean, d, dim, SHIFT_X) * scale[:, None]
+        at = tl.reshape(tl.where(held, k * c_stride_k, 0), (BM * GROUP,))
+        c = row_piece(codebook, at, tl.reshape(held, (BM * GROUP,)), c_stride_d, mean, d, dim, SHIFT_C)
+        c = tl.reshape(c, (BM, GROUP, CHUNK)) * factor[:, :, None]
+        if METRIC == 0:
+            score += tl.sum(c * (f[:, None, :] - 0.5 * c), axis=2)
+        else:
+            score += tl.sum(c * f[:, None, :], axis=2)
+    score = tl.where(held, score, LOWEST)
+    finite = there & (length >= 0)
+    if FAST:
+        winner = score == tl.max(score, axis=1)[:, None]
+        certain = finite & (tl.max(norm, axis=1) >= 0)
+    else:
+        own = (dim + 3) * 2.0**-53
+        error = sum_error * (length[:, None] * norm + 0.5 * norm * norm) + dim * 2.0**-80
+        error += 2 * own * (length[:, None] * (norm + tl.load(info + head * 2 + 1)) + norm * norm)
+        least = tl.max(tl.where(held, score - error, LOWEST), axis=1)
+        if METRIC == 0:
+            least -= 2 * own * length * length
+        winner = held & (score + error >= least[:, None])
+        certain = finite & (tl.sum(winner.to(tl.int32), axis=1) == 1) & (runner_up < least)
+    index = tl.min(tl.where(winner, k, n_blocks.to(tl.int64) * BN), axis=1)
+    tl.store(indices + head * i_stride_h + r, index, mask=certain)
+    # Step 4.
+    if not FAST:
+        at = append(counters + head * 2, listed + head * slab, r, finite & ~certain)
+        tl.store(thresholds + head * slab + at, least, mask=finite & ~certain)
+        tl.store(candidate_counts + head * slab + at, tl.zeros((BM,), tl.int32), mask=finite & ~certain)
+        certain = finite
+    append(counters + head * 2 + 1, pending + head * slab, r, there & ~certain)
+
+
+@triton.jit(do_not_specialize=["n_blocks", "slab"])
+def _survivors(
+    codes, code_columns, n_blocks, rows, row_columns, slab,
+    counters, listed, thresholds, candidates, candidate_counts,
+    BRAIN: tl.constexpr, INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
+    DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Notes, for every listed row, the groups of codes whose upper bound reaches the row's threshold."""
+    head = tl.program_id(1).to(tl.int64)
+    n_listed = tl.load(counters + head * 2)
+    LANES: tl.constexpr = BN // GROUP
+    lanes = tl.arange(0, LANES)[None, :]
+    first_code = head * n_blocks * BN
+    for t in range(tl.program_id(0), tl.cdiv(n_listed, BM), tl.num_programs(0)):
+        i = t * BM + tl.arange(0, BM)
+        there = i < n_listed
+        line = head * slab + tl.load(listed + head * slab + i, mask=there, other=0)
+        tile, columns = row_operands(rows, row_columns, line, NARROW, KEPT, DP)
+        threshold = tl.load(thresholds + head * slab + i, mask=there, other=float("inf"))
+        at = (head * slab + i)[:, None]
+        for b in range(0, n_blocks):
+            upper = upper_bounds(tile, columns, rows, line, codes, code_columns, first_code + b * BN,
+                                 BRAIN, INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
+            reaches = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1) >= threshold[:, None]
+            if tl.sum(reaches.to(tl.int32)) > 0:
+                place = tl.atomic_add(candidate_counts + at + tl.zeros_like(lanes), 1, mask=reaches)
+                tl.store(candidates + at * ROOM + place, b * BN + lanes, mask=reaches & (place < ROOM))
