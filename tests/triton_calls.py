@@ -1,4 +1,4 @@
-"""The launches that ``tests.triton_offline`` compiles: every launcher, at least once for each tile and dtype it ships."""
+"""The launches that ``tests.triton_offline`` compiles: every launcher, once at least for each tile and dtype."""
 
 from collections.abc import Callable
 
