@@ -186,11 +186,11 @@ def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
         tile["BD"] = packed.width
     warps = {"num_warps": meta["num_warps"], "num_stages": meta["num_stages"]}
     common = {
-        "BRAIN": packed.brain, "INTERPRETED": _triton.interpreting(), "NARROW": packed.narrow, "KEPT": dim <= KEPT,
+        "INTERPRETED": _triton.interpreting(), "NARROW": packed.narrow, "KEPT": dim <= KEPT,
         "DP": packed.width, **tile, **warps,
     }  # fmt: skip
     n_blocks = packed.columns.shape[1] // meta["BN"]
-    bits, chunk = _bits(n_blocks), 16
+    bits, chunk = _bits(n_blocks), 4
     sum_error = (dim / chunk + chunk + 14) * 2.0**-24 * (1 + 2.0**-6)
     rows = pack_rows(x, packed)
     counters = torch.zeros(n_heads, 2, dtype=torch.int32, device=x.device)

@@ -27,8 +27,8 @@ LOWEST: tl.constexpr = tl.constexpr(-3e38)
 
 
 @triton.jit
-def multiplied(a, b, start, BRAIN: tl.constexpr, INTERPRETED: tl.constexpr):
-    if BRAIN and INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers
+def multiplied(a, b, start, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # it multiplies the bits of bfloat16 as integers, and float16 slowly
         return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), start)
     return tl.dot(a, tl.trans(b), start)
 
@@ -36,22 +36,22 @@ def multiplied(a, b, start, BRAIN: tl.constexpr, INTERPRETED: tl.constexpr):
 @triton.jit
 def upper_bounds(
     tile, columns, rows, line, codes, code_columns, block,  # block: first code of the block, head included
-    BRAIN: tl.constexpr, INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
     DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     k = tl.arange(0, BN)[:, None]
     c = tl.load(code_columns + block * WIDTH + k * WIDTH + tl.arange(0, WIDTH)[None, :])
-    upper = multiplied(columns, c, tl.zeros((BM, BN), tl.float32), BRAIN, INTERPRETED)
+    upper = multiplied(columns, c, tl.zeros((BM, BN), tl.float32), INTERPRETED)
     if not NARROW:
         d = tl.arange(0, BD)[None, :]
         if KEPT:
             c = tl.load(codes + block * DP + k * DP + d)
-            upper = multiplied(tile, c, upper, BRAIN, INTERPRETED)
+            upper = multiplied(tile, c, upper, INTERPRETED)
         else:
             for d0 in range(0, DP, BD):
                 piece = tl.load(rows + line[:, None] * DP + d0 + d)
                 c = tl.load(codes + block * DP + d0 + k * DP + d)
-                upper = multiplied(piece, c, upper, BRAIN, INTERPRETED)
+                upper = multiplied(piece, c, upper, INTERPRETED)
     return upper
 
 
@@ -83,7 +83,7 @@ def _filter(
     rows, row_columns, row_norms, row_scales, slab,
     counters, listed, thresholds, pending, candidate_counts,
     sum_error, packing,
-    METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr, BRAIN: tl.constexpr,
+    METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr,
     INTERPRETED: tl.constexpr, FAST: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr,
     DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def _filter(
     first_code = head * n_blocks * BN
     for b in range(0, n_blocks):
         upper = upper_bounds(tile, columns, rows, line, codes, code_columns, first_code + b * BN,
-                             BRAIN, INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
+                             INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
         top = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1)
         top = ((top.to(tl.int32, bitcast=True) & ~MASK) | b).to(tl.float32, bitcast=True)
         second = tl.maximum(second, tl.minimum(best, top))
@@ -161,7 +161,7 @@ def _filter(
 def _survivors(
     codes, code_columns, n_blocks, rows, row_columns, slab,
     counters, listed, thresholds, candidates, candidate_counts,
-    BRAIN: tl.constexpr, INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
     DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Notes, for every listed row, the groups of codes whose upper bound reaches the row's threshold."""
@@ -179,8 +179,9 @@ def _survivors(
         at = (head * slab + i)[:, None]
         for b in range(0, n_blocks):
             upper = upper_bounds(tile, columns, rows, line, codes, code_columns, first_code + b * BN,
-                                 BRAIN, INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
+                                 INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
             reaches = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1) >= threshold[:, None]
+            reaches = reaches & there[:, None]
             if tl.sum(reaches.to(tl.int32)) > 0:
                 place = tl.atomic_add(candidate_counts + at + tl.zeros_like(lanes), 1, mask=reaches)
                 tl.store(candidates + at * ROOM + place, b * BN + lanes, mask=reaches & (place < ROOM))

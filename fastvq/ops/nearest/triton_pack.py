@@ -171,6 +171,7 @@ def _pack_codes(
         tl.atomic_min(flags + head * 3 + 1 + same, above, mask=held)
         tl.atomic_min(flags + head * 3 + 2 + same, below, mask=excluded)
     tl.atomic_max(flags + head * 3 + same, same + 1, mask=irregular)
+    norm = tl.where(held, norm, 0.0)  # a column of NaN would make every score of the code NaN
     residual = tl.zeros((BK,), tl.float64)
     rounded_square = tl.zeros((BK,), tl.float64)
     at = (head * padded_codes + k)[:, None]
