@@ -4,7 +4,7 @@ One call, each step a launch, none waiting for the host (a CUDA graph can hold t
 
 1. ``_survey``, ``_pack_codes``: the codebook in 16 bits with its bias and error bound, once a call (triton_pack.py);
 2. ``_pack_rows``: a slab of rows in 16 bits, small enough that scratch does not grow with N (triton_rows.py);
-3. ``_filter``: every score, the winners it can prove, lists of the rows it cannot (triton_filter.py);
+3. ``_filter``, ``_decide``: every score, the winners that can be proved, lists of the other rows (triton_filter.py);
 4. ``_survivors``, ``_few``: the listed rows' candidates, and the best of them in float64;
 5. ``_scan``: rows out of the filter's range or of too many candidates, against every code in float64 (triton_exact.py).
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from fastvq import _triton
 from fastvq._tiles import Tile, pick
 from fastvq.ops.nearest.triton_exact import _few, _scan
-from fastvq.ops.nearest.triton_filter import CAP, _filter, _survivors
+from fastvq.ops.nearest.triton_filter import CAP, _decide, _filter, _survivors
 from fastvq.ops.nearest.triton_pack import COLUMNS, FIRST_DATA, _pack_codes, _survey, gamma
 from fastvq.ops.nearest.triton_rows import _pack_rows
 
@@ -190,19 +190,25 @@ def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
         "DP": packed.width, **tile, **warps,
     }  # fmt: skip
     n_blocks = packed.columns.shape[1] // meta["BN"]
-    bits, chunk = _bits(n_blocks), 4
+    bits, chunk = _bits(n_blocks), 64 if _triton.interpreting() else 8
     sum_error = (dim / chunk + chunk + 14) * 2.0**-24 * (1 + 2.0**-6)
     rows = pack_rows(x, packed)
     counters = torch.zeros(n_heads, 2, dtype=torch.int32, device=x.device)
-    listed, pending, counts = torch.empty(3, n_heads, n, dtype=torch.int32, device=x.device)
-    thresholds = torch.empty(n_heads, n, dtype=torch.float32, device=x.device)
+    groups, listed, pending, counts = torch.empty(4, n_heads, n, dtype=torch.int32, device=x.device)
+    runners_up, thresholds = torch.empty(2, n_heads, n, dtype=torch.float32, device=x.device)
     x_strides, c_strides = (_stride_h(x), *x.stride()[1:]), (_stride_h(codebook), *codebook.stride()[1:])
     _filter[((n + meta["BM"] - 1) // meta["BM"], n_heads)](
+        packed.codes, packed.columns, n_blocks, rows.rows, rows.columns, n, n, groups, runners_up, 2.0 ** (bits - 22),
+        BITS=bits, **common,
+    )  # fmt: skip
+    bm = 256 if _triton.interpreting() else 32
+    lanes = meta["BN"] // meta["GROUP"]
+    _decide[((n + bm - 1) // bm, n_heads)](
         x, *x_strides, n, dim, codebook, *c_strides, indices, _stride_h(indices),
-        packed.mean, packed.info, packed.codes, packed.columns, packed.norms, packed.factors, n_blocks,
-        *rows, n, counters, listed, thresholds, pending, counts, sum_error, 2.0 ** (bits - 22),
-        METRIC=metric, SHIFT_X=packed.centred and metric == 0, SHIFT_C=packed.centred, FAST=fast, BITS=bits,
-        CHUNK=chunk, **common,
+        packed.mean, packed.info, packed.norms, packed.factors, packed.columns.shape[1], rows.norms, rows.scales, n,
+        groups, runners_up, counters, listed, thresholds, pending, counts, sum_error,
+        METRIC=metric, SHIFT_X=packed.centred and metric == 0, SHIFT_C=packed.centred, FAST=fast,
+        GROUP=meta["GROUP"], LANES=lanes, BM=bm, CHUNK=chunk,
     )  # fmt: skip
     programs = (_programs(x.device), n_heads)
     if not fast:
@@ -214,7 +220,7 @@ def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
         _few[programs](
             x, *x_strides, dim, codebook, *c_strides, codebook.shape[1], indices, _stride_h(indices), n,
             counters, listed, candidates, counts, pending,
-            METRIC=metric, GROUP=meta["GROUP"], LANES=meta["BN"] // meta["GROUP"],
+            METRIC=metric, GROUP=meta["GROUP"], LANES=lanes,
             BM=256 if _triton.interpreting() else 8, enable_fp_fusion=False,
         )  # fmt: skip
     bm, bn = (256, 1024) if _triton.interpreting() else (16, 64)

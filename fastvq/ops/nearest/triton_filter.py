@@ -8,7 +8,8 @@
                                                      4. second group and all but one of the first below L: proved.
                                                         Otherwise the row and its L go on a list.
 
-``_survivors`` goes over the listed rows once more and notes, for each, the groups that reach its L; triton_exact.py
+``_filter`` does steps 1 and 2, ``_decide`` the others: in one kernel, the registers of 3 would keep a second block of
+threads off the multiprocessor, whose products run while the first one compares. ``_survivors`` goes over the listed rows once more and notes, for each, the groups that reach its L; triton_exact.py
 scores those by the definition. Nothing of size N x K exists. Shared memory: BM * D' + stages * BN * (D' + 16) elements
 of 16 bits, D' being BD where the row tile is not kept. Arithmetic per score: (GROUP - 1 + 4) / GROUP operations.
 """
@@ -76,23 +77,18 @@ def append(counter, entries, items, chosen):
 
 @triton.jit(do_not_specialize=["n_rows", "n_blocks", "slab"])
 def _filter(
-    x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,  # [H, N, D]
-    codebook, c_stride_h, c_stride_k, c_stride_d,  # [H, K, D]
-    indices, i_stride_h,  # [H, N]
-    mean, info, codes, code_columns, norms, factors, n_blocks,
-    rows, row_columns, row_norms, row_scales, slab,
-    counters, listed, thresholds, pending, candidate_counts,
-    sum_error, packing,
-    METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr,
-    INTERPRETED: tl.constexpr, FAST: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr,
-    DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr,
+    codes, code_columns, n_blocks, rows, row_columns, n_rows, slab,
+    groups, runners_up, packing,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr,
+    DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
+    """Steps 1 and 2: the first code of each row's best group [H, slab], and a bound on all other groups."""
     head = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     there = r < n_rows
     line = head * slab + tl.where(there, r, 0)
     tile, columns = row_operands(rows, row_columns, line, NARROW, KEPT, DP)
-    # Steps 1 and 2. A lane holds the groups at its place of every block.
+    # A lane holds the groups at its place of every block.
     LANES: tl.constexpr = BN // GROUP
     MASK: tl.constexpr = (1 << BITS) - 1
     best = tl.full((BM, LANES), LOWEST, tl.float32)
@@ -107,26 +103,43 @@ def _filter(
         best = tl.maximum(best, top)
     highest = tl.max(best, axis=1)
     lanes = tl.arange(0, LANES)[None, :]
-    lane = tl.min(tl.where(best == highest[:, None], lanes, LANES), axis=1)
+    lane = tl.min(tl.where(best == highest[:, None], lanes, LANES - 1), axis=1)
     runner_up = tl.max(tl.where(lanes == lane[:, None], second, best), axis=1)
-    runner_up += tl.abs(runner_up) * packing
-    block = highest.to(tl.int32, bitcast=True) & MASK
-    # Step 3. The group's codes in float32.
-    k = (block * BN + lane).to(tl.int64)[:, None] + (tl.arange(0, GROUP) * LANES)[None, :]
-    norm = tl.load(norms + first_code + k)
-    factor = tl.load(factors + first_code + k)
+    tl.store(groups + line, (highest.to(tl.int32, bitcast=True) & MASK) * BN + lane, mask=there)
+    tl.store(runners_up + line, runner_up + tl.abs(runner_up) * packing, mask=there)
+
+
+@triton.jit(do_not_specialize=["n_rows", "slab"])
+def _decide(
+    x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,  # [H, N, D]
+    codebook, c_stride_h, c_stride_k, c_stride_d,  # [H, K, D]
+    indices, i_stride_h,  # [H, N]
+    mean, info, norms, factors, padded_codes, row_norms, row_scales, slab,
+    groups, runners_up, counters, listed, thresholds, pending, candidate_counts, sum_error,
+    METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr, FAST: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Steps 3 and 4: the best group's codes in float32, then the index, or the row's place on a list."""
+    head = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    there = r < n_rows
+    group = tl.load(groups + head * slab + r, mask=there, other=0)
+    k = group.to(tl.int64)[:, None] + (tl.arange(0, GROUP) * LANES)[None, :]
+    norm = tl.load(norms + head * padded_codes + k)
+    factor = tl.load(factors + head * padded_codes + k)
     held = norm >= 0
     length = tl.load(row_norms + head * slab + r, mask=there, other=0.0)
     scale = tl.load(row_scales + head * slab + r, mask=there, other=0.0)
     x += head * x_stride_h
     codebook += head * c_stride_h
     mean += head * dim
+    at = tl.reshape(tl.where(held, k * c_stride_k, 0), (BM * GROUP,))
+    inside = tl.reshape(held, (BM * GROUP,))
     score = tl.zeros((BM, GROUP), tl.float32)
     for d0 in range(0, dim, CHUNK):
         d = d0 + tl.arange(0, CHUNK)
         f = row_piece(x, r.to(tl.int64) * x_stride_n, there, x_stride_d, mean, d, dim, SHIFT_X) * scale[:, None]
-        at = tl.reshape(tl.where(held, k * c_stride_k, 0), (BM * GROUP,))
-        c = row_piece(codebook, at, tl.reshape(held, (BM * GROUP,)), c_stride_d, mean, d, dim, SHIFT_C)
+        c = row_piece(codebook, at, inside, c_stride_d, mean, d, dim, SHIFT_C)
         c = tl.reshape(c, (BM, GROUP, CHUNK)) * factor[:, :, None]
         if METRIC == 0:
             score += tl.sum(c * (f[:, None, :] - 0.5 * c), axis=2)
@@ -145,14 +158,14 @@ def _filter(
         if METRIC == 0:
             least -= 2 * own * length * length
         winner = held & (score + error >= least[:, None])
+        runner_up = tl.load(runners_up + head * slab + r, mask=there, other=0.0)
         certain = finite & (tl.sum(winner.to(tl.int32), axis=1) == 1) & (runner_up < least)
-    index = tl.min(tl.where(winner, k, n_blocks.to(tl.int64) * BN), axis=1)
+    index = tl.min(tl.where(winner, k, padded_codes), axis=1)
     tl.store(indices + head * i_stride_h + r, index, mask=certain)
-    # Step 4.
     if not FAST:
-        at = append(counters + head * 2, listed + head * slab, r, finite & ~certain)
-        tl.store(thresholds + head * slab + at, least, mask=finite & ~certain)
-        tl.store(candidate_counts + head * slab + at, tl.zeros((BM,), tl.int32), mask=finite & ~certain)
+        place = append(counters + head * 2, listed + head * slab, r, finite & ~certain)
+        tl.store(thresholds + head * slab + place, least, mask=finite & ~certain)
+        tl.store(candidate_counts + head * slab + place, tl.zeros((BM,), tl.int32), mask=finite & ~certain)
         certain = finite
     append(counters + head * 2 + 1, pending + head * slab, r, there & ~certain)
 
