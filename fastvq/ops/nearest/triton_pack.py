@@ -156,7 +156,7 @@ def _pack_codes(
     finite = there & (odd == 0)
     same = tl.zeros((BK,), tl.int32)
     if METRIC == 1:
-        held = finite & (raw_square >= 2.0**-100) & (raw_square <= 2.0**100)
+        held = finite & (raw_square >= 2.0**-230) & (raw_square <= 2.0**230)
         irregular = finite & ~held & (raw_square != 0)
         factor = scale / tl.sqrt(tl.where(held, raw_square, 1.0))
         norm = tl.where(held, scale, 0.0)
