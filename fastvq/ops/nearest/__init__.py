@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _native, _triton
+from fastvq import _golden, _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_option
 from fastvq.ops._library import register
@@ -16,9 +16,16 @@ __all__ = ["METRICS", "PRECISIONS", "nearest"]
 OP = "fastvq.ops.nearest"
 METRICS = ("euclidean", "cosine", "dot")
 PRECISIONS = ("exact", "fast")
+_triton_nearest = _triton.lazily("fastvq.ops.nearest.triton_", "nearest")
+
+
+def _refuse_triton(x: Tensor, *_: object) -> str | None:
+    return _triton.refuse(x) or _golden.mismatch(x.device, _triton_nearest, reference.nearest)
+
+
 IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.nearest, _native.refuse),
-    "triton": Implementation(_triton.lazily("fastvq.ops.nearest.triton_", "nearest"), _triton.refuse),
+    "triton": Implementation(_triton_nearest, _refuse_triton),
     "reference": Implementation(reference.nearest, lambda *_: None),
 }
 
