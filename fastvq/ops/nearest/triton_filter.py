@@ -46,13 +46,13 @@ def upper_bounds(
     if not NARROW:
         d = tl.arange(0, BD)[None, :]
         if KEPT:
-            c = tl.load(codes + block * DP + k * DP + d)
-            upper = multiplied(tile, c, upper, INTERPRETED)
+            code = tl.load(codes + block * DP + k * DP + d)
+            upper = multiplied(tile, code, upper, INTERPRETED)
         else:
             for d0 in range(0, DP, BD):
                 piece = tl.load(rows + line[:, None] * DP + d0 + d)
-                c = tl.load(codes + block * DP + d0 + k * DP + d)
-                upper = multiplied(piece, c, upper, INTERPRETED)
+                code_piece = tl.load(codes + block * DP + d0 + k * DP + d)
+                upper = multiplied(piece, code_piece, upper, INTERPRETED)
     return upper
 
 
