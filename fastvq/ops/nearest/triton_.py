@@ -30,6 +30,7 @@ METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 WIDEST = 1 << 30
 # A row tile is kept on chip up to this width; wider rows come in pieces of BD, again for every block of codes.
 KEPT = 256
+SURVIVORS = {"BM": 64, "num_warps": 4}  # few rows come here: half the tile wastes less
 ROWS_A_SLAB = 1 << 18
 SCRATCH = 1 << 25  # elements of 16 bits that a slab's rows may take
 WIDEST_FILTERED = 1 << 14  # gamma, and so the share of rows that the filter proves, grows with D
@@ -215,7 +216,7 @@ def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
         candidates = torch.empty(n_heads, n, CAP, dtype=torch.int32, device=x.device)
         _survivors[programs](
             packed.codes, packed.columns, n_blocks, rows.rows, rows.columns, n, counters, listed, thresholds,
-            candidates, counts, **common,
+            candidates, counts, **common | SURVIVORS,
         )  # fmt: skip
         _few[programs](
             x, *x_strides, dim, codebook, *c_strides, codebook.shape[1], indices, _stride_h(indices), n,
