@@ -19,7 +19,7 @@ from fastvq import _triton
 
 __all__ = ["RECORDED", "cases", "mismatch"]
 
-# Capabilities (times ten) on which the whole suite of tests marked needs_gpu passed. The kernels never ran on a GPU yet.
+# Capabilities (times ten) on which every test marked needs_gpu passed. The kernels never ran on a GPU yet.
 RECORDED: frozenset[int] = frozenset()
 
 Lookup = Callable[[Tensor, Tensor, str, str], Tensor]
@@ -28,7 +28,7 @@ _found: dict[int, str | None] = {}
 
 
 def cases() -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, x [N, D], codebook [K, D]) on the CPU: near-ties for every kind of operand, and each way out of the filter."""
+    """(name, x [N, D], codebook [K, D]) on the CPU: near-ties for every kind of operand, each way out of the filter."""
     g = torch.Generator().manual_seed(0)
     for dim in (8, 64, 270):
         x, codebook = torch.randn(64, dim, generator=g), torch.randn(300, dim, generator=g)

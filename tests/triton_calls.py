@@ -75,9 +75,7 @@ CALLS["pixelcnn_step bfloat16"] = pixelcnn_steps(BF16)
 TENSOR_CORES |= {"masked_conv", "masked_conv_weight_grad"}
 
 
-def nearest(
-    dim: int, dtype: torch.dtype, metric: str = "euclidean", precision: str = "exact"
-) -> Callable[[], object]:
+def nearest(dim: int, dtype: torch.dtype, metric: str = "euclidean", precision: str = "exact") -> Callable[[], object]:
     def call():
         x, codebook = (torch.empty(n, dim, dtype=dtype) for n in (100_000, 1024))
         lookup.nearest(x, codebook, metric, precision)

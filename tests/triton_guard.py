@@ -31,8 +31,8 @@ def _check(pointers, mask, what: str) -> None:
 
 
 def _patch_once_a_launch(interpreter) -> None:
-    # The interpreter swaps triton.language's functions for its own at every call of a device function, though the launch
-    # has done so already: two milliseconds a call, more than everything else.
+    # The interpreter swaps triton.language's functions for its own at every call of a device function, though the
+    # launch has done so already: two milliseconds a call, more than everything else.
     modules = SimpleNamespace(__globals__={"tl": triton.language, "core": triton.language.core})
     patch = interpreter._patch_lang
     interpreter._patch_lang = lambda function: patch(modules)

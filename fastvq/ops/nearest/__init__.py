@@ -61,8 +61,8 @@ def nearest(
         codebook: codes, any of the same dtypes, not necessarily that of x. With heads, one codebook a head.
         metric: "euclidean", "cosine" or "dot".
         precision: "exact", or "fast": the winner of the low-precision pass, with no certificate. On Gaussian data and
-            float32 filtering about 1 row in 10,000 then differs, ties and offsets far from zero fare worse. On a GPU the
-            pass is in float16 (bfloat16 where both inputs are): about 1 row in 200.
+            float32 filtering about 1 row in 10,000 then differs, ties and offsets far from zero fare worse. On a GPU
+            the pass is in float16 (bfloat16 where both inputs are): about 1 row in 1,000, by emulation on a CPU.
         check_finite: raise, with the first bad row, if x holds NaN or infinity. Costs a pass over x.
         backend: one of ``fastvq.build_info()["backends"]``; None: the fastest that can serve. A named one never
             falls back.

@@ -130,7 +130,7 @@ def pack(codebook: Tensor, metric: int, brain: bool, centred: bool, meta: Mappin
     norms, factors = torch.empty(2, n_heads, padded, dtype=torch.float32, device=device)
     strides = (_stride_h(codebook), *codebook.stride()[1:])
     _survey[(n_heads,)](
-        codebook, *strides, n_codes, dim, mean, info, flags, METRIC=metric, CENTRE=centred, BD=16, num_warps=8
+        codebook, *strides, n_codes, dim, mean, info, flags, METRIC=metric, CENTRE=centred, BD=8, num_warps=8
     )
     bk = meta["BN"] if _triton.interpreting() else 32
     _pack_codes[(padded // bk, n_heads)](

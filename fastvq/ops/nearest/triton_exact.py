@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
 """The definition on a GPU: d_k in float64, d = 0 ... D-1 in order, one accumulator, no fused multiply-add.
 
 Every launch here passes ``enable_fp_fusion=False``. Division and square root of float64 are correctly rounded.
@@ -61,7 +62,7 @@ def _few(
         total = tl.zeros((BM, WIDE), tl.float64)
         square = tl.zeros((BM, WIDE), tl.float64)
         odd = tl.zeros((BM, WIDE), tl.float64)
-        for d in range(0, dim):
+        for _ in range(0, dim):
             v = wide(tl.load(row, mask=few, other=0.0))[:, None]
             c = wide(tl.load(code, mask=noted, other=0.0))
             total, square = step(v, c, total, square, METRIC)
@@ -104,7 +105,7 @@ def _scan(
             total = tl.zeros((BM, BN), tl.float64)
             square = tl.zeros((1, BN), tl.float64)
             odd = tl.zeros((1, BN), tl.float64)
-            for d in range(0, dim):
+            for _ in range(0, dim):
                 v = wide(tl.load(row, mask=there, other=0.0))
                 c = wide(tl.load(code, mask=k < n_codes, other=0.0))
                 total, square = step(v[:, None], c, total, square, METRIC)

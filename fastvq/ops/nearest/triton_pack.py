@@ -1,23 +1,24 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
 """Operands of the Triton filter: codes and rows rounded to 16 bits, and the columns that carry bias and error bound.
 
 In units of a power of two per head (``scale``), with m a mean of the codes (euclidean and dot; 0 where that gains
-nothing), c' = scale (c - m) (cosine: scale c / |c|) and x' = scale (x - m) (dot, cosine: any power of two times x), the
-index is that of the largest t_k = x'.c'_k - |c'_k|^2 / 2 (dot, cosine: x'.c'_k). With x^ and c^ the 16-bit operands, the
-tensor cores return ``upper_k >= t_k`` in one product, because five more columns ride along:
+nothing), c' = scale (c - m) (cosine: scale c / |c|) and x' = scale (x - m) (dot, cosine: any power of two times x),
+the index is that of the largest t_k = x'.c'_k - |c'_k|^2 / 2 (dot, cosine: x'.c'_k). With x^ and c^ the 16-bit
+operands, the tensor cores return ``upper_k >= t_k`` in one product, because five more columns ride along:
 
     row     256   1    2^-11   |x' - x^|   2^-8 |x'|
     code    ---- B_k ----      |c^_k|      2^8 (|c'_k - c^_k| + gamma |c^_k| + ...)
 
     B_k = -|c'_k|^2 / 2 + its own rounding + what the definition in float64 may lose, in three pieces
 
-All norms are rounded up, residuals are measured, and gamma = (1.25 D' + 16) 2^-23 bounds the accumulation of D' products
-and columns on tensor cores that align and truncate the 17 addends of a step of 16.
+All norms are rounded up, residuals are measured, and gamma = (1.25 D' + 16) 2^-23 bounds the sum of D' products and
+columns on tensor cores that align and truncate the 17 addends of a step of 16.
 
   what              tensor                         where
   mean              [H, D] float32                 ``_survey``
   info              [H, 2] float32                 scale; |m| in units of it
-  flags             [H, 3] int32                   1: no certificate holds for this head; bits of the smallest norm held;
-                                                   bits of the smallest norm left out as too large
+  flags             [H, 3] int32                   1: no certificate holds for this head; bits of the smallest norm
+                                                   held; bits of the smallest norm left out as too large
   codes             [H, K', D'] 16 bits            ``_pack_codes``, zero beyond D and for codes that cannot win
   code_columns      [H, K', 16] 16 bits            the five columns, then the whole code where D <= 11
   norms, factors    [H, K'] float32                |c'_k|, or -1 for a code that cannot win; c' = factor (c - m)

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
 """Rows as the Triton filter takes them: rounded to 16 bits, with the columns that meet the codes' (``triton_pack``).
 
 Row scale: the head's scale (euclidean: bias and product must be in one unit), or the power of two that brings the
@@ -81,7 +82,9 @@ def columns_of(norm, off, x, at, there, stride_d, mean, dim, factor,
     if NARROW:
         d = tl.arange(0, WIDTH) - FIRST
         f = row_piece(x, at, there & good, stride_d, mean, tl.where(d < 0, dim, d), dim, SHIFT)
-        out = narrow(tl.where(j < FIRST, v, tl.where(tl.abs(f * factor[:, None]) <= TOP, f * factor[:, None], 0.0)), BRAIN)
+        out = narrow(
+            tl.where(j < FIRST, v, tl.where(tl.abs(f * factor[:, None]) <= TOP, f * factor[:, None], 0.0)), BRAIN
+        )
     return out
 
 

@@ -29,7 +29,9 @@ FORWARD = {
 }
 BACKWARD = {
     "cpu": Implementation(cpu.residual_quantize_backward, _native.refuse),
-    "triton": Implementation(_triton.lazily("fastvq.ops.residual.triton_", "residual_quantize_backward"), _triton.refuse),
+    "triton": Implementation(
+        _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize_backward"), _triton.refuse
+    ),
     "reference": Implementation(reference.residual_quantize_backward, lambda *_: None),
 }
 

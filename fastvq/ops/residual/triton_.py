@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
 """Residual quantization on a GPU: the lookup's launches, then one that subtracts the codes, for each level.
 
 tensors                                                     N rows, D columns, K codes, Q levels
@@ -53,7 +54,8 @@ def _advance(
         d = d0 + tl.arange(0, BD)
         inside = real[:, None] & (d < dim)[None, :]
         at = r[:, None] * dim + d[None, :]
-        code = as_work(tl.load(codes + k[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0), WORK)
+        from_code = codes + k[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
+        code = as_work(tl.load(from_code, mask=inside, other=0.0), WORK)
         before = tl.load(residual + at, mask=inside, other=0.0)
         tl.store(residual + at, before - code, mask=inside)
         tl.store(total + at, tl.load(total + at, mask=inside, other=0.0) + code, mask=inside)
@@ -190,8 +192,9 @@ def residual_quantize_backward(
         grad_x = torch.empty_like(x).copy_(out.view(x.shape))
     if need_codebooks:
         grad_codebooks = torch.zeros_like(codebooks)
+    if need_codebooks and grad_codebook is not None:
         residual = rows.to(dtype)
-        for q, codes in enumerate(codebooks if grad_codebook is not None else []):
+        for q, codes in enumerate(codebooks):
             # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
             sums, counts = code_statistics(residual.double(), chosen[:, q].contiguous(), n_codes)
             pull = torch.where(counts[:, None] > 0, counts[:, None] * codes.double() - sums, 0)
