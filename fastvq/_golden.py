@@ -1,10 +1,10 @@
 """The golden set: lookups whose indices are known, run once on a kind of GPU that no result was ever recorded on.
 
-The Triton kernels' exactness rests on how a card's tensor cores accumulate, which is known of the generations that were
+The GPU kernels' exactness rests on how a card's tensor cores accumulate, which is known of the generations that were
 measured and a bound, derived from them, for the others. So the first lookup on any other card runs these few cases
 first, against the reference on the CPU: a fraction of a second once the kernels are compiled. Where an index differs,
 or a kernel does not run at all, the backend refuses from then on, with one warning: a call that names no backend is
-served by the reference.
+served by the next backend that passes, in the end by the reference.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fastvq import _triton
 
 __all__ = ["RECORDED", "cases", "mismatch"]
 
-# Capabilities (times ten) on which every test marked needs_gpu passed. The kernels never ran on a GPU yet.
-RECORDED: frozenset[int] = frozenset()
+# (backend, capability times ten) on which every test marked needs_gpu passed. No kernel ever ran on a GPU yet.
+RECORDED: frozenset[tuple[str, int]] = frozenset()
 
 Lookup = Callable[[Tensor, Tensor, str, str], Tensor]
 
-_found: dict[int, str | None] = {}
+_found: dict[tuple[str, int], str | None] = {}
 
 
 def cases() -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -68,14 +68,14 @@ def _run(device: torch.device, lookup: Lookup, reference: Lookup) -> str | None:
     return None
 
 
-def mismatch(device: torch.device, lookup: Lookup, reference: Lookup) -> str | None:
-    """Why ``lookup`` must not serve on ``device``, or None. The golden set runs at the first call on a kind of card.
+def mismatch(backend: str, device: torch.device, lookup: Lookup, reference: Lookup) -> str | None:
+    """Why ``lookup``, a backend's, must not serve on ``device``, or None. The golden set runs at the first call on a kind of card.
 
     While a CUDA graph is being captured nothing can be compared, and an answer not yet known is taken to be None.
     """
     if device.type != "cuda":
         return None
-    card = _triton.capability(device)
+    card = backend, _triton.capability(device)
     if card in RECORDED:
         return None
     if card not in _found:
@@ -84,8 +84,8 @@ def mismatch(device: torch.device, lookup: Lookup, reference: Lookup) -> str | N
         reason = _found[card] = _run(device, lookup, reference)
         if reason is not None:
             warnings.warn(
-                f"fastvq: the triton backend is switched off on this card (compute capability {card / 10}): {reason}. "
-                "Calls that name no backend are served by the reference; please report this",
+                f"fastvq: the {backend} backend is switched off on this card (compute capability {card[1] / 10}): "
+                f"{reason}. Calls that name no backend are served by another that passes, or the reference; please report this",
                 RuntimeWarning,
                 stacklevel=2,
             )

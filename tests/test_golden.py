@@ -27,10 +27,10 @@ def test_right_indices_switch_nothing_off(unknown_card):
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _golden.mismatch(unknown_card, lookup, lookup) is None
+        assert _golden.mismatch("triton", unknown_card, lookup, lookup) is None
     ran = len(calls)
     assert ran == 2 * 3 * len(list(_golden.cases()))
-    assert _golden.mismatch(unknown_card, lookup, lookup) is None and len(calls) == ran  # once a kind of card
+    assert _golden.mismatch("triton", unknown_card, lookup, lookup) is None and len(calls) == ran  # once a kind of card
 
 
 def test_one_wrong_index_switches_the_backend_off_and_warns_once(unknown_card):
@@ -40,11 +40,11 @@ def test_one_wrong_index_switches_the_backend_off_and_warns_once(unknown_card):
         return found
 
     with pytest.warns(RuntimeWarning, match=r"switched off on this card \(compute capability 12.3\).*1 of 64 rows"):
-        reason = _golden.mismatch(unknown_card, off_by_one, reference.nearest)
+        reason = _golden.mismatch("triton", unknown_card, off_by_one, reference.nearest)
     assert "differs from the reference on cuda:0: 1 of 64 rows, gaussian, D = 8, dot" in reason
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _golden.mismatch(unknown_card, off_by_one, reference.nearest) == reason
+        assert _golden.mismatch("triton", unknown_card, off_by_one, reference.nearest) == reason
 
 
 def test_a_kernel_that_does_not_run_switches_the_backend_off(unknown_card):
@@ -52,10 +52,10 @@ def test_a_kernel_that_does_not_run_switches_the_backend_off(unknown_card):
         raise RuntimeError("no kernel image")
 
     with pytest.warns(RuntimeWarning, match="does not run on cuda:0: RuntimeError: no kernel image"):
-        assert _golden.mismatch(unknown_card, broken, reference.nearest)
+        assert _golden.mismatch("triton", unknown_card, broken, reference.nearest)
 
 
 def test_recorded_cards_and_cpu_tensors_run_nothing(unknown_card, monkeypatch):
-    monkeypatch.setattr(_golden, "RECORDED", frozenset({123}))
-    assert _golden.mismatch(unknown_card, None, None) is None
-    assert _golden.mismatch(torch.device("cpu"), None, None) is None
+    monkeypatch.setattr(_golden, "RECORDED", frozenset({("triton", 123)}))
+    assert _golden.mismatch("triton", unknown_card, None, None) is None
+    assert _golden.mismatch("triton", torch.device("cpu"), None, None) is None

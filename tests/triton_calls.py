@@ -7,6 +7,7 @@ import torch
 from fastvq.ops.masked_conv import triton_ as conv
 from fastvq.ops.nearest import triton_ as lookup
 from fastvq.ops.pixelcnn import triton_ as pixelcnn
+from tests import triton_calls_learning
 
 CALLS: dict[str, Callable[[], object]] = {}
 
@@ -73,6 +74,7 @@ CALLS["gated_masked_conv of a vector"] = gated_masked_conv(F16, 128, "vector")
 CALLS["pixelcnn_step float32"] = pixelcnn_steps(F32)
 CALLS["pixelcnn_step bfloat16"] = pixelcnn_steps(BF16)
 TENSOR_CORES |= {"masked_conv", "masked_conv_weight_grad"}
+CALLS.update(triton_calls_learning.CALLS)
 
 
 def nearest(dim: int, dtype: torch.dtype, metric: str = "euclidean", precision: str = "exact") -> Callable[[], object]:

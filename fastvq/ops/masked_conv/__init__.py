@@ -11,7 +11,7 @@ from fastvq import _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_float, check_option, check_same_device
 from fastvq.ops._library import register
-from fastvq.ops.masked_conv import cpu, reference
+from fastvq.ops.masked_conv import cpu, cuda, reference
 from fastvq.ops.masked_conv.masks import COLOUR_MASKS, MASKS
 
 __all__ = ["MASKS", "gated_masked_conv2d", "masked_conv2d"]
@@ -24,6 +24,7 @@ def _table(name: str) -> dict[str, Implementation]:
     return {
         "cpu": Implementation(getattr(cpu, name), cpu.refuse),
         "triton": Implementation(_triton.lazily("fastvq.ops.masked_conv.triton_", name), _triton.refuse),
+        "cuda": Implementation(getattr(cuda, name), cuda.refuse),
         "reference": Implementation(getattr(reference, name), lambda *_: None),
     }
 

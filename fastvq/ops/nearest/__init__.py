@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _golden, _native, _triton
+from fastvq import _cuda_native, _golden, _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_option
 from fastvq.ops._library import register
-from fastvq.ops.nearest import cpu, reference
+from fastvq.ops.nearest import cpu, cuda, reference
 
 __all__ = ["METRICS", "PRECISIONS", "nearest"]
 
@@ -20,12 +20,17 @@ _triton_nearest = _triton.lazily("fastvq.ops.nearest.triton_", "nearest")
 
 
 def _refuse_triton(x: Tensor, *_: object) -> str | None:
-    return _triton.refuse(x) or _golden.mismatch(x.device, _triton_nearest, reference.nearest)
+    return _triton.refuse(x) or _golden.mismatch("triton", x.device, _triton_nearest, reference.nearest)
+
+
+def _refuse_cuda(x: Tensor, *rest: object) -> str | None:
+    return _cuda_native.refuse(x, *rest) or _golden.mismatch("cuda", x.device, cuda.nearest, reference.nearest)
 
 
 IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.nearest, _native.refuse),
     "triton": Implementation(_triton_nearest, _refuse_triton),
+    "cuda": Implementation(cuda.nearest, _refuse_cuda),
     "reference": Implementation(reference.nearest, lambda *_: None),
 }
 

@@ -12,7 +12,7 @@ from fastvq import _native, _triton
 from fastvq._backends import BACKENDS, Implementation, choose
 from fastvq._checks import check_float
 from fastvq.ops._library import register
-from fastvq.ops.pixelcnn import cpu, reference
+from fastvq.ops.pixelcnn import cpu, cuda, reference
 
 __all__ = ["PixelCNNState", "pixelcnn_start", "pixelcnn_step"]
 
@@ -38,9 +38,15 @@ def _prepare_triton(*arguments: Any) -> tuple[str, list[Tensor], Tensor]:
 PREPARE = {
     "cpu": Implementation(lambda *a: ("cpu", *cpu.prepare(*a)), cpu.refuse),
     "triton": Implementation(_prepare_triton, _refuse_triton),
+    "cuda": Implementation(lambda *a: ("cuda", *cuda.prepare(*a)), cuda.refuse),
     "reference": Implementation(lambda *a: ("reference", *reference.prepare(*a)), lambda *_: None),
 }
-STEP = {"cpu": cpu.step, "triton": _triton.lazily("fastvq.ops.pixelcnn.triton_", "step"), "reference": reference.step}
+STEP = {
+    "cpu": cpu.step,
+    "triton": _triton.lazily("fastvq.ops.pixelcnn.triton_", "step"),
+    "cuda": cuda.step,
+    "reference": reference.step,
+}
 
 
 class PixelCNNState(NamedTuple):
