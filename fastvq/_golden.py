@@ -85,7 +85,8 @@ def mismatch(backend: str, device: torch.device, lookup: Lookup, reference: Look
         if reason is not None:
             warnings.warn(
                 f"fastvq: the {backend} backend is switched off on this card (compute capability {card[1] / 10}): "
-                f"{reason}. Calls that name no backend are served by another that passes, or the reference; please report this",
+                f"{reason}. Calls that name no backend are served by another that passes, or the reference; "
+                "please report this",
                 RuntimeWarning,
                 stacklevel=2,
             )
