@@ -19,7 +19,7 @@ __all__ = ["ESTIMATORS", "Quantized", "quantize"]
 
 OP = "fastvq.ops.quantize"
 ESTIMATORS = ("straight_through", "rotation", "none")
-LOOKUP = NEAREST.get("triton", NEAREST["reference"])
+LOOKUP = NEAREST["triton"]
 FORWARD = {
     "cpu": Implementation(cpu.quantize, _native.refuse),
     "triton": Implementation(
