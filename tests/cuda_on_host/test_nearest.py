@@ -29,9 +29,10 @@ def test_hard_cases(case, dtype, cuda_on_host):
 
 
 SIZES = ((1, 1, 1), (2, 3, 7), (7, 17, 31), (17, 64, 3), (65, 31, 64), (33, 65, 17), (127, 127, 2), (3, 1000, 65))
+WIDE = ((40, 70, 600), (33, 150, 1100), (17, 70, 2100), (3, 65, 4096), (3, 5, 4097))  # a block's shape for each
 
 
-@pytest.mark.parametrize(("n", "k", "d"), SIZES)
+@pytest.mark.parametrize(("n", "k", "d"), SIZES + WIDE)
 def test_sizes(n, k, d, cuda_on_host):
     x, codebook = gaussian(n, k, d, generator(n * k + d))
     for metric in METRICS:
@@ -85,9 +86,10 @@ def test_under_sanitizers(kind, tmp_path):
         rows, codes = x[:SANITIZED_ROWS].contiguous(), codebook[:SANITIZED_CODES].contiguous()
         add_call(calls, rows, codes, METRICS[i % 3])
         expected.append(oracle.nearest(rows, codes, METRICS[i % 3]))
-    for i, (n, k, d) in enumerate(SIZES):
+    for i, (n, k, d) in enumerate(SIZES + WIDE):
         x, codebook = gaussian(n, k, d, generator(i))
-        x, codebook = x.to(DTYPES[i % 4]), codebook.to(DTYPES[i // 2 % 4])
+        if (n, k, d) in SIZES:
+            x, codebook = x.to(DTYPES[i % 4]), codebook.to(DTYPES[i // 2 % 4])
         mask = torch.rand(n, generator=generator(i)) < 0.7
         add_call(calls, x, codebook, METRICS[i % 3], mask)
         expected.append(torch.where(mask, oracle.nearest(x, codebook, METRICS[i % 3]), -1))
