@@ -53,13 +53,10 @@ PYBIND11_MODULE(_cpu, m) {
     return code_statistics(rows(x), pointer<const int64_t>(indices), n_codes, pointer<void>(sums),
                            sums_double, pointer<int64_t>(counts), static_cast<Isa>(isa), n_threads);
   });
-  m.def("ema_update", [](const std::array<int64_t, 15>& b, int64_t sums, bool sums_double, int64_t counts,
+  m.def("ema_update", [](const EmaTuple& b, int64_t sums, bool sums_double, int64_t counts,
                          double decay, double eps, bool laplace, bool debias, int n_threads) {
     py::gil_scoped_release release;
-    const EmaBuffers buffers{static_cast<DType>(b[0]), b[1], b[2], b[3],
-                             pointer<void>(b[4]), pointer<void>(b[5]), pointer<void>(b[6]),
-                             b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14]};
-    ema_update(buffers, pointer<const void>(sums), sums_double, pointer<const int64_t>(counts),
+    ema_update(ema_buffers(b), pointer<const void>(sums), sums_double, pointer<const int64_t>(counts),
                {decay, eps, laplace, debias}, n_threads);
   });
   m.def("residual_quantize", [](const RowsTuple& x, const CodesTuple& levels, int metric, bool fast, int64_t mask,

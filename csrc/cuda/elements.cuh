@@ -29,6 +29,19 @@ __device__ __forceinline__ double load_double(const void* data, DType dtype, int
   return dtype == DType::f64 ? static_cast<const double*>(data)[at] : static_cast<double>(load_float(data, dtype, at));
 }
 
+// Rounded once.
+__device__ __forceinline__ void store_float(void* data, DType dtype, int64_t at, float v) {
+  switch (dtype) {
+    case DType::f32: static_cast<float*>(data)[at] = v; break;
+    case DType::f64: static_cast<double*>(data)[at] = v; break;
+    case DType::f16: static_cast<uint16_t*>(data)[at] = float_to_half(v); break;
+    default: {
+      const uint32_t bits = __float_as_uint(v), even = bits >> 16 & 1;
+      static_cast<uint16_t*>(data)[at] = static_cast<uint16_t>(v == v ? (bits + 0x7fff + even) >> 16 : 0x7fc0);
+    }
+  }
+}
+
 __device__ __forceinline__ bool is_finite(double v) { return v - v == 0; }
 
 }  // namespace fastvq::cuda

@@ -135,6 +135,7 @@ inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __ddiv_rn(double a, double b) { return a / b; }
 inline double __dsqrt_rn(double a) { return std::sqrt(a); }
 inline double rsqrt(double a) { return 1 / std::sqrt(a); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __uint_as_float(uint32_t bits) { return on_host::from_bits<float>(bits); }
 inline uint32_t __float_as_uint(float f) { return static_cast<uint32_t>(on_host::as_bits(f)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
@@ -209,17 +210,18 @@ ON_HOST_HIDDEN inline float multiply_add_step(float sum, const float* a, const f
   return cut(total * down);
 }
 
-ON_HOST_HIDDEN inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+template <fastvq::DType kType>
+ON_HOST_HIDDEN void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const unsigned thread = machine.current->thread, row = lane() / 4, pair = lane() % 4;
   Exchange* exchange = machine.exchange[thread / kLanes];
   Exchange& mine = exchange[machine.current->meetings[1] & 1];
   for (unsigned i = 0; i < 2; ++i)
     for (unsigned k = 0; k < 2; ++k)
       for (unsigned half = 0; half < 2; ++half)
-        mine.a[row + 8 * i][2 * pair + 8 * k + half] = fastvq::cuda::half_to_float(static_cast<uint16_t>(a[2 * k + i] >> (16 * half)));
+        mine.a[row + 8 * i][2 * pair + 8 * k + half] = fastvq::Element<kType>::get(static_cast<uint16_t>(a[2 * k + i] >> (16 * half)));
   for (unsigned k = 0; k < 2; ++k)
     for (unsigned half = 0; half < 2; ++half)
-      mine.b[row][2 * pair + 8 * k + half] = fastvq::cuda::half_to_float(static_cast<uint16_t>(b[k] >> (16 * half)));
+      mine.b[row][2 * pair + 8 * k + half] = fastvq::Element<kType>::get(static_cast<uint16_t>(b[k] >> (16 * half)));
   const Exchange& all = exchange[meet(1, "multiply_add_tile")];
   for (unsigned i = 0; i < 4; ++i) d[i] = multiply_add_step(d[i], all.a[row + 8 * (i / 2)], all.b[2 * pair + i % 2]);
 }
@@ -228,6 +230,9 @@ ON_HOST_HIDDEN inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], c
 
 namespace fastvq::cuda {
 inline void multiply_add_tile(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  on_host::multiply_add(d, a, {b0, b1});
+  on_host::multiply_add<fastvq::DType::f16>(d, a, {b0, b1});
+}
+inline void multiply_add_tile_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  on_host::multiply_add<fastvq::DType::bf16>(d, a, {b0, b1});
 }
 }  // namespace fastvq::cuda

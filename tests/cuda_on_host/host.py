@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -33,6 +34,7 @@ FLAGS = {
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
+SHARED_LIMIT = 227 << 10  # of cuda_on_host.h
 SANITIZERS = ("address", "thread")
 
 
@@ -86,6 +88,18 @@ def module():
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
     return made
+
+
+@contextlib.contextmanager
+def shared_limit(n_bytes: int):
+    """Within the block ``module()`` has a card whose blocks get this much shared memory."""
+    set_limit = ctypes.CDLL(module().__file__).set_shared_limit
+    set_limit.argtypes = [ctypes.c_size_t]
+    set_limit(n_bytes)
+    try:
+        yield
+    finally:
+        set_limit(SHARED_LIMIT)
 
 
 def program(name: str, kind: str) -> Path:

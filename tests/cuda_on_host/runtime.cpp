@@ -1,5 +1,11 @@
 // csrc/cuda/runtime.cu for the processor.
 #include "../../csrc/fastvq_cuda.h"
+#include "cuda_on_host.h"
+
+// What a block may ask for on another card: a way of computing that needs less is then taken.
+extern "C" __attribute__((visibility("default"))) void set_shared_limit(size_t n_bytes) {
+  fastvq::cuda::shared_limit_here = n_bytes;
+}
 
 namespace fastvq::cuda {
 
