@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _golden, _native, _triton
+from fastvq import _golden, _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_option
 from fastvq.ops._library import register
@@ -24,7 +24,7 @@ def _refuse_triton(x: Tensor, *_: object) -> str | None:
 
 
 def _refuse_cuda(x: Tensor, *rest: object) -> str | None:
-    return _cuda_native.refuse(x, *rest) or _golden.mismatch("cuda", x.device, cuda.nearest, reference.nearest)
+    return cuda.refuse(x, *rest) or _golden.mismatch("cuda", x.device, cuda.nearest, reference.nearest)
 
 
 IMPLEMENTATIONS = {
