@@ -79,7 +79,7 @@ def test_the_cuda_extension_without_a_driver_says_so():
         lambda: fastvq.ops.gated_masked_conv2d(image, weight, backend="cuda"),
         lambda: fastvq.ops.pixelcnn_start(sampler, (1,), (1, 2, 2), backend="cuda"),
     ):
-        with pytest.raises(ValueError, match="cuda: no CUDA device can be used: .*CUDA error 35"):
+        with pytest.raises(ValueError, match=r"cuda: no CUDA device can be used: .*CUDA error 35"):
             call()
 
 
