@@ -20,7 +20,7 @@
 // Operands lie in memory as the lanes of m16n8k16 take them, so that a warp's load is 512 consecutive bytes. The order
 // of the sixteen dims of a step is free as long as both sides agree: lane l holds dims 4 (l%4) ... 4 (l%4) + 3.
 //   codes: [tile of 64][step of 16 dims][pair of eights: 4][lane: 32][2 eights x 4 dims] halves, 2 KiB ("slab") a step
-//   rows:  [16 rows][step][lane][2 eights x 4 dims] halves, 512 bytes a step
+//   rows:  [16 rows][step][lane][2 pairs of dims][2 eights] pairs of halves, 512 bytes a step
 #pragma once
 #include "../fastvq.h"
 #include "elements.cuh"
@@ -44,6 +44,11 @@ struct HeadInfo {
   float mean_norm;    // |m| 2^lift, rounded up
 };
 
+// A code's part of the bound.
+struct __align__(16) CodeBound {
+  float reach, slope, offset, unused;
+};
+
 struct TileInfo {
   float reach, slope, offset;  // the largest of the tile's codes
   int irregular;               // these differ so much within the tile that it is looked at code by code
@@ -54,11 +59,12 @@ struct Packed {
   int64_t n_heads, n_codes, n_tiles;
   int dim, n_steps;  // steps of 16 dims, a multiple of `unit`
   int unit;          // steps that are multiplied without a look back: 1, 2 or 4
-  HeadInfo* heads;   // [H]
-  float* means;      // [H, n_steps * 16]
-  unsigned char* slabs;               // [H, n_tiles, n_steps] slabs
-  float *bias, *reach, *slope, *offset;  // [H, n_tiles * 64]
-  TileInfo* tiles;                    // [H, n_tiles]
+  HeadInfo* heads;       // [H]
+  float* means;          // [H, n_steps * 16]
+  unsigned char* slabs;  // [H, n_tiles, n_steps] slabs
+  float* bias;           // [H, n_tiles * 64]
+  CodeBound* bounds;     // [H, n_tiles * 64]
+  TileInfo* tiles;       // [H, n_tiles]
 };
 
 // base null: the number of bytes alone.
@@ -110,7 +116,9 @@ __device__ __forceinline__ uint2 as_halves(const float (&v)[4]) {
   return {a | b << 16, c | d << 16};
 }
 
-// Bytes from the start of an operand's step to dims 4t ... 4t+3 of row or code i of sixteen.
-__device__ __forceinline__ int operand_offset(int i, int t) { return ((i % 8) * 4 + t) * 16 + i / 8 * 8; }
+// Bytes from the start of a step to dims 4t ... 4t+3 of code i of sixteen; to dims 4t, 4t+1 of row i, two dims more being
+// 8 bytes further.
+__device__ __forceinline__ int code_operand(int i, int t) { return ((i % 8) * 4 + t) * 16 + i / 8 * 8; }
+__device__ __forceinline__ int row_operand(int i, int t) { return ((i % 8) * 4 + t) * 16 + i / 8 * 4; }
 
 }  // namespace fastvq::cuda

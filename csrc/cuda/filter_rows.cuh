@@ -57,7 +57,10 @@ __device__ __forceinline__ RowState place_row(const Load& load, bool there, Metr
         lost = fmaf(v[e] - held, v[e] - held, lost);
       }
     }
-    *reinterpret_cast<uint2*>(operand + d / 16 * 512 + operand_offset(i, d % 16 / 4)) = as_halves(v);
+    uint32_t* to = reinterpret_cast<uint32_t*>(operand + d / 16 * 512 + row_operand(i, d % 16 / 4));
+    const uint2 halves = as_halves(v);
+    to[0] = halves.x;
+    to[2] = halves.y;
   }
   kept = warp_sum(kept);
   lost = warp_sum(lost);

@@ -18,6 +18,11 @@ constexpr double kSlack = 1 + 0x1p-9;
 // every row of the filter is, as there is a code of norm below 2^18: one was sampled whose size is at most the typical one.
 constexpr double kLargestCode = 0x1p60;
 
+// Of the square of a length, up to rounding and underflow: kSlack and the addend are far more.
+__device__ __forceinline__ double root(double square) {
+  return static_cast<double>(sqrtf(static_cast<float>(square))) + 0x1p-70;
+}
+
 struct Survey {
   double squares[kSamples];  // -1 for a code that does not count
   float largest[kSamples];
@@ -49,7 +54,7 @@ __device__ void measure_samples(const Codes& codes, int64_t h, int64_t stride, i
   }
 }
 
-__global__ void __launch_bounds__(kSurveyThreads) survey_kernel(Codes codes, Metric metric, Packed p) {
+__global__ void __launch_bounds__(kSurveyThreads, 2) survey_kernel(Codes codes, Metric metric, Packed p) {
   Survey& s = *reinterpret_cast<Survey*>(shared_memory());
   const int tid = threadIdx.x;
   const int64_t h = blockIdx.x, D = codes.dim, stride = (codes.n_codes + kSamples - 1) / kSamples;
@@ -64,6 +69,7 @@ __global__ void __launch_bounds__(kSurveyThreads) survey_kernel(Codes codes, Met
       ++counted;
       squares += s.squares[i];
     }
+  const double share = static_cast<double>(1.0f / static_cast<float>(counted > 0 ? counted : 1));
   double square = 0;
   for (int64_t d = tid; d < width; d += kSurveyThreads) {
     double sum = 0;
@@ -71,7 +77,7 @@ __global__ void __launch_bounds__(kSurveyThreads) survey_kernel(Codes codes, Met
       for (int i = 0; i < n; ++i)
         if (s.squares[i] >= 0)
           sum += load_double(codes.data, codes.dtype, code_offset(codes, h, i * stride) + d * codes.stride_d);
-    const float m = counted ? static_cast<float>(sum / counted) : 0;
+    const float m = static_cast<float>(sum * share);
     mean[d] = m;
     square += static_cast<double>(m) * static_cast<double>(m);
   }
@@ -102,7 +108,7 @@ __global__ void __launch_bounds__(kSurveyThreads) survey_kernel(Codes codes, Met
     int lift = some == 0 ? 0 : metric == Metric::euclidean ? 8 - (sum >= 0 ? sum / some : -((some - 1 - sum) / some)) : 12 - top;
     if (metric == Metric::cosine) lift = 14;
     p.heads[h] = {lift, centred, counted == 0,
-                  centred ? static_cast<float>(lifted(sqrt(square), lift) * kSlack) : 0};
+                  centred ? static_cast<float>(lifted(root(square), lift) * kSlack) : 0};
   }
 }
 
@@ -127,7 +133,7 @@ __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metri
       own += v * v;
     }
   own = warp_sum(own);
-  const double factor = metric == Metric::cosine && own > 0 ? 1 / sqrt(own) : 1;
+  const double factor = metric == Metric::cosine && own > 0 ? rsqrt(own) : 1;
 
   double square = 0;
   float largest = 0;
@@ -142,14 +148,13 @@ __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metri
   square = warp_sum(square);
   largest = warp_max(largest);
   finite = __ballot_sync(kWarp, !finite) == 0;
-  const double norm = sqrt(square);
   const bool candidate = there && finite && (metric != Metric::cosine || own > 0);
-  const bool usable = candidate && norm <= kLargestCode;
+  const bool usable = candidate && square <= kLargestCode * kLargestCode;
   // Under the dot product such a code may well win.
   if (candidate && !usable && metric == Metric::dot && lane == 0) atomicOr(&p.heads[h].only_exact, 1);
   const bool fits = usable && largest < 65504;
 
-  double kept = 0, lost = 0;
+  double kept_square = 0, lost_square = 0;
   for (int d = 4 * lane; d < width; d += 128) {
     float four[4], out[4];
     if (fits) load_four(codes.data, codes.dtype, at, codes.stride_d, d, dim, four);
@@ -160,22 +165,22 @@ __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metri
       const double v = lifted((static_cast<double>(four[i]) - static_cast<double>(mean[d + i])) * factor, lift);
       out[i] = static_cast<float>(v);
       const double held = static_cast<double>(half_to_float(float_to_half(out[i])));
-      kept += held * held;
-      lost += (v - held) * (v - held);
+      kept_square += held * held;
+      lost_square += (v - held) * (v - held);
     }
-    unsigned char* to = slabs + static_cast<int64_t>(d / 16) * kSlabBytes + j / 16 * 512 + operand_offset(j % 16, d % 16 / 4);
+    unsigned char* to = slabs + static_cast<int64_t>(d / 16) * kSlabBytes + j / 16 * 512 + code_operand(j % 16, d % 16 / 4);
     *reinterpret_cast<uint2*>(to) = as_halves(out);
   }
-  kept = sqrt(warp_sum(kept));
-  lost = sqrt(warp_sum(lost)) + 0x1p-50 * norm;  // v itself was rounded twice or so
+  const double kept = root(warp_sum(kept_square)), norm = root(square);
+  double lost = root(warp_sum(lost_square)) + 0x1p-50 * norm;  // v itself was rounded twice or so
   if (!fits) lost = norm;
   if (lane != 0) return;
   const double u = 0x1p-24, n = dim, gamma = (1.25 * width + 16) * 0x1p-23;
-  const double bias = metric == Metric::euclidean ? -0.5 * norm * norm : 0;
+  const double bias = metric == Metric::euclidean ? -0.5 * square : 0;
   const double rounding = metric == Metric::euclidean ? 0
                           : metric == Metric::dot     ? (n + 3) * 0x1p-53 * (norm + static_cast<double>(mean_norm))
                                                       : (2 * n + 8) * 0x1p-53 * 0x1p14;
-  const double rounding_square = metric == Metric::euclidean ? (n + 3) * 0x1p-53 * norm * norm : 0;
+  const double rounding_square = metric == Metric::euclidean ? (n + 3) * 0x1p-53 * square : 0;
   const bool bounded = usable && !fast;
   tile.bias[j] = usable ? static_cast<float>(bias) : kNever;
   tile.reach[j] = bounded ? static_cast<float>(kSlack * kept) : 0;
@@ -183,7 +188,7 @@ __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metri
   tile.offset[j] = bounded ? static_cast<float>(kSlack * (8 * u * -bias + rounding_square) + 0x1p-100) : 0;
 }
 
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(Codes codes, Metric metric, bool fast, Packed p) {
+__global__ void __launch_bounds__(kPackThreads, 4) pack_kernel(Codes codes, Metric metric, bool fast, Packed p) {
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory());
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int64_t h = blockIdx.x / p.n_tiles, index = blockIdx.x;  // of the tile, over all heads
@@ -193,9 +198,7 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(Codes codes, Metric 
   __syncthreads();
   for (int j = tid; j < kTileCodes; j += kPackThreads) {
     p.bias[index * kTileCodes + j] = tile.bias[j];
-    p.reach[index * kTileCodes + j] = tile.reach[j];
-    p.slope[index * kTileCodes + j] = tile.slope[j];
-    p.offset[index * kTileCodes + j] = tile.offset[j];
+    p.bounds[index * kTileCodes + j] = {tile.reach[j], tile.slope[j], tile.offset[j], 0};
   }
   if (warp != 0) return;
   float top[3] = {0, 0, 0}, low[3] = {HUGE_VALF, HUGE_VALF, HUGE_VALF};
@@ -236,12 +239,9 @@ size_t packed_layout(const Codes& codes, unsigned char* base, Packed* packed) {
     return at;
   };
   const size_t H = static_cast<size_t>(p.n_heads), tiles = H * static_cast<size_t>(p.n_tiles);
-  const size_t codes_bytes = tiles * kTileCodes * sizeof(float);
   p.slabs = take(tiles * static_cast<size_t>(p.n_steps) * kSlabBytes);
-  p.bias = reinterpret_cast<float*>(take(codes_bytes));
-  p.reach = reinterpret_cast<float*>(take(codes_bytes));
-  p.slope = reinterpret_cast<float*>(take(codes_bytes));
-  p.offset = reinterpret_cast<float*>(take(codes_bytes));
+  p.bias = reinterpret_cast<float*>(take(tiles * kTileCodes * sizeof(float)));
+  p.bounds = reinterpret_cast<CodeBound*>(take(tiles * kTileCodes * sizeof(CodeBound)));
   p.tiles = reinterpret_cast<TileInfo*>(take(tiles * sizeof(TileInfo)));
   p.means = reinterpret_cast<float*>(take(H * static_cast<size_t>(p.n_steps) * 16 * sizeof(float)));
   p.heads = reinterpret_cast<HeadInfo*>(take(H * sizeof(HeadInfo)));

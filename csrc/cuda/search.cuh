@@ -71,7 +71,8 @@ struct SearchMemory {
 // One head of the packed codebook.
 struct PackedHead {
   const unsigned char* slabs;
-  const float *bias, *reach, *slope, *offset;
+  const float* bias;
+  const CodeBound* bounds;
   const TileInfo* tiles;
   int64_t n_tiles;
   int n_steps;
@@ -79,14 +80,13 @@ struct PackedHead {
   __device__ __forceinline__ PackedHead(const Packed& p, int64_t h)
       : slabs(p.slabs + h * p.n_tiles * p.n_steps * kSlabBytes),
         bias(p.bias + h * p.n_tiles * kTileCodes),
-        reach(p.reach + h * p.n_tiles * kTileCodes),
-        slope(p.slope + h * p.n_tiles * kTileCodes),
-        offset(p.offset + h * p.n_tiles * kTileCodes),
+        bounds(p.bounds + h * p.n_tiles * kTileCodes),
         tiles(p.tiles + h * p.n_tiles),
         n_tiles(p.n_tiles),
         n_steps(p.n_steps) {}
   __device__ __forceinline__ float bound(const RowInfo& row, int64_t k) const {
-    return fmaf(row.rho, reach[k], fmaf(row.norm, slope[k], offset[k] + row.own));
+    const CodeBound code = bounds[k];
+    return fmaf(row.rho, code.reach, fmaf(row.norm, code.slope, code.offset + row.own));
   }
 };
 
@@ -167,8 +167,8 @@ struct WarpSearch {
       for (int r = 0; r < S::kRowTiles; ++r) {
         const uint4 v = *reinterpret_cast<const uint4*>(rows + (r * head.n_steps + u) * 512);
         a[r][0] = v.x;
-        a[r][1] = v.z;
-        a[r][2] = v.y;
+        a[r][1] = v.y;
+        a[r][2] = v.z;
         a[r][3] = v.w;
       }
 #pragma unroll
@@ -226,15 +226,26 @@ struct WarpSearch {
         for (int i = 0; i < 16; ++i) v[i] = score[s / 2][i / 2][s % 2 * 2 + i % 2];
   }
 
+  // The next score to the front: a loop that is not unrolled, and so needs few registers, has no other way to each.
+  static __device__ __forceinline__ void turn(float (&v)[16]) {
+    const float front = v[0];
+#pragma unroll
+    for (int i = 0; i < 15; ++i) v[i] = v[i + 1];
+    v[15] = front;
+  }
+
   // Raises the limit of the rows of slot s, and lists the scores v of the tile that could win.
-  __device__ __forceinline__ void note(int s, const float (&v)[16], int64_t tile, bool irregular, float bound) {
+  __device__ __forceinline__ void note(int s, float (&v)[16], int64_t tile, bool irregular, float bound) {
     const int row = row_of(s), at_row = group * S::kRows + row;
     const RowInfo info = m.info[row];
     const int64_t k0 = tile * kTileCodes + lane % 4 * 2;
     float certain = kNever;
     if (irregular) {
-#pragma unroll
-      for (int i = 0; i < 16; ++i) certain = fmaxf(certain, v[i] - head.bound(info, k0 + i / 2 * 8 + i % 2));
+#pragma unroll 1
+      for (int i = 0; i < 16; ++i) {
+        certain = fmaxf(certain, v[0] - head.bound(info, k0 + i / 2 * 8 + i % 2));
+        turn(v);
+      }
     } else {
 #pragma unroll
       for (int i = 0; i < 16; ++i) certain = fmaxf(certain, v[i]);
@@ -244,10 +255,16 @@ struct WarpSearch {
     certain = fmaxf(certain, __shfl_xor_sync(kWarp, certain, 2));
     float limit = fmaxf(m.limit[at_row], certain);
     unsigned found = 0;
+    if (irregular) {
+#pragma unroll 1
+      for (int i = 0; i < 16; ++i) {
+        if (!(v[0] + head.bound(info, k0 + i / 2 * 8 + i % 2) < limit)) found |= 1u << i;
+        turn(v);
+      }
+    } else {
 #pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const float b = irregular ? head.bound(info, k0 + i / 2 * 8 + i % 2) : bound;
-      if (!(v[i] + b < limit)) found |= 1u << i;
+      for (int i = 0; i < 16; ++i)
+        if (!(v[i] + bound < limit)) found |= 1u << i;
     }
     // Each lane of the quad writes behind those before it.
     int upto = __popc(found);

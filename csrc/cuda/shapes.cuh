@@ -5,9 +5,9 @@
 
 namespace fastvq::cuda {
 
-using Rows128By16 = Shape<128, 4, 2, 3, 1, 3>;  // dims up to 16
-using Rows128By32 = Shape<128, 4, 2, 3, 2, 3>;  // dims up to 32
-using Rows128 = Shape<128, 4, 2, 3, 4, 3>;
+using Rows128By16 = Shape<128, 4, 2, 3, 1, 2>;  // dims up to 16
+using Rows128By32 = Shape<128, 4, 2, 3, 2, 2>;  // dims up to 32
+using Rows128 = Shape<128, 4, 2, 3, 4, 2>;
 using Rows64 = Shape<64, 2, 2, 2, 4, 2>;
 using Rows32 = Shape<32, 1, 2, 2, 4, 2>;
 using Rows16 = Shape<16, 1, 1, 2, 4, 2>;

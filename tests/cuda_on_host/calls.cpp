@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../../csrc/bind_views.h"
+#include "../../csrc/cuda/lookup.cuh"
 #include "../../csrc/fastvq_cuda.h"
 
 using namespace fastvq;
@@ -68,6 +69,10 @@ struct NearestCall {
   const uint8_t* mask;
   int64_t *indices, *workspace;
 };
+NearestCall nearest_call(Arguments& a) {
+  return {a.vectors(), a.codebook(), a.metric(), a.integer(), a.address<uint8_t>(), a.address<int64_t>(),
+          a.address<int64_t>()};
+}
 
 struct StatisticsCall {
   Rows x;
@@ -124,9 +129,17 @@ int pixelcnn_map(Arguments& a) {
 const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
     {"nearest",
      [](Arguments& a) {
-       const NearestCall c{a.vectors(), a.codebook(), a.metric(), a.integer(), a.address<uint8_t>(), a.address<int64_t>(),
-                           a.address<int64_t>()};
+       const NearestCall c = nearest_call(a);
        return cuda::nearest(c.x, c.codes, c.metric, c.fast != 0, c.mask, c.indices, c.workspace, nullptr);
+     }},
+    // The filter alone: -2 where the full scan would have to decide.
+    {"filter",
+     [](Arguments& a) {
+       const NearestCall c = nearest_call(a);
+       cuda::Packed packed;
+       cuda::packed_layout(c.codes, reinterpret_cast<unsigned char*>(c.workspace), &packed);
+       if (const int error = cuda::pack_codes(c.codes, c.metric, c.fast != 0, packed, nullptr)) return error;
+       return cuda::filtered_lookup({c.x, c.codes, c.metric, c.fast != 0, c.mask, c.indices}, packed, nullptr);
      }},
     {"shared_limit",
      [](Arguments& a) {

@@ -134,6 +134,7 @@ inline double __dsub_rn(double a, double b) { return a - b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __ddiv_rn(double a, double b) { return a / b; }
 inline double __dsqrt_rn(double a) { return std::sqrt(a); }
+inline double rsqrt(double a) { return 1 / std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __uint_as_float(uint32_t bits) { return on_host::from_bits<float>(bits); }
 inline uint32_t __float_as_uint(float f) { return static_cast<uint32_t>(on_host::as_bits(f)); }

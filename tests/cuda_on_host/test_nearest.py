@@ -6,6 +6,7 @@ import torch
 
 from fastvq import _native
 from fastvq.ops import nearest
+from fastvq.ops.nearest import cuda
 from tests import oracle
 from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
 from tests.cuda_on_host import host
@@ -29,9 +30,10 @@ def test_hard_cases(case, dtype, cuda_on_host):
 
 
 SIZES = ((1, 1, 1), (2, 3, 7), (7, 17, 31), (17, 64, 3), (65, 31, 64), (33, 65, 17), (127, 127, 2), (3, 1000, 65))
+WIDE = ((40, 70, 600), (33, 150, 1100), (17, 70, 2100), (3, 65, 4096), (3, 5, 4097))  # a block's shape for each
 
 
-@pytest.mark.parametrize(("n", "k", "d"), SIZES)
+@pytest.mark.parametrize(("n", "k", "d"), SIZES + WIDE)
 def test_sizes(n, k, d, cuda_on_host):
     x, codebook = gaussian(n, k, d, generator(n * k + d))
     for metric in METRICS:
@@ -60,7 +62,7 @@ def test_layouts(cuda_on_host):
         assert all(torch.equal(got[h], oracle.nearest(x[h], heads[h], metric)) for h in range(3))
 
 
-def add_call(calls, x, codebook, metric, mask=None):
+def add_call(calls, x, codebook, metric, mask=None, launcher="nearest"):
     """The lookup of x [N, D]; its workspace holds NaN."""
     _, rows = _native.rows_view(x, None)
     codes = _native.codes_view(codebook)
@@ -70,7 +72,7 @@ def add_call(calls, x, codebook, metric, mask=None):
     if mask is not None:
         buffers.append(host.as_bytes(mask))
     calls.add(
-        "nearest",
+        launcher,
         buffers,
         [host.Buffer(0), *rows[1:], host.Buffer(1), *codes[1:], _native.metric_code(metric), 0,
          host.NOTHING if mask is None else host.Buffer(4), host.Buffer(2), host.Buffer(3)],
@@ -85,11 +87,49 @@ def test_under_sanitizers(kind, tmp_path):
         rows, codes = x[:SANITIZED_ROWS].contiguous(), codebook[:SANITIZED_CODES].contiguous()
         add_call(calls, rows, codes, METRICS[i % 3])
         expected.append(oracle.nearest(rows, codes, METRICS[i % 3]))
-    for i, (n, k, d) in enumerate(SIZES):
+    for i, (n, k, d) in enumerate(SIZES + WIDE):
         x, codebook = gaussian(n, k, d, generator(i))
-        x, codebook = x.to(DTYPES[i % 4]), codebook.to(DTYPES[i // 2 % 4])
+        if (n, k, d) in SIZES:
+            x, codebook = x.to(DTYPES[i % 4]), codebook.to(DTYPES[i // 2 % 4])
         mask = torch.rand(n, generator=generator(i)) < 0.7
         add_call(calls, x, codebook, METRICS[i % 3], mask)
         expected.append(torch.where(mask, oracle.nearest(x, codebook, METRICS[i % 3]), -1))
     for i, (buffers, right) in enumerate(zip(calls.run(kind, tmp_path), expected, strict=True)):
         assert np.array_equal(np.frombuffer(buffers[2], np.int64), right.numpy()), f"call {i}"
+
+
+def test_what_the_filter_leaves_to_the_full_scan(tmp_path):
+    """Exact indices alone would not show a bound that is empty: these rows must be settled without the scan."""
+    g = generator(1)
+    x, codebook = gaussian(48, 200, 48, g)
+    huge = codebook.clone()
+    huge[100] *= 1e25
+    cases = [
+        (x, codebook, "euclidean"), (x, codebook, "dot"), (x, codebook, "cosine"),
+        (x.bfloat16(), codebook.half(), "dot"),
+        (x + 1000, codebook + 1000, "euclidean"), (x, huge, "euclidean"), (x * 1e-30, codebook * 1e-30, "euclidean"),
+        (x, torch.cat([codebook, codebook]), "euclidean"),
+        (x, codebook[:1].expand(100, 48).contiguous(), "euclidean"),
+    ]  # fmt: skip
+    calls = host.Calls()
+    for case in cases:
+        add_call(calls, *case, launcher="filter")
+    *settled, many_ties = (np.frombuffer(b[2], np.int64) for b in calls.run("address", tmp_path))
+    for (rows, codes, metric), got in zip(cases, settled, strict=False):
+        assert np.array_equal(got, oracle.nearest(rows, codes, metric).numpy()), metric
+    assert (many_ties == -2).all()
+
+
+def test_a_device_that_gives_wrong_indices_is_not_used(cuda_on_host, monkeypatch):
+    monkeypatch.setattr(cuda, "_checked", {})
+    x, codebook = gaussian(7, 5, 3, generator(0))
+    nearest(x, codebook, backend="cuda")
+    assert cuda._checked == {x.device: None}
+    right = cuda.nearest
+    monkeypatch.setattr(cuda, "nearest", lambda *a: right(*a).clamp(max=140))
+    cuda._checked.clear()
+    with (
+        pytest.warns(RuntimeWarning, match="backend 'cuda' is not used"),
+        pytest.raises(ValueError, match=r"cuda: on cpu it gave \d+ of 150 wrong indices"),
+    ):
+        nearest(x, codebook, backend="cuda")

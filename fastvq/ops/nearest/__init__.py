@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _native
+from fastvq import _native
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_option
 from fastvq.ops._library import register
@@ -18,7 +18,7 @@ METRICS = ("euclidean", "cosine", "dot")
 PRECISIONS = ("exact", "fast")
 IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.nearest, _native.refuse),
-    "cuda": Implementation(cuda.nearest, _cuda_native.refuse),
+    "cuda": Implementation(cuda.nearest, cuda.refuse),
     "reference": Implementation(reference.nearest, lambda *_: None),
 }
 

@@ -1,0 +1,102 @@
+"""The machine code of the CUDA kernels, as far as it can be judged without a GPU."""
+
+import collections
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastvq import _cuda_native
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+# Of the shape that serves most widths, for 64 dims: of a warp's tile 32 x 64 the products and what follows them. A
+# score costs a multiply-add and a maximum, four scores a load of two biases; products come with their operands' loads
+# and what the compiler adds. The rest of a kernel, where rows are placed or near-ties settled, is not counted.
+SCORES = 64  # of a thread
+EPILOGUE_PER_SCORE, PRODUCTS_PER_SCORE = 3.0, 4.0
+
+
+def _disassembler() -> tuple[Path, dict[str, str]] | None:
+    """cuobjdump and an environment in which it finds nvdisasm: the CUDA toolkit's, or the one in Triton's wheel."""
+    folders = []
+    try:
+        import triton
+
+        folders.append(Path(triton.__file__).parent / "backends/nvidia/bin")
+    except ImportError:
+        pass
+    if found := shutil.which("cuobjdump"):
+        folders.append(Path(found).parent)
+    for folder in folders:
+        if (folder / "cuobjdump").exists() and (folder / "nvdisasm").exists():
+            return folder / "cuobjdump", {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    return None
+
+
+TOOL = _disassembler()
+pytestmark = [
+    pytest.mark.skipif(not _cuda_native.built(), reason="fastvq._cuda is not built here"),
+    pytest.mark.skipif(TOOL is None, reason="neither the CUDA toolkit nor Triton brings cuobjdump and nvdisasm"),
+]
+
+
+def _dump(*options: str) -> str:
+    tool, environment = TOOL
+    command = [str(tool), *options, _cuda_native._cuda.__file__]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+
+
+@pytest.fixture(scope="module")
+def sm_80() -> dict[str, list[str]]:
+    """The instructions of each kernel."""
+    kernels: dict[str, list[str]] = collections.defaultdict(list)
+    name = ""
+    for line in _dump("-sass", "-arch", "sm_80").splitlines():
+        if "Function :" in line:
+            name = line.split()[-1]
+        elif found := INSTRUCTION.match(line):
+            kernels[name].append(found[1])
+    return kernels
+
+
+def test_every_architecture_is_there():
+    listed = _dump("-lelf")
+    named = [a for a in _cuda_native._cuda.architectures().split() if a.startswith("sm_")]
+    assert named and all(f"{a}." in listed for a in named)
+
+
+def test_nothing_spills():
+    usage = re.findall(r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", _dump("-res-usage"))
+    assert len(usage) >= 10
+    assert [u for u in usage if u[2] != "0" or u[3] != "0"] == []
+
+
+def test_no_kernel_reads_local_memory(sm_80):
+    assert [name for name, code in sm_80.items() if any(i.startswith(("LDL", "STL")) for i in code)] == []
+
+
+def test_lookups_run_on_tensor_cores_with_asynchronous_copies(sm_80):
+    lookups = [code for name, code in sm_80.items() if "lookup_kernel" in name]
+    assert len(lookups) == 6
+    for code in lookups:
+        assert any(i.startswith("HMMA.16816.F32") for i in code) and any(i.startswith("LDGSTS") for i in code)
+
+
+def test_definition_is_never_contracted(sm_80):
+    scans = {name: code for name, code in sm_80.items() if "scan_kernel" in name}
+    assert len(scans) == 3
+    for name, code in scans.items():
+        # The cosine's division and root are made of DFMA; nothing else may be.
+        assert "MetricE1" in name or not any(i.startswith("DFMA") for i in code)
+
+
+def test_instructions_a_score(sm_80):
+    code = next(c for name, c in sm_80.items() if "lookup_kernel" in name and "Li128ELi4ELi2ELi3ELi4ELi2" in name)
+    products = [at for at, i in enumerate(code) if i.startswith("HMMA")]
+    vote = next(at for at, i in enumerate(code) if at > products[-1] and i.startswith("VOTE"))
+    assert len(products) == SCORES // 4 * 4
+    assert (products[-1] - products[0] + 1) / SCORES <= PRODUCTS_PER_SCORE
+    assert (vote - products[-1]) / SCORES <= EPILOGUE_PER_SCORE
