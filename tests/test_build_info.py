@@ -66,8 +66,21 @@ def test_the_cuda_extension_without_a_driver_says_so():
     info = fastvq.build_info()
     assert info["cuda"]["compiler"].startswith("nvcc") and "sm_80" in info["cuda"]["architectures"]
     assert "CUDA error 35" in info["backends"]["cuda"]["reason"]
-    with pytest.raises(ValueError, match="CUDA error 35"):
-        fastvq.ops.nearest(torch.randn(5, 3), torch.randn(7, 3), backend="cuda")
+    x, ids = torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)
+    image, weight = torch.randn(1, 3, 4, 4), torch.randn(6, 3, 3, 3)
+    codebook, size = torch.randn(7, 3), torch.ones(7)
+    shapes = [(7, 3), (6, 3, 1, 1), (6,), (6, 3, 1, 1), (6,), (6, 3, 1, 1), (6,), (3, 3, 1, 1), (3,)]
+    sampler = [torch.randn(s) for s in [*shapes, (3, 3, 1, 1), (3,), (7, 3, 1, 1), (7,)]]
+    for call in (
+        lambda: fastvq.ops.nearest(x, codebook, backend="cuda"),
+        lambda: fastvq.ops.code_statistics(x, ids, 7, backend="cuda"),
+        lambda: fastvq.ops.ema_update_(codebook, codebook, size, codebook, ids.new_zeros(7), decay=0.5, backend="cuda"),
+        lambda: fastvq.ops.masked_conv2d(image, weight, backend="cuda"),
+        lambda: fastvq.ops.gated_masked_conv2d(image, weight, backend="cuda"),
+        lambda: fastvq.ops.pixelcnn_start(sampler, (1,), (1, 2, 2), backend="cuda"),
+    ):
+        with pytest.raises(ValueError, match=r"cuda: no CUDA device can be used: .*CUDA error 35"):
+            call()
 
 
 def test_a_wrong_wish_for_cuda_gives_one_readable_line(tmp_path):

@@ -112,6 +112,11 @@ def test_gated_in_narrow_types(dtype, cuda_on_host):
     check_gated(x, weight, bias, condition, out, t, s)
 
 
+def least_rounding(dtype):
+    """Below the smallest normal number a rounding is of absolute size."""
+    return torch.finfo(dtype).smallest_normal * roundoff(dtype)
+
+
 def check_gated(x, weight, bias, condition, out, t, s):
     """Pre-activations as sums of x's type; each factor has six roundings of its own, then the one to its type."""
     wide = [torch.where(literal_mask("B", weight), weight, 0).double(), bias.double()]
@@ -121,8 +126,7 @@ def check_gated(x, weight, bias, condition, out, t, s):
     a, b = y.chunk(2, 1)
     of_a, of_b = (gamma_of(x.dtype)(n_taps * x.shape[1] + 3, torch.float32) * size).chunk(2, 1)
     own = 6 * 2.0**-24 + roundoff(x.dtype)
-    # Below the smallest normal number a rounding to float16 is of absolute size.
-    least = torch.finfo(x.dtype).smallest_normal * roundoff(x.dtype)
+    least = least_rounding(x.dtype)
     assert_within(t, a.tanh(), of_a + own * a.tanh().abs() + least)
     assert_within(s, b.sigmoid(), of_b / 4 + own * b.sigmoid() + least)
     assert_within(out, a.tanh() * b.sigmoid(), of_a + of_b / 4 + 2 * own * (a.tanh() * b.sigmoid()).abs() + least)
@@ -161,6 +165,8 @@ def test_under_sanitizers(kind, tmp_path):
     calls, checks = host.Calls(), []
     cases = [(shape, layout, DTYPES[i % 3]) for i, (shape, layout) in enumerate(SHAPES)]
     cases += [((1, 16, 20, 5, 4, (3, 3)), LAST, torch.bfloat16)]
+    if kind == "thread":  # which takes a minute a shape; these have several tiles, steps, taps and kinds of chunk
+        cases = [cases[0], *cases[5:]]
     for i, (shape, layout, dtype) in enumerate(cases):
         x, weight, bias, grad = case(shape, i, dtype, layout)
         used = literal_mask("B", weight)
@@ -251,4 +257,4 @@ def check_gate_gradient(grad, t, s, both):
     expected = torch.cat([g * s * (1 - t * t), g * t * (s * (1 - s))], 1)
     # Five roundings of factors that are at most one, then the one to the result's type.
     bound = gamma(5, torch.float32) * g.abs().repeat(1, 2, 1, 1) + roundoff(both.dtype) * expected.abs()
-    assert_within(both, expected, bound)
+    assert_within(both, expected, bound + least_rounding(both.dtype))
