@@ -69,9 +69,10 @@ def _run(device: torch.device, lookup: Lookup, reference: Lookup) -> str | None:
 
 
 def mismatch(backend: str, device: torch.device, lookup: Lookup, reference: Lookup) -> str | None:
-    """Why ``lookup``, a backend's, must not serve on ``device``, or None. The golden set runs at the first call on a kind of card.
+    """Why ``lookup``, a backend's, must not serve on ``device``, or None.
 
-    While a CUDA graph is being captured nothing can be compared, and an answer not yet known is taken to be None.
+    The golden set runs at the first call on a kind of card. While a CUDA graph is being captured nothing
+    can be compared, and an answer not yet known is taken to be None.
     """
     if device.type != "cuda":
         return None
