@@ -48,8 +48,13 @@ struct LookupCounts {
 };
 // indices [H, N]: for every row the lexicographic minimum of (d_k, k), d_k in float64 in the order of the definition.
 // fast: the winner of the float32 filter instead. x and codes have as many heads (a shared codebook: stride_head 0).
+// kept: null, or what pack_codebook wrote for these codes, this metric and instruction set; it is only read.
 LookupCounts nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, int64_t* indices, Isa isa,
-                     int n_threads);
+                     int n_threads, void* kept);
+
+// Packs a codebook into packed_bytes bytes at kept, aligned to 64.
+int64_t packed_bytes(const Codes& codes, Isa isa);
+void pack_codebook(const Codes& codes, Metric metric, Isa isa, int n_threads, void* kept);
 
 struct QuantizeSums {
   double squares;  // of (x - c) over real vectors, NaN where one of them is not finite
@@ -57,7 +62,7 @@ struct QuantizeSums {
 };
 // mask [H, N] or null, zero where there is no vector: index -1 and zeros there. quantized: x's shape and dtype.
 QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask,
-                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads);
+                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads, void* kept);
 // grad_x = G + scale (x - c), zero where the index is -1; G is grad_quantized (null: zero), or with rotation
 // lambda (g - 2 r (r.g) + 2 x^ (q^.g)), see quantize_rows.h.
 void quantize_backward(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized,

@@ -19,13 +19,14 @@ inline int64_t block_rows(int64_t dim) {
 // Wider vectors would need a bound whose first-order form no longer holds; they are scored by the definition.
 constexpr int64_t kMaxFilterDim = 16384;
 
-// One head's codebook as the filter reads it: panels of `width` codes, [n_panels][dim][width] float32.
+// One head's codebook as the filter reads it: panels of `width` codes, for float32 filters [n_panels][dim][width].
 // The score of code k for row x is bias + x'.c'; its error is at most |x'| * slope + offset (+ the row's own part).
 struct PackedCodes {
   int64_t n_codes, dim, width, n_panels;
-  float* panels;
+  char* panels;                      // [n_panels] of panel_bytes each
   float *bias, *slope, *offset;      // [n_panels * width]
   float *panel_slope, *panel_offset; // [n_panels], the largest of the panel
+  float* zeros;                      // [n_panels * width]: the bounds where no certificate is asked for
   float* mean;                       // [2 dim]: what was subtracted from the codes (zero where nothing was), zeros
   bool centred;
   double mean_norm;
@@ -46,6 +47,7 @@ struct Lookup {
 // What an instruction set provides. Every function is called with the default floating-point environment.
 struct NearestKernels {
   int64_t width;  // codes in a panel
+  int64_t (*panel_bytes)(int64_t dim);
   // Chooses the mean to subtract. scratch: 2 dim doubles.
   void (*centre)(const Codes&, int64_t head, Metric, double* scratch, PackedCodes&);
   // Packs panels [first, last); returns what the codes there mean for the whole codebook.
@@ -54,8 +56,7 @@ struct NearestKernels {
     bool usable, excluded_large, irregular;
     double largest, smallest;
   };
-  Found (*pack)(const Codes&, int64_t head, Metric, bool fast, int64_t first, int64_t last, double* scratch,
-                PackedCodes&);
+  Found (*pack)(const Codes&, int64_t head, Metric, int64_t first, int64_t last, double* scratch, PackedCodes&);
   // Bytes of scratch for one thread of search.
   size_t (*search_bytes)(int64_t dim);
   void (*search)(const Lookup&, const PackedCodes&, int64_t head, int64_t first, int64_t n, char* scratch,

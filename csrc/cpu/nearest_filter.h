@@ -71,7 +71,7 @@ void score_panels(const float* tiles, int n_tiles, const PackedCodes& packed, in
                   float* scores, float* maxima) {
   const int64_t D = packed.dim, empty = packed.n_panels * kWidth - packed.n_codes;
   const int partial = first + n_panels == packed.n_panels && empty >= kLanes;
-  const float* panel = packed.panels + first * kWidth * D;
+  const float* panel = panel_at(packed, first);
   const float* bias = packed.bias + first * kWidth;
   for (int p = 0; p < n_panels; ++p, panel += kWidth * D, bias += kWidth) {
     const auto score = p < n_panels - partial                    ? score_tile<kTileVectors, KeepScores>
@@ -185,7 +185,7 @@ __attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& pa
     if (kept_scores)
       scores = kept_scores + p * kWidth;
     else
-      score_row(tile_row, packed.panels + k0 * packed.dim, packed.bias + k0, packed.dim, again);
+      score_row(tile_row, panel_at(packed, chunk.first + p), packed.bias + k0, packed.dim, again);
     uint64_t mask = 0;
     for (int v = 0; v < kTileVectors && k0 + v * kLanes < packed.n_codes; ++v) {
       const int64_t k = k0 + v * kLanes;
@@ -317,7 +317,7 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
     const int64_t piece = next_bytes / n_tiles + 64;
     for (int64_t t = 0; t < n_tiles; ++t) {
       if (t * piece < next_bytes)
-        prefetch(reinterpret_cast<const char*>(packed.panels) + next * panel_bytes + t * piece,
+        prefetch(packed.panels + next * panel_bytes + t * piece,
                  next_bytes - t * piece < piece ? next_bytes - t * piece : piece);
       if (t % kGroupTiles) continue;
       const int64_t g0 = t * kTileRows, here = n - g0 < kGroupTiles * kTileRows ? n - g0 : kGroupTiles * kTileRows;

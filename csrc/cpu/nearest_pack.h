@@ -98,10 +98,14 @@ double sum_of_squares(const typename E::Stored* c, int64_t D) {
   return sum;
 }
 
+inline float* panel_at(const PackedCodes& packed, int64_t panel) {
+  return reinterpret_cast<float*>(packed.panels) + panel * packed.width * packed.dim;
+}
+
 inline float rounded_up(double v) { return static_cast<float>(v * kSlack); }
 
 template <class E>
-NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, bool fast, int64_t first, int64_t last,
+NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, int64_t first, int64_t last,
                                  double* scratch, PackedCodes& packed) {
   const int64_t D = packed.dim, W = packed.width;
   const double n = static_cast<double>(D), root = std::sqrt(n) * 0x1p-148, u = 0x1p-24;
@@ -143,10 +147,8 @@ NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, b
                            : metric == Metric::dot     ? (n + 3) * 0x1p-53 * (norm + packed.mean_norm)
                                                        : (2 * n + 8) * 0x1p-53;
         const double own_square = metric == Metric::euclidean ? (n + 3) * 0x1p-53 * norm * norm : 0;
-        if (!fast) {
-          slope = rounded_up((n + 6) * u * norm + own + root);
-          offset = rounded_up((n + 8) * u * -static_cast<double>(bias) + own_square + root * norm + underflow);
-        }
+        slope = rounded_up((n + 6) * u * norm + own + root);
+        offset = rounded_up((n + 8) * u * -static_cast<double>(bias) + own_square + root * norm + underflow);
         panel_slope = slope > panel_slope ? slope : panel_slope;
         panel_offset = offset > panel_offset ? offset : panel_offset;
       } else {
@@ -155,7 +157,7 @@ NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, b
       packed.bias[k] = bias;
       packed.slope[k] = slope;
       packed.offset[k] = offset;
-      if ((j & 7) == 7) transpose8(eight, D, packed.panels + p * W * D + j - 7, W);
+      if ((j & 7) == 7) transpose8(eight, D, panel_at(packed, p) + j - 7, W);
     }
     packed.panel_slope[p] = panel_slope;
     packed.panel_offset[p] = panel_offset;

@@ -15,10 +15,12 @@ void centre(const Codes& codes, int64_t h, Metric metric, double* scratch, Packe
     with_element(codes.dtype, [&](auto e) { centre_codes<decltype(e)>(codes, h, scratch, packed); });
 }
 
-NearestKernels::Found pack(const Codes& codes, int64_t h, Metric metric, bool fast, int64_t first, int64_t last,
-                           double* scratch, PackedCodes& packed) {
+int64_t panel_bytes(int64_t dim) { return 4 * dim * kWidth; }
+
+NearestKernels::Found pack(const Codes& codes, int64_t h, Metric metric, int64_t first, int64_t last, double* scratch,
+                           PackedCodes& packed) {
   return with_element(codes.dtype, [&](auto e) {
-    return pack_codes<decltype(e)>(codes, h, metric, fast, first, last, scratch, packed);
+    return pack_codes<decltype(e)>(codes, h, metric, first, last, scratch, packed);
   });
 }
 
@@ -41,7 +43,7 @@ double fma_chains(int64_t n, float* out) {
 
 }  // namespace
 
-const NearestKernels FASTVQ_NEAREST_TABLE = {kWidth, centre, pack, search_bytes, search, gather, backward,
-                                             fma_chains};
+const NearestKernels FASTVQ_NEAREST_TABLE = {kWidth, panel_bytes, centre, pack,       search_bytes,
+                                             search, gather,      backward, fma_chains};
 
 }  // namespace fastvq

@@ -13,7 +13,7 @@ def lookup(x, codebook, metric="euclidean", fast=False):
     indices = torch.empty(x.shape[0], dtype=torch.int64)
     x, rows = _native.rows_view(x, None)
     rescored, scanned = _native._cpu.nearest(
-        rows, _native.codes_view(codebook), _native.metric_code(metric), fast, indices.data_ptr(), _native.isa(), 1
+        rows, _native.codes_view(codebook), _native.metric_code(metric), fast, indices.data_ptr(), _native.isa(), 1, 0
     )
     return indices, rescored, scanned
 
