@@ -20,12 +20,14 @@ inline int64_t block_rows(int64_t dim) {
 constexpr int64_t kMaxFilterDim = 16384;
 
 // One head's codebook as the filter reads it: panels of `width` codes, for float32 filters [n_panels][dim][width].
-// The score of code k for row x is bias + x'.c'; its error is at most |x'| * slope + offset (+ the row's own part).
+// The score of code k for row x is bias + x'.c'; its error is at most |x'| * slope + offset (+ the row's own part, and
+// lost * reach where the filter rounds its operands).
 struct PackedCodes {
   int64_t n_codes, dim, width, n_panels;
   char* panels;                      // [n_panels] of panel_bytes each
   float *bias, *slope, *offset;      // [n_panels * width]
   float *panel_slope, *panel_offset; // [n_panels], the largest of the panel
+  float *reach, *panel_reach;        // filters that round their operands: |c^|, what a row's rounding is worth
   float* zeros;                      // [n_panels * width]: the bounds where no certificate is asked for
   float* mean;                       // [2 dim]: what was subtracted from the codes (zero where nothing was), zeros
   bool centred;
@@ -47,6 +49,7 @@ struct Lookup {
 // What an instruction set provides. Every function is called with the default floating-point environment.
 struct NearestKernels {
   int64_t width;  // codes in a panel
+  bool rounded;   // whether reach is needed
   int64_t (*panel_bytes)(int64_t dim);
   // Chooses the mean to subtract. scratch: 2 dim doubles.
   void (*centre)(const Codes&, int64_t head, Metric, double* scratch, PackedCodes&);

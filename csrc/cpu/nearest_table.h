@@ -1,7 +1,7 @@
 // The functions of one instruction set, gathered for nearest.cpp. The including file names its vectors first
-// (simd_*.h) and defines FASTVQ_NEAREST_TABLE.
+// (simd_*.h), then its filter (nearest_filter.h, nearest_amx.h), and defines FASTVQ_NEAREST_TABLE.
 #pragma once
-#include "nearest_filter.h"
+#include "nearest_resolve.h"
 #include "quantize_rows.h"
 
 namespace fastvq {
@@ -15,12 +15,10 @@ void centre(const Codes& codes, int64_t h, Metric metric, double* scratch, Packe
     with_element(codes.dtype, [&](auto e) { centre_codes<decltype(e)>(codes, h, scratch, packed); });
 }
 
-int64_t panel_bytes(int64_t dim) { return 4 * dim * kWidth; }
-
 NearestKernels::Found pack(const Codes& codes, int64_t h, Metric metric, int64_t first, int64_t last, double* scratch,
                            PackedCodes& packed) {
   return with_element(codes.dtype, [&](auto e) {
-    return pack_codes<decltype(e)>(codes, h, metric, first, last, scratch, packed);
+    return pack_codes<decltype(e), CodeLayout>(codes, h, metric, first, last, scratch, packed);
   });
 }
 
@@ -43,7 +41,7 @@ double fma_chains(int64_t n, float* out) {
 
 }  // namespace
 
-const NearestKernels FASTVQ_NEAREST_TABLE = {kWidth, panel_bytes, centre, pack,       search_bytes,
-                                             search, gather,      backward, fma_chains};
+const NearestKernels FASTVQ_NEAREST_TABLE = {kWidth,       kRounded, panel_bytes, centre,   pack,
+                                             search_bytes, search,   gather,      backward, fma_chains};
 
 }  // namespace fastvq

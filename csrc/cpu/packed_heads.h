@@ -110,6 +110,10 @@ class PackedHeads {
     p.offset = floats(padded_codes);
     p.panel_slope = floats(p.n_panels);
     p.panel_offset = floats(p.n_panels);
+    if (kernels.rounded) {
+      p.reach = floats(padded_codes);
+      p.panel_reach = floats(p.n_panels);
+    }
     p.zeros = floats(padded_codes);
     p.mean = floats(2 * p.dim);
     return used;
@@ -173,7 +177,7 @@ class PackedHeads {
   // Without a certificate a bound is zero.
   void drop_bounds() {
     for (PackedCodes& p : heads_) {
-      p.slope = p.offset = p.panel_slope = p.panel_offset = p.zeros;
+      p.slope = p.offset = p.panel_slope = p.panel_offset = p.reach = p.panel_reach = p.zeros;
       p.row_part = 0;
     }
   }
