@@ -2,7 +2,8 @@
 
 The extension holds no torch header, so it builds without torch and serves any version of it. A ninja file is
 written and run: sources compile side by side, and an edited one recompiles alone. A source whose name ends in
-_avx2 or _avx512 is compiled for that instruction set, and only on x86-64; which one runs is decided at run time.
+_avx2, _avx512 or _amx is compiled for that instruction set, and only on x86-64; which one runs is decided at run time.
+_amx is left out where the compiler does not have it, _emulated everywhere but with FASTVQ_EMULATED_TILES=1.
 """
 
 import os
@@ -27,7 +28,15 @@ CXXFLAGS = [
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # gcc takes its own headers of AVX-512 for reads of uninitialised variables.
-ISA_FLAGS = {"avx2": AVX2, "avx512": [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]}
+AVX512_QUIET = [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AMX = ["-mamx-tile", "-mamx-bf16"]
+ISA_FLAGS = {
+    "avx2": AVX2,
+    "avx512": AVX512_QUIET,
+    "amx": [*AVX512_QUIET, *AMX],
+    "emulated": AVX512_QUIET,
+}
+AMX_PROBE = "#include <immintrin.h>\nvoid f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); }\n"
 
 
 def find_compiler() -> str:
@@ -52,6 +61,14 @@ def find_ninja() -> str:
         return found
 
 
+def has_amx(compiler: str, work: Path) -> bool:
+    """Whether the compiler, and the assembler behind it, make matrix tile instructions."""
+    probe = work / "amx.cpp"
+    probe.write_text(AMX_PROBE)
+    command = [*compiler.split(), "-std=c++17", *AMX, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 def isa_of(source: Path) -> str | None:
     return next((isa for isa in ISA_FLAGS if source.stem.endswith("_" + isa)), None)
 
@@ -73,6 +90,13 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = [f'-I"{p}"' for p in (sysconfig.get_paths()["include"], pybind11.get_include())]
         flags = CXXFLAGS + os.environ.get("CXXFLAGS", "").split()
+        left_out = set(ISA_FLAGS) if not X86 else {"amx", "emulated"}
+        if X86 and sys.platform == "linux" and has_amx(compiler, work):
+            left_out.remove("amx")
+            flags.append("-DFASTVQ_AMX")
+        if X86 and os.environ.get("FASTVQ_EMULATED_TILES") == "1":
+            left_out.remove("emulated")
+            flags.append("-DFASTVQ_EMULATED")
         shared = ["-shared", "-pthread"] + (["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])
         shared += os.environ.get("LDFLAGS", "").split()
         lines = [
@@ -87,6 +111,8 @@ class NinjaBuild(build_ext):
         objects = []
         for source in map(Path, ext.sources):
             isa = isa_of(source)
+            if isa in left_out:
+                continue
             obj = work / source.relative_to("csrc").with_suffix(".o")
             objects.append(escape(obj))
             lines.append(f"build {objects[-1]}: compile {escape(ROOT / source)}")
@@ -102,6 +128,6 @@ class NinjaBuild(build_ext):
 
 cpu_sources = [p.relative_to(ROOT) for p in [ROOT / "csrc/bind_cpu.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]]
 setup(
-    ext_modules=[Extension("fastvq._cpu", [str(p) for p in cpu_sources if X86 or isa_of(p) is None])],
+    ext_modules=[Extension("fastvq._cpu", [str(p) for p in cpu_sources])],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "bind_conv.h"
+#include "bound_use.h"
 #include "fastvq.h"
 
 namespace py = pybind11;
@@ -38,6 +39,8 @@ PYBIND11_MODULE(_cpu, m) {
     return names;
   });
 
+  m.def("amx_unavailable", &amx_unavailable);
+
   m.def("nearest", [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t indices, int isa,
                       int n_threads, int64_t kept) {
     LookupCounts counts;
@@ -47,6 +50,14 @@ PYBIND11_MODULE(_cpu, m) {
                        static_cast<Isa>(isa), n_threads, pointer<void>(kept));
     }
     return py::make_tuple(counts.rescored, counts.scanned);
+  });
+  m.def("bound_use", [](const RowsTuple& x, const CodesTuple& c, int metric, int isa) {
+    BoundUse use;
+    {
+      py::gil_scoped_release release;
+      use = bound_use(rows(x), codes(c), static_cast<Metric>(metric), static_cast<Isa>(isa));
+    }
+    return py::make_tuple(use.largest, use.n_pairs);
   });
   m.def("packed_bytes", [](const CodesTuple& c, int isa) { return packed_bytes(codes(c), static_cast<Isa>(isa)); });
   m.def("pack_codebook", [](const CodesTuple& c, int metric, int isa, int n_threads, int64_t kept) {

@@ -6,7 +6,13 @@ namespace fastvq {
 
 const NearestKernels& nearest_kernels(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return nearest_avx512;
+#if defined(FASTVQ_AMX)
+  if (isa == Isa::amx) return nearest_amx;
+#endif
+#if defined(FASTVQ_EMULATED)
+  if (isa == Isa::emulated) return nearest_emulated;
+#endif
+  if (isa >= Isa::avx512) return nearest_avx512;
   if (isa == Isa::avx2) return nearest_avx2;
 #endif
   (void)isa;
@@ -38,6 +44,21 @@ LookupCounts nearest(const Rows& x, const Codes& codes, Metric metric, bool fast
                scanned += counts.scanned;
              });
   return {rescored, scanned};
+}
+
+BoundUse bound_use(const Rows& x, const Codes& codes, Metric metric, Isa isa) {
+  check(x, codes);
+  BoundUse use;
+  if (x.n_heads * x.n_rows() == 0) return use;
+  const NearestKernels& kernels = nearest_kernels(isa);
+  const PackedHeads packed(kernels, codes, metric, false, 1);
+  const Lookup lookup{&x, &codes, metric, false, nullptr, nullptr};
+  for_blocks(x, 1, kernels.search_bytes(x.dim), [&](int64_t h, int64_t first, int64_t n, int64_t, char* scratch) {
+    const BoundUse here = kernels.prove(lookup, packed[h], h, first, n, scratch);
+    use.largest = here.largest <= use.largest ? use.largest : here.largest;
+    use.n_pairs += here.n_pairs;
+  });
+  return use;
 }
 
 QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask,

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../bound_use.h"
 #include "../fastvq.h"
 
 namespace fastvq {
@@ -18,6 +19,9 @@ inline int64_t block_rows(int64_t dim) {
 
 // Wider vectors would need a bound whose first-order form no longer holds; they are scored by the definition.
 constexpr int64_t kMaxFilterDim = 16384;
+
+// Bias of a code that cannot win. Products of rows and codes that the filter takes stay below 2^121.
+constexpr float kNever = -0x1p127f;
 
 // One head's codebook as the filter reads it: panels of `width` codes, for float32 filters [n_panels][dim][width].
 // The score of code k for row x is bias + x'.c'; its error is at most |x'| * slope + offset (+ the row's own part, and
@@ -70,6 +74,7 @@ struct NearestKernels {
   // room: 4 dim doubles.
   void (*backward)(const Rows& x, const Codes&, const int64_t* indices, const Rows* grad_quantized, double scale,
                    bool rotation, const Rows& grad_x, int64_t head, int64_t first, int64_t n, double* room);
+  BoundUse (*prove)(const Lookup&, const PackedCodes&, int64_t head, int64_t first, int64_t n, char* scratch);
   // n rounds of independent multiply-adds; out: 16 floats. Returns the operations done.
   double (*fma_chains)(int64_t n, float* out);
 };
@@ -77,6 +82,12 @@ struct NearestKernels {
 extern const NearestKernels nearest_generic;
 #if defined(__x86_64__)
 extern const NearestKernels nearest_avx2, nearest_avx512;
+#if defined(FASTVQ_AMX)
+extern const NearestKernels nearest_amx;
+#endif
+#if defined(FASTVQ_EMULATED)
+extern const NearestKernels nearest_emulated;
+#endif
 #endif
 const NearestKernels& nearest_kernels(Isa isa);
 

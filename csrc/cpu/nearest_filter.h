@@ -159,8 +159,8 @@ FilterScratch filter_scratch(int64_t D, const Take& take) {
   return s;
 }
 
-// Steps 1 to 3 for a block of rows.
-inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+// Step 1 for a block of rows.
+inline void pack_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
                          FilterScratch& s, RowState* rows) {
   const int64_t D = packed.dim, n_tiles = (n + kTileRows - 1) / kTileRows;
   for (int64_t t = 0; t < n_tiles; ++t) {
@@ -173,6 +173,25 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
     });
     for (int64_t i = 0; i < here; ++i) start_row(rows[row + i], packed, lookup.fast, std::sqrt(squares[i]), 0);
   }
+}
+
+// All scores of a block of rows: visit(row, first code of a panel, its scores).
+template <class Visit>
+void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+                 FilterScratch& s, RowState* rows, const Visit& visit) {
+  pack_block(lookup, packed, h, first, n, s, rows);
+  for (int64_t i0 = 0; i0 < n; i0 += kTileRows)
+    for (int64_t p = 0; p < packed.n_panels; ++p) {
+      score_panels<true>(s.tiles + i0 * packed.dim, 1, packed, p, 1, s.scores, s.maxima);
+      for (int64_t i = 0; i < kTileRows && i0 + i < n; ++i) visit(i0 + i, p * kWidth, s.scores + i * kScoreStride);
+    }
+}
+
+// Steps 1 to 3 for a block of rows.
+inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+                         FilterScratch& s, RowState* rows) {
+  pack_block(lookup, packed, h, first, n, s, rows);
+  const int64_t D = packed.dim, n_tiles = (n + kTileRows - 1) / kTileRows;
   const bool keep_scores = D >= kKeepScoresDim;
   const int64_t most = keep_scores ? kChunkPanels : kLongChunkPanels, panel_bytes = 4 * D * kWidth;
   const int64_t fit = kChunkBytes / panel_bytes, chunk_panels = fit < 1 ? 1 : fit > most ? most : fit;
@@ -211,6 +230,23 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
       }
     }
   }
+}
+
+// The ceiling: independent chains of multiply-adds on registers alone. Returns the operations done.
+constexpr int kChains = kTileRows * kTileVectors;
+double fma_chains(int64_t n, float* out) {
+  V sums[kChains];
+  const V a = spread(0.5f), b = spread(out[0] + 1);  // every chain stays near 2: zeros and denormals take other times
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) sums[i] = spread(static_cast<float>(i));
+  for (int64_t t = 0; t < n; ++t) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i) sums[i] = mul_add(sums[i], a, b);
+  }
+  V total = sums[0];
+  for (int i = 1; i < kChains; ++i) total = larger(total, sums[i]);
+  store(out, sub(total, total));
+  return 2.0 * static_cast<double>(n) * kChains * kLanes;
 }
 
 }  // namespace

@@ -20,7 +20,6 @@ namespace {
 
 constexpr double kSlack = 1 + 0x1p-10;
 constexpr double kLargeCode = 0x1p60, kLargeRow = 0x1p58;  // euclidean: see finish_packing in nearest.cpp
-constexpr float kNever = -0x1p127f;                        // bias of a code that cannot win
 
 // A mean of up to kSampledCodes of the codes, evenly spread, is near enough to the mean of all.
 constexpr int64_t kSampledCodes = 128;

@@ -6,6 +6,8 @@
 namespace fastvq {
 namespace {
 
+static_assert(kMaxNoted <= kMaxExact, "best_of takes all codes that are noted");
+
 struct SearchScratch {
   FilterScratch filter;
   RowState* rows;

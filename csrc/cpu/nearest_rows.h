@@ -154,7 +154,7 @@ inline void start_row(RowState& row, const PackedCodes& packed, bool fast, doubl
   const bool inside = norm < packed.row_limit;  // false for NaN
   const bool bounded = inside && !fast;
   row.norm = bounded ? static_cast<float>(norm * kRowSlack) + 0x1p-149f : 0.0f;
-  row.lost = bounded && kRounded ? static_cast<float>(lost * kRowSlack + norm * 0x1p-50) : 0.0f;
+  row.lost = bounded && kRounded ? static_cast<float>(lost * kRowSlack + norm * 0x1p-44) : 0.0f;
   row.own = packed.row_part > 0 ? row.norm * row.norm * packed.row_part : 0.0f;
   row.lower = inside ? -HUGE_VALF : kClosed;
   row.n_noted = inside ? 0 : -1;

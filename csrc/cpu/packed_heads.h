@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "duplicate_codes.h"
 #include "fp_environment.h"
 #include "nearest.h"
 #include "parallel.h"
@@ -147,8 +148,11 @@ class PackedHeads {
       found[static_cast<size_t>(i)] = kernels.pack(codes, i / n_chunks, metric, first,
                                                    std::min(first + per_chunk, p.n_panels), room(thread), p);
     });
-    for (int64_t h = 0; h < H; ++h)
-      finish(heads_[static_cast<size_t>(h)], metric, &found[static_cast<size_t>(h * n_chunks)], n_chunks);
+    parallel_chunks(H, n_threads, [&](int64_t h, int) {
+      PackedCodes& p = heads_[static_cast<size_t>(h)];
+      finish(p, metric, &found[static_cast<size_t>(h * n_chunks)], n_chunks);
+      leave_out_duplicates(codes, h, p);
+    });
   }
 
   // A code of norm beyond 2^60 was left out under the euclidean metric. It cannot be nearest to a row of norm below
