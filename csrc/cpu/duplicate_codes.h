@@ -44,7 +44,7 @@ inline void leave_out_duplicates(const Codes& codes, int64_t head, PackedCodes& 
         break;
       }
       if (same(slot, k)) {
-        packed.bias[k] = kNever;
+        packed.bias[k] = kRepeated;
         packed.slope[k] = packed.offset[k] = 0;
         if (packed.reach) packed.reach[k] = 0;
         break;

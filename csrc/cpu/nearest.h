@@ -22,6 +22,7 @@ constexpr int64_t kMaxFilterDim = 16384;
 
 // Bias of a code that cannot win. Products of rows and codes that the filter takes stay below 2^121.
 constexpr float kNever = -0x1p127f;
+constexpr float kRepeated = -0x1.8p127f;  // of one that cannot because it repeats an earlier one
 
 // One head's codebook as the filter reads it: panels of `width` codes, for float32 filters [n_panels][dim][width].
 // The score of code k for row x is bias + x'.c'; its error is at most |x'| * slope + offset (+ the row's own part, and

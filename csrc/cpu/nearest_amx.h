@@ -32,6 +32,7 @@ constexpr int kChunkPanels = 16;
 constexpr int kScoreStride = kChunkPanels * kWidth + 16;  // off a multiple of the first-level cache's sets
 constexpr int kMaximaStride = kChunkPanels * kLanes + 16;
 constexpr int64_t kSplitDim = 10;
+constexpr int64_t kWholeBytes = 512 << 10;  // a codebook that stays in the second-level cache
 
 inline int64_t pieces(int64_t D) { return D <= kSplitDim ? 3 : 1; }
 inline int64_t steps(int64_t D) { return (pieces(D) * D + kStep - 1) / kStep; }
@@ -266,11 +267,18 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
                          FilterScratch& s, RowState* rows) {
   const tile::Scope tiles;
   pack_block(lookup, packed, h, first, n, s, rows);
-  const int64_t group_elements = steps(packed.dim) * kGroup * kStep;
+  const int64_t D = packed.dim, group_elements = steps(D) * kGroup * kStep;
+  const bool whole = packed.n_panels * panel_bytes(D) <= kWholeBytes;
   for (int64_t p0 = 0; p0 < packed.n_panels; p0 += kChunkPanels) {
     const Chunk chunk = chunk_at(packed, p0, kChunkPanels);
+    // After the last chunk comes the first, for the next block.
+    const int64_t next = p0 + kChunkPanels < packed.n_panels ? p0 + kChunkPanels : 0, left = packed.n_panels - next;
+    const int64_t next_bytes = whole ? 0 : (left < kChunkPanels ? left : kChunkPanels) * panel_bytes(D);
+    const int64_t piece = next_bytes / ((n + kGroup - 1) / kGroup) + 64;
     for (int64_t i0 = 0; i0 < n; i0 += kGroup) {
-      const int64_t here = n - i0 < kGroup ? n - i0 : kGroup;
+      const int64_t here = n - i0 < kGroup ? n - i0 : kGroup, from = i0 / kGroup * piece;
+      if (from < next_bytes)
+        prefetch(packed.panels + next * panel_bytes(D) + from, next_bytes - from < piece ? next_bytes - from : piece);
       const uint16_t* group = s.rows + i0 / kGroup * group_elements;
       here > 16 ? score_panels<2>(group, packed, chunk, s.scores, s.maxima)
                 : score_panels<1>(group, packed, chunk, s.scores, s.maxima);

@@ -13,8 +13,9 @@
 namespace fastvq {
 namespace {
 
-constexpr int kExactCodes = 16;
-constexpr int64_t kExactDims = 256;
+// Codes side by side: enough chains of additions to hide their latency, no more than there are registers for.
+constexpr int kExactCodes = kLanes == 16 ? 32 : 16;
+constexpr int64_t kExactDims = 128;
 constexpr int kMaxExact = 16;  // codes that best_of chooses among
 
 struct ExactScratch {
@@ -114,13 +115,13 @@ inline int64_t best_of(const Lookup& lookup, int64_t h, int64_t r, const int64_t
   return index < 0 ? 0 : index;
 }
 
-// Codes [k0, k0 + kExactCodes), elements [d0, d0 + n), as [n][kExactCodes] doubles, zero beyond the last code.
-template <class E>
+// Codes [k0, k0 + kExactCodes), elements [d0, d0 + n), as doubles, zero beyond the last code; out [n][Stride].
+template <class E, int Stride = kExactCodes>
 void gather_codes(const Codes& codes, int64_t h, int64_t k0, int64_t d0, int64_t n, double* out) {
   for (int j = 0; j < kExactCodes; ++j) {
     const bool there = k0 + j < codes.n_codes;
     const auto* p = code_at<E>(codes, h, there ? k0 + j : 0) + d0 * codes.stride_d;
-    for (int64_t d = 0; d < n; ++d) out[d * kExactCodes + j] = there ? static_cast<double>(E::get(p[d * codes.stride_d])) : 0;
+    for (int64_t d = 0; d < n; ++d) out[d * Stride + j] = there ? static_cast<double>(E::get(p[d * codes.stride_d])) : 0;
   }
 }
 

@@ -55,7 +55,7 @@ BoundUse prove(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64
     for (int v = 0; v < kTileVectors; ++v)
       store(bounds + v * kLanes, RowBound(state).of_codes(packed, k0 + v * kLanes));
     for (int64_t j = 0; j < kWidth && k0 + j < K; ++j) {
-      if (packed.bias[k0 + j] == kNever) continue;
+      if (packed.bias[k0 + j] <= kNever) continue;
       with_element(lookup.codes->dtype, [&](auto e) {
         to_double<decltype(e)>(code_at<decltype(e)>(*lookup.codes, h, k0 + j), lookup.codes->stride_d, D, code);
       });

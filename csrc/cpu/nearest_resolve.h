@@ -1,6 +1,7 @@
-// Step 4 of the lookup, shared by every filter: rows with one code noted are proved, the definition decides the others.
+// Step 4 of the lookup, shared by every filter: rows with one code noted are proved, a few are told apart
+// by best_of; the others meet every code once more, in double (nearest_quick.h), and the definition decides the rest.
 #pragma once
-#include "nearest_exact.h"
+#include "nearest_quick.h"
 #include "nearest_rows.h"
 
 namespace fastvq {
@@ -12,6 +13,7 @@ struct SearchScratch {
   FilterScratch filter;
   RowState* rows;
   ExactScratch exact;
+  QuickScratch quick;
 };
 
 inline size_t search_layout(int64_t D, char* base, SearchScratch* s) {
@@ -30,6 +32,7 @@ inline size_t search_layout(int64_t D, char* base, SearchScratch* s) {
   out.exact.sums = reinterpret_cast<double*>(take(8 * kExactCodes * rows));
   out.exact.codes = reinterpret_cast<double*>(take(8 * kExactCodes * kExactDims));
   out.exact.row = reinterpret_cast<double*>(take(8 * kExactDims));
+  out.quick = quick_scratch(D, rows, take);
   if (s) *s = out;
   return used;
 }
@@ -71,6 +74,8 @@ void search(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t 
   }
   if (n_pending) {
     counts.scanned += n_pending;
+    if (!packed.only_exact)
+      n_pending = quick_scan(lookup, packed, h, first, n_pending, s.exact.pending, s.quick, s.filter.room, indices);
     scan_rows(lookup, h, first, n_pending, s.exact, indices);
   }
 }

@@ -111,3 +111,16 @@ def test_equal_codes_are_one_code_however_their_samples_look(isa):
 def test_fast_never_scores_by_the_definition(isa):
     x, codebook = gaussian(300, 40, 32)
     assert lookup(x, torch.cat([codebook, codebook]), fast=True)[1:] == (0, 0)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_crowds_are_told_apart(metric, dtype, isa):
+    """Rows that every filter leaves with too many codes: by double alone, by a few of them, or by the definition."""
+    x, codebook = (t.to(dtype) for t in gaussian(100, 9, 37))
+    crowd = last_bits(codebook, 50)
+    crowd[7], crowd[11, 3], crowd[13] = 0, torch.nan, 1e-200 if dtype == torch.float64 else 1e-30
+    for rows in (x, x * 1e-5, crowd[:100] * 2, torch.cat([x[:3], x[:1] * torch.nan, crowd[20:21] * 1e30])):
+        for codes in (crowd, crowd[:, ::2], torch.cat([crowd, crowd.flip(0)]), crowd + 1e6):
+            got = lookup(rows[:, : codes.shape[1]], codes, metric)[0]
+            assert torch.equal(got, oracle.nearest(rows[:, : codes.shape[1]], codes, metric))
