@@ -1,9 +1,11 @@
-"""Builds fastvq._cpu. Metadata is in pyproject.toml.
+"""Builds fastvq._cpu, and fastvq._cuda where nvcc is found. Metadata is in pyproject.toml.
 
-The extension holds no torch header, so it builds without torch and serves any version of it. A ninja file is
+The extensions hold no torch header, so they build without torch and serve any version of it. A ninja file is
 written and run: sources compile side by side, and an edited one recompiles alone. A source whose name ends in
 _avx2, _avx512 or _amx is compiled for that instruction set, and only on x86-64; which one runs is decided at run time.
 _amx is left out where the compiler does not have it, _emulated everywhere but with FASTVQ_EMULATED_TILES=1.
+
+FASTVQ_CUDA=0 leaves fastvq._cuda out, FASTVQ_CUDA=1 stops where there is no nvcc.
 """
 
 import os
@@ -38,6 +40,15 @@ ISA_FLAGS = {
 }
 AMX_PROBE = "#include <immintrin.h>\nvoid f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); }\n"
 
+# The machine code that is made, of those that nvcc knows: an sm_80 runs on every 8.x, and so on. Nothing in the sources
+# is written for one architecture alone, so all of it comes from one PTX, which newer cards compile when they load it.
+OLDEST_GPU, GPUS = "80", ("80", "90", "100")
+# No contraction, as above. A kernel that spills registers is a kernel that is wrong.
+NVCCFLAGS = [
+    "-std=c++17", "-O3", "-DNDEBUG", "--fmad=false", "-Werror", "all-warnings", "-Xptxas", "-warn-spills,-Werror",
+    "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra",
+]  # fmt: skip
+
 
 def find_compiler() -> str:
     for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
@@ -67,6 +78,34 @@ def has_amx(compiler: str, work: Path) -> bool:
     probe.write_text(AMX_PROBE)
     command = [*compiler.split(), "-std=c++17", *AMX, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
     return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def find_nvcc() -> str | None:
+    """nvcc of $CUDA_HOME or $CUDA_PATH, else of PATH, else of the usual place; FASTVQ_CUDA may forbid or demand it."""
+    wish = os.environ.get("FASTVQ_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"fastvq: FASTVQ_CUDA={wish!r}: expected 0 or 1, or unset it to build for CUDA where nvcc is found")
+    if wish == "0":
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    named = [shutil.which("nvcc", path=str(Path(home) / "bin")) for home in homes]
+    found = next(filter(None, [*named, shutil.which("nvcc"), shutil.which("nvcc", path="/usr/local/cuda/bin")]), None)
+    if found is None and wish == "1":
+        sys.exit(
+            "fastvq: FASTVQ_CUDA=1 asks for the CUDA C++ kernels, and there is no nvcc in $CUDA_HOME/bin, "
+            "$CUDA_PATH/bin, PATH or /usr/local/cuda/bin; install the CUDA toolkit, or unset FASTVQ_CUDA to do without"
+        )
+    return found
+
+
+def gpu_targets(nvcc: str) -> list[str]:
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    known = [gpu for gpu in GPUS if f"sm_{gpu}" in listed]
+    code = ",".join([*(f"sm_{gpu}" for gpu in known), f"compute_{OLDEST_GPU}"])
+    return [
+        "-gencode", f"arch=compute_{OLDEST_GPU},code=[{code}]",
+        f"-DFASTVQ_ARCHITECTURES='\"{' '.join([*(f'sm_{gpu}' for gpu in known), f'compute_{OLDEST_GPU}'])}\"'",
+    ]  # fmt: skip
 
 
 def isa_of(source: Path) -> str | None:
@@ -99,35 +138,50 @@ class NinjaBuild(build_ext):
             flags.append("-DFASTVQ_EMULATED")
         shared = ["-shared", "-pthread"] + (["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])
         shared += os.environ.get("LDFLAGS", "").split()
+        nvcc = find_nvcc() if ext.name == CUDA else None
         lines = [
             f"cxx = {compiler}",
+            f"nvcc = {nvcc}",
             "rule compile",
             "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
+            "rule compile_gpu",
+            "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
             "rule link",
             f"  command = $cxx $in {' '.join(shared)} -o $out",
+            "rule link_gpu",  # nvcc knows where its libraries are
+            "  command = $nvcc -shared -cudart static $in -o $out",
         ]
         objects = []
         for source in map(Path, ext.sources):
             isa = isa_of(source)
             if isa in left_out:
                 continue
-            obj = work / source.relative_to("csrc").with_suffix(".o")
-            objects.append(escape(obj))
-            lines.append(f"build {objects[-1]}: compile {escape(ROOT / source)}")
-            lines.append(f"  flags = {' '.join(flags + includes + ISA_FLAGS.get(isa or '', []))}")
-        lines.append(f"build {escape(target)}: link {' '.join(objects)}")
+            gpu = source.suffix == ".cu"
+            own = [*NVCCFLAGS, *gpu_targets(nvcc)] if nvcc and gpu else flags + includes + ISA_FLAGS.get(isa or "", [])
+            objects.append(escape(work / source.relative_to("csrc").with_suffix(".o")))
+            lines.append(f"build {objects[-1]}: {'compile_gpu' if gpu else 'compile'} {escape(ROOT / source)}")
+            lines.append(f"  flags = {' '.join(own)}")
+        lines.append(f"build {escape(target)}: {'link_gpu' if nvcc else 'link'} {' '.join(objects)}")
         lines.append("")
         (work / "build.ninja").write_text("\n".join(lines))
         try:
             subprocess.run([find_ninja(), "-C", str(work)], check=True)
         except subprocess.CalledProcessError:
-            sys.exit(f"fastvq: compiling {ext.name} failed; the compiler's message is above")
+            hint = "; set FASTVQ_CUDA=0 to install without the CUDA C++ kernels" if nvcc else ""
+            sys.exit(f"fastvq: compiling {ext.name} failed; the compiler's message is above{hint}")
 
 
-cpu_sources = [p.relative_to(ROOT) for p in [ROOT / "csrc/bind_cpu.cpp", *sorted((ROOT / "csrc/cpu").glob("*.cpp"))]]
-setup(
-    ext_modules=[Extension("fastvq._cpu", [str(p) for p in cpu_sources])],
-    cmdclass={"build_ext": NinjaBuild},
-)
+def sources_of(binding: str, pattern: str) -> list[Path]:
+    return [p.relative_to(ROOT) for p in [ROOT / "csrc" / binding, *sorted((ROOT / "csrc").glob(pattern))]]
+
+
+CUDA = "fastvq._cuda"
+cpu_sources = sources_of("bind_cpu.cpp", "cpu/*.cpp")
+extensions = [Extension("fastvq._cpu", [str(p) for p in cpu_sources])]
+if find_nvcc():
+    extensions.append(Extension(CUDA, [str(p) for p in sources_of("bind_cuda.cpp", "cuda/*.cu")]))
+setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

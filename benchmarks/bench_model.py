@@ -1,6 +1,6 @@
 """The reference model: what it achieves on digits and photographs, and how fast it trains and draws.
 
-    python benchmarks/bench_model.py [--only digits,photographs,speed] [--quick] [--threads N] [--out DIR]
+    python benchmarks/bench_model.py [--only digits,photographs,steps,generate] [--quick] [--threads N] [--out DIR]
 
 Writes model.csv and pictures to DIR (benchmarks/results). Needs the extras "models" and "bench", and mlxtend.
 A training that was stopped is gone on with when --runs names the same folder.
@@ -19,10 +19,10 @@ import torch
 
 from harness.machine import commit, describe_machine, describe_versions
 from model_quality import digits, photographs
-from model_speed import speed
+from model_speed import drawings, training_steps
 
 RESULTS = Path(__file__).parent / "results"
-PARTS = ("digits", "photographs", "speed")
+PARTS = ("digits", "photographs", "steps", "generate")
 FIELDS = ("what", "value", "wanted", "met", "note")
 HOLDS = {">=": float.__ge__, ">": float.__gt__, "<=": float.__le__}
 
@@ -46,7 +46,8 @@ def main() -> None:
         parts: dict[str, Callable[[], None]] = {
             "digits": lambda: digits(folder, options.out, report, share=share),
             "photographs": lambda: photographs(folder, options.out, report, share=share),
-            "speed": lambda: speed(report, threads=options.threads, seconds=seconds),
+            "steps": lambda: training_steps(report, threads=options.threads, seconds=seconds),
+            "generate": lambda: drawings(report, threads=options.threads, seconds=seconds),
         }
         for name in options.only:
             parts[name]()

@@ -1,4 +1,7 @@
-"""The quantizers of ``bench_drop_in.py``, at the shapes of real models."""
+"""The quantizers of ``bench_drop_in.py``, at the shapes of real models.
+
+Those of repositories that are no packages are the plain ones that the tests compare with; their names say "(double)".
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -34,6 +38,16 @@ def part(module: str) -> ModuleType:
         sys.modules[package] = ModuleType(package)
         sys.modules[package].__path__ = list(spec.submodule_search_locations or ())
     return importlib.import_module(module)
+
+
+def doubles() -> ModuleType:
+    path = Path(__file__).resolve().parents[1] / "tests" / "compat" / "doubles.py"
+    spec = importlib.util.spec_from_file_location("doubles", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is missing")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def training(
@@ -83,10 +97,13 @@ def residual_vq(train: bool) -> Prepared:
     return inference(model, shape, lambda m: m(x)[1])
 
 
-def encodec() -> Prepared:
+def encodec(train: bool) -> Prepared:
     core = part("encodec.quantization.core_vq")
     model = core.ResidualVectorQuantization(num_quantizers=8, dim=128, codebook_size=1024, kmeans_init=False)
-    return training(model, torch.randn(16, 128, 300), "4800x8x1024x128", lambda out: (out[0], out[2], out[1]))
+    x, shape = torch.randn(16, 128, 300), "4800x8x1024x128"
+    if train:
+        return training(model, x, shape, lambda out: (out[0], out[2], out[1]))
+    return inference(model, shape, lambda m: m.encode(x))
 
 
 def moshi() -> Prepared:
@@ -102,7 +119,8 @@ def transformers_residual(model: str, name: str, dim: int, codes: int, n: int) -
         codebook_size=codes, codebook_dim=dim, num_quantizers=8, frame_rate=75, hidden_size=dim,
         vector_quantization_hidden_dimension=dim,
     )  # fmt: skip
-    quantizer = seeded(getattr(module, f"{name}ResidualVectorQuantizer")(config), "embed", "embed_sum")
+    cls = getattr(module, f"{name}ResidualVectorQuantiz" + ("ation" if model == "xcodec" else "er"))
+    quantizer = seeded(cls(config), "embed", "embed_sum")
     x = torch.randn(16, dim, n // 16)
     return inference(quantizer, f"{n}x8x{codes}x{dim}", lambda m: m.encode(x))
 
@@ -121,11 +139,16 @@ def diffusers(k: int, d: int, side: int) -> Prepared:
     return training(model, torch.randn(16, d, side, side), f"{n}x{k}x{d}", lambda out: (out[0], out[1], out[2][2]))
 
 
-def chameleon() -> Prepared:
-    module = importlib.import_module("transformers.models.chameleon.modeling_chameleon")
-    model = module.ChameleonVQVAEVectorQuantizer(SimpleNamespace(num_embeddings=8192, embed_dim=256))
-    x = torch.randn(4, 256, 32, 32)
-    return inference(model, "4096x8192x256", lambda m: m(x)[2])
+def transformers_image(model: str, name: str, k: int, d: int, side: int) -> Prepared:
+    """Four images; a video of one frame for Emu3, which returns indices alone."""
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    config = SimpleNamespace(num_embeddings=k, codebook_size=k, embed_dim=d, num_patches=side)
+    quantizer = getattr(module, f"{name}VQVAEVectorQuantizer")(config)
+    nn.init.normal_(quantizer.embedding.weight)
+    x = torch.randn(4, d, side, side)
+    x = x[:, None] if model == "emu3" else x
+    call = (lambda m: m(x)) if model == "emu3" else (lambda m: m(x)[2])
+    return inference(quantizer, f"{4 * side * side}x{k}x{d}", call)
 
 
 def diffusers_large() -> Prepared:
@@ -137,19 +160,76 @@ def diffusers_large() -> Prepared:
     return inference(model, "65536x16384x8", lambda m: m(x)[2][2])
 
 
+def taming() -> Prepared:
+    model = doubles().VectorQuantizer2(1024, 256, 0.25)
+    nn.init.normal_(model.embedding.weight)
+    return training(model, torch.randn(16, 256, 16, 16), "4096x1024x256", lambda out: (out[0], out[1], out[2][2]))
+
+
+def var() -> Prepared:
+    """Ten scales from 1x1 to 16x16; the indices are those of the training step's scales, which it does not return."""
+    sides = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    model = doubles().ScaleQuantizer(4096, 32, False, v_patch_nums=sides)
+    x = torch.randn(16, 32, 16, 16)
+    prepared = training(model, x, f"{16 * sum(n * n for n in sides)}x4096x32", lambda out: (out[0], out[2], out[2]))
+    prepared.indices = lambda m: torch.cat(m.f_to_idxBl_or_fhat(x.detach(), to_fhat=False), dim=1)
+    return prepared
+
+
+def rosinality() -> Prepared:
+    model = doubles().Quantize(64, 512)
+    return training(model, torch.randn(16, 64, 64, 64), "65536x512x64", lambda out: out)
+
+
+def unixpickle() -> Prepared:
+    model = doubles().VQ(64, 512)
+    return training(model, torch.randn(16, 64, 64, 64), "65536x512x64", lambda out: (out[1], out[0].mean(), out[2]))
+
+
+def sim_vq() -> Prepared:
+    model = importlib.import_module("vector_quantize_pytorch").SimVQ(64, 1024)
+    return training(model, torch.randn(1, 16384, 64), "16384x1024x64", lambda out: (out[0], out[2], out[1]))
+
+
+def grouped() -> Prepared:
+    vqp = importlib.import_module("vector_quantize_pytorch")
+    model = vqp.GroupedResidualVQ(dim=128, codebook_size=1024, num_quantizers=8, groups=2)
+    x = torch.randn(1, 4096, 128)
+    return inference(model, "2 of 4096x8x1024x64", lambda m: m(x)[1])
+
+
+def cosine_heads() -> Prepared:
+    vqp = importlib.import_module("vector_quantize_pytorch")
+    model = vqp.VectorQuantize(
+        512, 1024, heads=8, codebook_dim=64, separate_codebook_per_head=True, use_cosine_sim=True
+    )
+    x = torch.randn(1, 2048, 512)
+    return training(model, x, "8 of 2048x1024x64", lambda out: (out[0], out[2], out[1]))
+
+
 CASES: dict[str, Callable[[], Prepared]] = {
     "vq-pytorch VectorQuantize, train": lambda: vq(65536, 1024, 64, True),
     "vq-pytorch VectorQuantize, eval": lambda: vq(65536, 1024, 64, False),
+    "vq-pytorch VectorQuantize, 8 heads, cosine, train": cosine_heads,
     "vq-pytorch ResidualVQ, train": lambda: residual_vq(True),
     "vq-pytorch ResidualVQ, eval": lambda: residual_vq(False),
-    "vq-pytorch at VQ-VAE-2's size, train": lambda: vq(65536, 512, 64, True),
-    "encodec, train": encodec,
+    "vq-pytorch GroupedResidualVQ, eval": grouped,
+    "vq-pytorch SimVQ, train": sim_vq,
+    "encodec, train": lambda: encodec(True),
+    "encodec, encode": lambda: encodec(False),
     "moshi, encode": moshi,
     "transformers Encodec, encode": lambda: transformers_residual("encodec", "Encodec", 128, 1024, 16384),
+    "transformers Xcodec, encode": lambda: transformers_residual("xcodec", "Xcodec", 128, 1024, 4096),
     "transformers Mimi, encode": lambda: transformers_residual("mimi", "Mimi", 256, 2048, 2000),
     "transformers DAC, encode": dac,
-    "transformers Chameleon, encode": chameleon,
+    "transformers Chameleon, encode": lambda: transformers_image("chameleon", "Chameleon", 8192, 256, 32),
+    "transformers Janus, encode": lambda: transformers_image("janus", "Janus", 16384, 8, 24),
+    "transformers Emu3, encode": lambda: transformers_image("emu3", "Emu3", 32768, 4, 32),
+    "transformers GLM-Image, encode": lambda: transformers_image("glm_image", "GlmImage", 16384, 256, 16),
     "diffusers VectorQuantizer, train": lambda: diffusers(1024, 256, 16),
-    "diffusers at VAR's size, train": lambda: diffusers(4096, 32, 16),
     "diffusers VectorQuantizer, encode": diffusers_large,
+    "taming VectorQuantizer2 (double), train": taming,
+    "VAR VectorQuantizer2 (double), train": var,
+    "rosinality Quantize (double), train": rosinality,
+    "unixpickle VQ (double), train": unixpickle,
 }

@@ -42,6 +42,13 @@ class PeerQuantizer(nn.Module):
         quantized = quantized.view(batch, height, width, dim).movedim(-1, 1)
         return Quantized(quantized, indices.view(batch, height, width), loss.sum(), loss.new_zeros(()))
 
+    def decode(
+        self,
+        ids: Tensor,  # [B, h, w]
+    ) -> Tensor:
+        """[B, D, h, w]"""
+        return self.peer.get_codes_from_indices(ids).movedim(-1, 1)
+
 
 class DenseGated(nn.Module):
     """``GatedMaskedConv2d`` as dense convolutions are used for it: every tap is computed, masked ones times zero."""

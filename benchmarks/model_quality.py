@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,7 +18,7 @@ from fastvq.cli.pictures import PAIRED, edit_picture, grid, paired, save_png, us
 from fastvq.cli.shared import count_codes, read_model, read_priors
 from fastvq.cli.train import PRESETS, PRIOR_PRESETS, train_prior, train_vqvae
 from fastvq.data import Digits, Loader, Photographs, normalise, psnr
-from fastvq.models import edit
+from fastvq.models import Edited, Prior, edit
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.models.editing import region_mask
 
@@ -32,6 +34,7 @@ PHOTOGRAPH_MODELS = {
     "two levels, 8x8 + 16x16 ids": dict(levels=2, downsample=4),
     "one level of as many ids, 8x8 of 5 (residual)": dict(levels=1, downsample=8, quantizer="residual", depth=5),
 }
+PHOTOGRAPH_PRIORS = dict(channels=64, layers=6, steps=500, batch_size=16, lr=2e-3)  # of the two levels
 PHOTOGRAPH_OPTIONS = dict(hidden=32, codes=256, code_dim=32, batch_size=16, lr=2e-3)
 
 
@@ -74,7 +77,7 @@ def digits(folder: Path, figures: Path, report: Report, *, share: float = 1.0) -
     ]
     began = time.perf_counter(), time.process_time()
     model = read_model(model_folder)
-    priors = read_priors(prior_folder, model)
+    priors = read_priors(prior_folder, model, model_folder)
     held_out = Digits("held-out")
     images = normalise(held_out.pixels)
     maps = model.encode_maps(images)
@@ -116,7 +119,7 @@ def photographs(folder: Path, figures: Path, report: Report, *, share: float = 1
     models: dict[str, Autoencoder] = {}
     rows = [images[:SHOWN_CROPS]]
     for name, options in PHOTOGRAPH_MODELS.items():
-        where = folder / f"photographs-{'-'.join(str(v) for v in options.values())}"
+        where = _folder(folder, options)
         train_vqvae("photographs", where, resume=True, device="cpu", save_every=100, steps=_steps(800, share),
                     **PHOTOGRAPH_OPTIONS, **options)  # type: ignore[arg-type]  # fmt: skip
         model = read_model(where)
@@ -129,29 +132,57 @@ def photographs(folder: Path, figures: Path, report: Report, *, share: float = 1
     report("photographs, two levels over the top alone, dB", two - top, ">=", 2)
     names = ["picture", *(n.partition(",")[0] for n in PHOTOGRAPH_MODELS)]
     save_png(figures / "model_photographs.png", grid(torch.cat(rows), SHOWN_CROPS, rows=names))
-    _edit_photograph(list(models.values())[1], figures, report)
+    second = list(PHOTOGRAPH_MODELS)[1]
+    priors = _photograph_priors(folder, _folder(folder, PHOTOGRAPH_MODELS[second]), images, figures, report, share)
+    _edit_photograph(models[second], priors, figures, report)
 
 
-def _edit_photograph(model: Autoencoder, figures: Path, report: Report) -> None:
-    """A part of one photograph put into another, on a picture much larger than the crops that were trained on."""
+def _folder(folder: Path, options: dict) -> Path:
+    return folder / f"photographs-{'-'.join(str(v) for v in options.values())}"
+
+
+def _photograph_priors(
+    folder: Path, model_folder: Path, images: Tensor, figures: Path, report: Report, share: float
+) -> list[Prior]:
+    """Priors over both levels, trained by the command for a few minutes, and new crops that they draw together."""
+    where = folder / "photographs-prior"
+    options = {**PHOTOGRAPH_PRIORS, "steps": _steps(PHOTOGRAPH_PRIORS["steps"], share)}
+    train_prior(model_folder, where, resume=True, device="cpu", save_every=100, **options)  # type: ignore[arg-type]
+    model = read_model(model_folder)
+    priors = read_priors(where, model, model_folder)
+    maps = model.encode_maps(images)
+    for level, (prior, kind) in enumerate(zip(priors, ("top, 8x8", "bottom given the top, 16x16"), strict=True)):
+        bits = -prior.log_prob(maps[level], None, maps[:level]).double().mean() / math.log(2)
+        counts = count_codes(model, maps)[level].double()
+        entropy = -torch.special.xlogy(counts / counts.sum(), counts / counts.sum()).sum() / math.log(2)
+        report(f"photographs, prior of the {kind}: bits an id, held-out crops", float(bits),
+               note=f"the frequencies of those crops' own ids need {entropy:.2f}")  # fmt: skip
+    wall, busy = (sum(s) for s in zip(*(_trained_seconds(where / f"level{i}") for i in range(2)), strict=True))
+    report("photographs, priors of both levels: processor seconds of training", busy,
+           note=f"{wall:.0f} wall seconds; load of the machine at the end {os.getloadavg()[0]:.1f}")  # fmt: skip
+    drawn = model.generate(2 * SHOWN_CROPS, priors=priors, generator=torch.Generator().manual_seed(0))
+    names = ["held out", "drawn", "drawn"]
+    page = grid(torch.cat([images[:SHOWN_CROPS], drawn]), SHOWN_CROPS, rows=names, title="top drawn, then bottom")
+    save_png(figures / "model_photograph_samples.png", page)
+    return priors
+
+
+def _edit_photograph(model: Autoencoder, priors: list[Prior], figures: Path, report: Report) -> None:
+    """A part of one photograph put into another, or drawn again, on a picture much larger than the crops that were
+    trained on."""
     astronaut, cat = (normalise(Photographs("all", 64).photographs[i][None, :, 16:208, 100:292]) for i in (0, 1))
     box = (72, 72, 120, 120)
-    edited = edit(model, cat, box, source=astronaut)
-    difference = (edited.image - edited.reconstruction).abs().amax(1)
-    beyond = difference[~edited.reach]
-    name = "48x48 of another photograph, two levels"
-    report(f"edit, {name}: mean change inside the region", float(edited.inside_change), ">", 0.0)
-    report(f"edit, {name}: largest change beyond the reach", float(beyond.max()), "<=", 0.0,
-           note=f"{beyond.numel()} of {difference.numel()} pixels lie beyond it")  # fmt: skip
-    mask = region_mask(box, cat)[0]
-    page = edit_picture(cat[0], edited.reconstruction[0], edited.image[0], mask, f"transplant of {name}")
-    save_png(figures / "model_edit_photograph.png", page)
+    done = {
+        "48x48 of another photograph, two levels": edit(model, cat, box, source=astronaut),
+        "48x48 of a photograph drawn again, two levels": edit(
+            model, cat, box, prior=priors, n_candidates=16, generator=torch.Generator().manual_seed(0)
+        ),
+    }
+    save_png(figures / "model_edit_photograph.png", _edit_pages(done, cat, box, report))
 
 
-def _edits(model: Autoencoder, priors: list, held_out: Digits, figures: Path, report: Report) -> None:
+def _edits(model: Autoencoder, priors: list[Prior], held_out: Digits, figures: Path, report: Report) -> None:
     """One transplant and one redrawing, and what they change where nothing may change."""
-    from PIL import Image
-
     four, nine = (int((held_out.labels == c).nonzero()[3]) for c in (4, 9))
     images = normalise(held_out.pixels[[four, nine]])
     box = (4, 0, 24, 12)
@@ -162,6 +193,12 @@ def _edits(model: Autoencoder, priors: list, held_out: Digits, figures: Path, re
             generator=torch.Generator().manual_seed(1),
         ),
     }  # fmt: skip
+    save_png(figures / "model_edit.png", _edit_pages(done, images[:1], box, report))
+
+
+def _edit_pages(done: dict[str, Edited], image: Tensor, box: tuple[int, ...], report: Report) -> Image.Image:
+    """Reports what edits of one picture changed inside and beyond their reach; one page of them all."""
+    mask = region_mask(box, image)[0]
     pages = []
     for name, edited in done.items():
         difference = (edited.image - edited.reconstruction).abs().amax(1)
@@ -170,14 +207,13 @@ def _edits(model: Autoencoder, priors: list, held_out: Digits, figures: Path, re
         largest = float(beyond.max()) if beyond.numel() else 0.0
         report(f"edit, {name}: largest change beyond the reach", largest, "<=", 0.0,
                note=f"{beyond.numel()} of {difference.numel()} pixels lie beyond it")  # fmt: skip
-        mask = region_mask(box, images[:1])[0]
-        pages.append(edit_picture(images[0], edited.reconstruction[0], edited.image[0], mask, name))
+        pages.append(edit_picture(image[0], edited.reconstruction[0], edited.image[0], mask, name))
     page = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages)), (255, 255, 255))
     top = 0
     for part in pages:
         page.paste(part, (0, top))
         top += part.height
-    save_png(figures / "model_edit.png", page)
+    return page
 
 
 def _trained_seconds(folder: Path) -> tuple[float, float]:

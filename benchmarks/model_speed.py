@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from fastvq.nn import update_codebooks
 from harness.timing import Call, interleave, paired_ratio, thread_count
 from model_peers import dense_prior, peer_autoencoder
 
-__all__ = ["speed"]
+__all__ = ["drawings", "training_steps"]
 
 Report = Callable[..., None]
 QUANTIZER = dict(kmeans_init=True, dead_code_threshold=1.0, decay=0.95, update="manual")
@@ -40,19 +41,42 @@ CASES = (
     Case("photographs 64x64, two levels, K=512, D=32, hidden 64, batch 16",
          lambda: VQVAE2(3, 64, 512, 32, 4, **QUANTIZER), (16, 3, 64, 64)),
 )  # fmt: skip
-# (name, side of the map, maps drawn at once, codes, channels, layers)
-MAPS = (
-    ("digits prior, 7x7 map, K=256, 48 channels, 5 layers, 16 maps", 7, 16, 256, 48, 5),
-    ("photograph prior, 32x32 map, K=512, 64 channels, 8 layers, 4 maps", 32, 4, 512, 64, 8),
-)
 
 
-def speed(report: Report, *, threads: int, seconds: float) -> None:
+@dataclass(frozen=True)
+class Drawing:
+    """New pictures from a model and a prior a level."""
+
+    name: str
+    make: Callable[[], Autoencoder]
+    side: int  # of the pictures
+    n: int  # pictures at once
+    channels: int  # of the priors
+    layers: int
+    at_least: float | None  # how many times as fast as dense and uncached
+    whole: bool = True  # whole runs of the dense priors; else one forward, times the positions
+
+
+DRAWINGS = (
+    Drawing("digits, 7x7 map, K=256, prior of 48 channels, 5 layers, 16 pictures",
+            lambda: VQVAE(1, 64, 256, 16, 4), 28, 16, 48, 5, 15),
+    Drawing("photographs 64x64, 8x8 then 16x16 map, K=512, priors of 64 channels, 8 layers, 4 pictures",
+            lambda: VQVAE2(3, 64, 512, 32, 4), 64, 4, 64, 8, None),
+    Drawing("photographs 128x128, 32x32 map, K=512, prior of 64 channels, 8 layers, 4 pictures",
+            lambda: VQVAE(3, 64, 512, 32, 4), 128, 4, 64, 8, 200, whole=False),
+)  # fmt: skip
+
+
+def training_steps(report: Report, *, threads: int, seconds: float) -> None:
     with thread_count(threads):
         for case in CASES:
             _training_step(case, report, threads, seconds)
-        for case in MAPS:
-            _drawing(*case, report, threads, seconds)
+
+
+def drawings(report: Report, *, threads: int, seconds: float) -> None:
+    with thread_count(threads):
+        for case in DRAWINGS:
+            _drawing(case, report, threads, seconds)
 
 
 def _training_step(case: Case, report: Report, threads: int, seconds: float) -> None:
@@ -77,57 +101,63 @@ def _training_step(case: Case, report: Report, threads: int, seconds: float) -> 
             start = time.perf_counter()
             step()
             shares.append(sum(inside) / (time.perf_counter() - start))
-    report(f"training step, {case.name}: milliseconds", times["fastvq"].quantile(0.5) * 1e3, note=f"{threads} threads")
+    report(f"training step, {case.name}: milliseconds", times["fastvq"].quantile(0.5) * 1e3, note=_conditions(threads))
     report(f"training step, {case.name}: quantizers' share", statistics.median(shares), "<=", 0.10,
            note="forward, backward and update of all quantizers")  # fmt: skip
     for name in list(models)[1:]:
         report(f"training step, {case.name}: {name} over fastvq", paired_ratio(times[name], times["fastvq"]))
 
 
-def _drawing(
-    name: str, side: int, batch: int, n_codes: int, channels: int, layers: int, report: Report, threads: int,
-    seconds: float,
-) -> None:  # fmt: skip
+@torch.no_grad()
+def _drawing(case: Drawing, report: Report, threads: int, seconds: float) -> None:
     torch.manual_seed(0)
-    prior = Prior(n_codes, channels, layers, 10, shape=(side, side)).eval()
-    dense = dense_prior(prior).eval()
-    labels = torch.arange(batch) % 10
-    ids = torch.randint(n_codes, (batch, side, side))
-    with torch.no_grad():
-        difference = (prior(ids, labels) - dense(ids, labels)).abs().max()
-        scale = prior(ids, labels).abs().max()
-    if difference > 1e-4 * scale:
-        raise RuntimeError(f"the dense network differs by {difference:.2g} of {scale:.2g}: it is not the same one")
+    model = case.make().eval()
+    shapes = model.map_shapes(case.side, case.side)
+    priors = [
+        Prior(k, case.channels, case.layers, 10, shape=shapes[level],
+              above=[(model.n_codes[i], 1 << (level - i)) for i in range(level)]).eval()
+        for level, k in enumerate(model.n_codes)
+    ]  # fmt: skip
+    peer, dense = peer_autoencoder(model).eval(), [dense_prior(prior).eval() for prior in priors]
+    labels = torch.arange(case.n) % 10
+    maps = [torch.randint(k, (case.n, *shape)) for k, shape in zip(model.n_codes, shapes, strict=True)]
+    for level, (ours, theirs) in enumerate(zip(priors, dense, strict=True)):
+        expected = ours(maps[level], labels, maps[:level])
+        difference, scale = (expected - theirs(maps[level], labels, maps[:level])).abs().max(), expected.abs().max()
+        if difference > 1e-4 * scale:
+            raise RuntimeError(f"the dense network differs by {difference:.2g} of {scale:.2g}: it is not the same one")
 
-    def forward() -> None:
-        with torch.no_grad():
-            dense(ids, labels)
-
-    def cached() -> None:
-        prior.sample((batch, side, side), labels, generator=torch.Generator().manual_seed(0))
-
-    def uncached() -> None:
-        dense.sample((batch, side, side), labels, cached=False, generator=torch.Generator().manual_seed(0))
-
-    long = side > 7
+    def fast() -> None:
+        model.generate(case.n, labels, priors=priors, generator=torch.Generator().manual_seed(0))
 
     def by_reference() -> None:
         with fastvq.use_backend("reference"):
-            cached()
+            fast()
 
-    calls = {"fastvq": _call(cached), "dense, uncached": _call(forward if long else uncached)}
-    if not long:
-        calls["reference backend"] = _call(by_reference)
-    times = interleave(calls, seconds=seconds, min_rounds=3)
+    def uncached() -> None:
+        peer.generate(case.n, labels, priors=dense, cached=False, generator=torch.Generator().manual_seed(0))
+
+    def forward() -> None:
+        dense[-1](maps[-1], labels, maps[:-1])
+
+    rivals = {"reference backend": by_reference, "dense, uncached": uncached if case.whole else forward}
+    times = interleave({name: _call(run) for name, run in {"fastvq": fast, **rivals}.items()}, seconds=seconds,
+                       min_rounds=3)  # fmt: skip
     # The uncached sampler runs the network once a position and does little else.
-    scaled = side * side if long else 1
+    scaled = 1 if case.whole else maps[-1][0].numel()
     ratio = paired_ratio(times["dense, uncached"], times["fastvq"], scaled)
-    report(f"drawing, {name}: milliseconds", times["fastvq"].quantile(0.5) * 1e3, note=f"{threads} threads")
-    report(f"drawing, {name}: dense and uncached over fastvq", ratio, ">=", 200 if long else 15,
-           note="one forward of the dense network, times the positions" if long else "whole runs of both")  # fmt: skip
-    if not long:
-        reference = paired_ratio(times["reference backend"], times["fastvq"])
-        report(f"drawing, {name}: reference backend over fastvq", reference, note="cached, too")
+    bound = () if case.at_least is None else (">=", case.at_least)
+    report(f"generate, {case.name}: milliseconds", times["fastvq"].quantile(0.5) * 1e3, note=_conditions(threads))
+    report(f"generate, {case.name}: dense and uncached over fastvq", ratio, *bound,
+           note="whole runs of both" if case.whole
+           else "of theirs one forward of the network, times the positions, and no decoding")  # fmt: skip
+    by_rule = paired_ratio(times["reference backend"], times["fastvq"])
+    report(f"generate, {case.name}: reference backend over fastvq", by_rule, note="cached, too; whole runs of both")
+
+
+def _conditions(threads: int) -> str:
+    """Ratios are taken within rounds and bear a busy machine; milliseconds do not."""
+    return f"{threads} threads; load of the machine {os.getloadavg()[0]:.1f}"
 
 
 def _step(

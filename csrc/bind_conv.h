@@ -3,22 +3,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bind_images.h"
 #include "masked_conv.h"
 #include "pixelcnn.h"
 
 namespace fastvq {
 
 namespace py = pybind11;
-
-// An image arrives as (address, dtype, shape [B, C, H, W], strides), or None.
-using ImageTuple = std::tuple<uintptr_t, int, std::array<int64_t, 4>, std::array<int64_t, 4>>;
-
-inline Image to_image(const std::optional<ImageTuple>& given) {
-  if (!given) return {};
-  const auto& [address, dtype, shape, strides] = *given;
-  return {reinterpret_cast<void*>(address), static_cast<DType>(dtype), shape[0],   shape[1],   shape[2], shape[3],
-          strides[0],                       strides[1],                strides[2], strides[3]};
-}
 
 // Weights arrive as (address, dtype, shape [C_out, C_in, kh, kw], active taps, colours, own colour).
 using WeightTuple = std::tuple<uintptr_t, int, std::array<int64_t, 4>, std::vector<int64_t>, int64_t, bool>;

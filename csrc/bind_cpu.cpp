@@ -2,34 +2,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <optional>
 
 #include "bind_conv.h"
+#include "bind_views.h"
 #include "bound_use.h"
 #include "fastvq.h"
 
 namespace py = pybind11;
 using namespace fastvq;
-
-namespace {
-
-// Tensors come as tuples of numbers: data_ptr, dtype, sizes, strides.
-using RowsTuple = std::array<int64_t, 10>;
-using CodesTuple = std::array<int64_t, 8>;
-
-template <class T>
-T* pointer(int64_t address) {
-  return reinterpret_cast<T*>(static_cast<uintptr_t>(address));
-}
-Rows rows(const RowsTuple& t) {
-  return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7], t[8], t[9]};
-}
-Codes codes(const CodesTuple& t) {
-  return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7]};
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.def("compiler", &compiler);
@@ -90,13 +71,10 @@ PYBIND11_MODULE(_cpu, m) {
     return code_statistics(rows(x), pointer<const int64_t>(indices), n_codes, pointer<void>(sums),
                            sums_double, pointer<int64_t>(counts), static_cast<Isa>(isa), n_threads);
   });
-  m.def("ema_update", [](const std::array<int64_t, 15>& b, int64_t sums, bool sums_double, int64_t counts,
+  m.def("ema_update", [](const EmaTuple& b, int64_t sums, bool sums_double, int64_t counts,
                          double decay, double eps, bool laplace, bool debias, int n_threads) {
     py::gil_scoped_release release;
-    const EmaBuffers buffers{static_cast<DType>(b[0]), b[1], b[2], b[3],
-                             pointer<void>(b[4]), pointer<void>(b[5]), pointer<void>(b[6]),
-                             b[7], b[8], b[9], b[10], b[11], b[12], b[13], b[14]};
-    ema_update(buffers, pointer<const void>(sums), sums_double, pointer<const int64_t>(counts),
+    ema_update(ema_buffers(b), pointer<const void>(sums), sums_double, pointer<const int64_t>(counts),
                {decay, eps, laplace, debias}, n_threads);
   });
   m.def("residual_quantize", [](const RowsTuple& x, const CodesTuple& levels, int metric, bool fast, int64_t mask,

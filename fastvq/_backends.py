@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from fastvq import _env, _native, _triton
+from fastvq import _cuda_native, _env, _native, _triton
 
 __all__ = ["BACKENDS", "Backend", "Implementation", "check_backend", "choose", "use_backend"]
 
@@ -21,13 +21,15 @@ class Backend(NamedTuple):
     unavailable: Callable[[], str | None]  # why it cannot run on this machine at all, or None
 
 
-# In order of preference. No two kernel backends take the same tensors, but for Triton's interpreter, which takes CPU
-# tensors too: it is slower than anything, so it stands behind the CPU kernels.
+# In order of preference. Triton's interpreter takes CPU tensors too: it is slower than anything, so it stands behind
+# the CPU kernels. The CUDA C++ kernels have never run on a GPU, so they stand behind Triton's until they have been
+# measured there, and serve where Triton cannot.
 BACKENDS = {
     b.name: b
     for b in (
         Backend("cpu", "C++ kernels for CPU tensors", _native.unavailable),
         Backend("triton", "Triton kernels for CUDA tensors", _triton.unavailable),
+        Backend("cuda", "CUDA C++ kernels for CUDA tensors", _cuda_native.unavailable),
         Backend("reference", "plain torch, any device", lambda: None),
     )
 }

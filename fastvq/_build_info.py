@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastvq import _native
+from fastvq import _cuda_native, _native
 from fastvq._backends import BACKENDS
 from fastvq._version import VERSION
 
@@ -22,6 +22,7 @@ def build_info() -> dict[str, Any]:
     - ``cpu``: ``compiler``, the instruction sets ``available`` here (weakest first), the one in use, ``isa``
       (None, with the reason under ``backends``, where the extension was not built), and ``amx``, why lookups do not run
       on matrix tiles (None where they can);
+    - ``cuda``: ``compiler`` and the GPU ``architectures`` compiled for; None and none where it was not built;
     - ``backends``: for each, fastest first, ``what`` it is, whether it is ``available``, and the ``reason`` if not.
 
     Raises:
@@ -39,6 +40,10 @@ def build_info() -> dict[str, Any]:
             "available": available,
             "isa": None if missing else names[_native.isa()],
             "amx": _native.amx_unavailable(),
+        },
+        "cuda": {
+            "compiler": _cuda_native._cuda.compiler() if _cuda_native.built() else None,
+            "architectures": _cuda_native._cuda.architectures().split() if _cuda_native.built() else [],
         },
         "backends": {
             b.name: {"what": b.what, "available": (reason := b.unavailable()) is None, "reason": reason}

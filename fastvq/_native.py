@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _env
+from fastvq import _env, _rows
 
 _import_error: str | None = None
 try:
@@ -18,7 +18,17 @@ try:
 except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 
-__all__ = ["codes_view", "image_view", "isa", "metric_code", "refuse", "rows_view", "unavailable"]
+__all__ = [
+    "codes_view",
+    "ema_view",
+    "image_view",
+    "isa",
+    "metric_code",
+    "refuse",
+    "rows_of",
+    "rows_view",
+    "unavailable",
+]
 
 # The numbers of csrc/fastvq.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -82,30 +92,13 @@ def rows_view(
     Returns the tensor that the view points into, which the caller keeps alive, and the view's integers. Without heads,
     ``n_heads`` is None and the view has one. Rows that need three strides or more are copied.
     """
-    first = 0 if n_heads is None else 1
-    merged = _merge(list(zip(x.shape[first:-1], x.stride()[first:-1], strict=True)))
-    if len(merged) > 2:
-        x = x.contiguous()
-        merged = _merge(list(zip(x.shape[first:-1], x.stride()[first:-1], strict=True)))
-    (n_outer, stride_outer), (n_inner, stride_inner) = [(1, 0)] * (2 - len(merged)) + merged
-    heads, stride_head = (1, 0) if n_heads is None else (x.shape[0], x.stride(0))
-    return x, (
-        x.data_ptr(), DTYPES[x.dtype], heads, n_outer, n_inner, x.shape[-1],
-        stride_head, stride_outer, stride_inner, x.stride(-1),
-    )  # fmt: skip
+    view = _rows.rows(x, n_heads)
+    return view.tensor, rows_of(view)
 
 
-def _merge(dims: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """(size, stride) pairs, with dimensions that walk memory as one joined."""
-    merged: list[tuple[int, int]] = []
-    for size, stride in dims:
-        if size == 1:
-            continue
-        if merged and merged[-1][1] == stride * size:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return merged
+def rows_of(view: _rows.Rows) -> tuple[int, ...]:
+    """The integers of csrc/fastvq.h's ``Rows``."""
+    return (view.tensor.data_ptr(), DTYPES[view.tensor.dtype], *view[1:])
 
 
 def codes_view(
@@ -116,6 +109,21 @@ def codes_view(
     return (
         codebook.data_ptr(), DTYPES[codebook.dtype], heads, codebook.shape[-2], codebook.shape[-1],
         stride_head, codebook.stride(-2), codebook.stride(-1),
+    )  # fmt: skip
+
+
+def ema_view(
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    embed_sum: Tensor,  # [K, D] or [H, K, D]
+    cluster_size: Tensor,  # [K] or [H, K]
+) -> tuple[int, ...]:
+    """What ``ema_update_`` writes as the ``EmaBuffers`` of csrc/fastvq.h. The caller keeps the tensors alive."""
+    if codebook.dim() == 2:
+        codebook, embed_sum, cluster_size = codebook[None], embed_sum[None], cluster_size[None]
+    return (
+        DTYPES[codebook.dtype], *codebook.shape,
+        codebook.data_ptr(), embed_sum.data_ptr(), cluster_size.data_ptr(),
+        *codebook.stride(), *embed_sum.stride(), *cluster_size.stride(),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import struct
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["capability", "interpreting", "lazily", "refuse", "unavailable"]
+__all__ = ["capability", "float64_bits", "interpreting", "lazily", "refuse", "refuse_rows", "unavailable"]
 
 OLDEST = 80  # compute capability times ten: the first with bf16 tensor cores and asynchronous copies
+MOST_ROWS = 2**31 - 2**16  # a last block that reaches over the end is still numbered in 32 bits
 
 
 def interpreting() -> bool:
@@ -61,6 +63,13 @@ def refuse(x: Tensor, *_: Any) -> str | None:
     return None
 
 
+def refuse_rows(x: Tensor, *_: Any) -> str | None:
+    """``refuse``, and the number of vectors of x [..., D]: they are numbered in 32 bits (their addresses have 64)."""
+    if x.numel() // x.shape[-1] > MOST_ROWS:
+        return f"it takes at most {MOST_ROWS} vectors in one call, got {x.numel() // x.shape[-1]}; split them"
+    return refuse(x)
+
+
 def lazily(module: str, name: str) -> Callable[..., Any]:
     """The function ``name`` of ``module``, which is imported at its first call, on the device of its first argument."""
 
@@ -72,3 +81,8 @@ def lazily(module: str, name: str) -> Callable[..., Any]:
             return function(*args)
 
     return run
+
+
+def float64_bits(value: float) -> int:
+    """``value`` as a kernel takes it whole, the integer of its bits: Triton makes a float32 of a Python float."""
+    return int(struct.unpack("q", struct.pack("d", value))[0])

@@ -14,7 +14,7 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
 
     triton_guard.install()
 
-from fastvq import _native
+from fastvq import _native, _triton
 from fastvq._env import VARIABLES
 
 # reference, then the CPU kernels once for each instruction set that this machine has.
@@ -22,6 +22,8 @@ ENGINES = ["reference", *(f"cpu-{isa}" for isa in _native.available_isas())]
 CPU_ENGINES = ENGINES[1:]
 # What the emulated tiles serve; everything else would only run AVX-512's kernels again.
 LOOKUPS = ("test_nearest", "test_quantize", "test_residual", "test_pack_codebook")
+# The Triton kernels on CPU tensors: a hundred times slower, so only for tests marked `interpreted`.
+INTERPRETED = ["triton"] if _triton.interpreting() and _triton.unavailable() is None else []
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +46,13 @@ def use_engine(monkeypatch):
     return use
 
 
-@pytest.fixture(params=ENGINES)
+def pytest_generate_tests(metafunc):
+    if "engine" in metafunc.fixturenames:
+        interpreted = INTERPRETED if metafunc.definition.get_closest_marker("interpreted") else []
+        metafunc.parametrize("engine", [*ENGINES, *interpreted], indirect=True)
+
+
+@pytest.fixture
 def engine(request, use_engine):
     """The backend's name, its instruction set forced: the test runs once for each."""
     return use_engine(request.param)

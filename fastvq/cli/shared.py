@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,17 +18,20 @@ from torch import Tensor
 from fastvq.data import Batch, Loader, Shards, normalise, open_data, read_picture
 from fastvq.data.sources import Source
 from fastvq.models.autoencoder import Autoencoder
-from fastvq.models.checkpoints import read_json, write_json
+from fastvq.models.checkpoints import WEIGHTS, read_json, write_json
 from fastvq.models.prior import Prior
+from fastvq.training import find_device
+from fastvq.training.state import STATE
 
 __all__ = [
-    "MODEL", "PRIOR", "console", "count_codes", "picture_file", "progress", "read_data", "read_model",
-    "read_priors", "reported", "show_skipped", "some_pictures", "write_data",
+    "MODEL", "PRIOR", "check_label", "console", "count_codes", "fingerprint", "picture_file", "progress", "read_data",
+    "read_model", "read_priors", "reported", "show_skipped", "some_pictures", "write_data", "write_made_for",
 ]  # fmt: skip
 
 console = Console(stderr=True)
 MODEL, PRIOR = Path("runs/vqvae"), Path("runs/prior")
 DATA = "data.json"  # beside a model: what it was trained on
+MADE_FOR = "model.json"  # beside priors: the model whose ids they were trained on
 
 
 @contextmanager
@@ -58,24 +62,61 @@ def progress(total: int, what: str, *, shown: bool = True) -> Iterator[Any]:
 
 
 def read_model(folder: Path, device: torch.device | str = "cpu") -> Autoencoder:
-    return Autoencoder.from_pretrained(folder, device)
+    return Autoencoder.from_pretrained(folder, find_device(str(device)))
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a model's weights: ids mean something to the model that made them, and to no other."""
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 def write_data(folder: Path, name: str, size: int, channels: int, odd: str) -> None:
-    write_json(folder / DATA, {"data": name, "size": size, "channels": channels, "odd": odd})
+    """Writes what a run is trained on; ValueError where the folder holds a run on something else."""
+    described = {"data": name, "size": size, "channels": channels, "odd": odd}
+    if (folder / STATE).is_file() and (folder / DATA).is_file():
+        before = read_json("fastvq", folder / DATA)
+        if before != described:
+            raise ValueError(f"{folder} holds a run on other data ({before}, not {described}); take another --out")
+        return
+    write_json(folder / DATA, described)
+
+
+def write_made_for(folder: Path, model: Path) -> None:
+    """Writes whose ids priors are trained on; ValueError where the folder holds priors of another model."""
+    if (folder / MADE_FOR).is_file() and any(folder.glob(f"level*/{STATE}")):
+        _check_made_for(folder, model)
+    else:
+        write_json(folder / MADE_FOR, {"model_sha256": fingerprint(model)})
+
+
+def _check_made_for(folder: Path, model: Path) -> None:
+    if read_json("fastvq", folder / MADE_FOR, entries=["model_sha256"])["model_sha256"] != fingerprint(model):
+        raise ValueError(
+            f"{folder} was trained on the ids of another model than {model}, which mean nothing to this one; "
+            f"train a prior for it with `fastvq train prior --model {model} --out` another folder"
+        )
 
 
 def read_data(folder: Path) -> tuple[str, dict[str, Any]]:
     """(name, options of ``open_data``) of the pictures that a model was trained on."""
     if not (folder / DATA).is_file():
         raise ValueError(f"{folder} does not say what it was trained on ({DATA} is missing); give --data")
-    described = read_json("fastvq", folder / DATA)
+    described = read_json("fastvq", folder / DATA, entries=["data", "size", "channels", "odd"])
     return described.pop("data"), described
 
 
-def read_priors(folder: Path, model: Autoencoder, device: torch.device | str = "cpu") -> list[Prior]:
-    """The priors of all levels, ``folder/level0`` the top's."""
+def read_priors(folder: Path, model: Autoencoder, made_for: Path, device: torch.device | str = "cpu") -> list[Prior]:
+    """The priors of all levels, ``folder/level0`` the top's; ValueError where ``model``, which ``made_for`` holds, is
+    not the one whose ids they were trained on."""
+    if (folder / MADE_FOR).is_file():
+        _check_made_for(folder, made_for)
     return [Prior.from_pretrained(folder / f"level{level}", device) for level in range(model.levels)]
+
+
+def check_label(label: int, prior: Prior) -> None:
+    if prior.n_classes is None or not 0 <= label < prior.n_classes:
+        classes = f"0 .. {prior.n_classes - 1}" if prior.n_classes else "it has none"
+        raise ValueError(f"--label must be one of the prior's classes ({classes}), got {label}")
 
 
 def show_skipped(source: Source | Shards) -> None:

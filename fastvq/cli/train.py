@@ -15,6 +15,7 @@ from fastvq.cli.pictures import PAIRED, grid, paired, save_png, usage_plot
 from fastvq.data import Loader, open_data
 from fastvq.models import VQVAE, VQVAE2, Prior
 from fastvq.models.autoencoder import Autoencoder
+from fastvq.models.checkpoints import write_json
 from fastvq.training import TrainConfig, autoencoder_objective, prior_objective, processes, train
 
 __all__ = ["PRESETS", "PRIOR_PRESETS", "train_prior", "train_vqvae"]
@@ -31,6 +32,7 @@ PRIOR_PRESETS: dict[str, dict[str, Any]] = {
     "photographs": dict(channels=96, layers=8, steps=4000, batch_size=32, lr=1e-3, augment="flip"),
 }
 SHOWN = 32  # pictures of a reconstruction grid
+DRAWN, DRAWN_CLASSES = 8, 10  # samples of each class, classes that a prior's picture shows
 COUNTED = 256  # pictures whose codes the usage plot counts
 
 Data = Annotated[str | None, typer.Option(help="digits, photographs, torchvision:NAME, a folder, or tar shards")]
@@ -109,6 +111,8 @@ def train_vqvae(
             )  # fmt: skip
         if place.first:
             _show_model(model, out, data, place.device, size=size, channels=channels, odd=odd)
+            if source.skipped:
+                write_json(out / "skipped.json", source.skipped)
             shared.show_skipped(source)
 
 
@@ -147,6 +151,9 @@ def train_prior(
                          steps=steps, batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
         source = open_data(data, "train", **options)
         with_labels = labels and source.n_classes is not None
+        if place.first:
+            shared.write_made_for(out, model)
+        priors: list[Prior] = []
         for level in range(autoencoder.levels):
             config = TrainConfig(
                 steps=chosen["steps"], batch_size=chosen["batch_size"], accumulate=accumulate, lr=chosen["lr"],
@@ -171,11 +178,25 @@ def train_prior(
                     on_step=advance,
                     on_log=partial(_show_bits, advance),
                 )  # fmt: skip
-        shared.show_skipped(source)
+            priors.append(prior)
+        if place.first:
+            _show_priors(autoencoder, priors, out, place.device)
+            shared.show_skipped(source)
 
 
 def _show_bits(advance: Callable[..., None], line: dict[str, Any]) -> None:
     advance(line["step"], f"{line['bits_per_id']:.3f} bits an id")
+
+
+def _show_priors(model: Autoencoder, priors: list[Prior], out: Path, device: torch.device) -> None:
+    """samples.png: new pictures, a row of each of the first classes where there are any."""
+    n_classes = min(priors[0].n_classes or 0, DRAWN_CLASSES)
+    labels = torch.arange(n_classes).repeat_interleave(DRAWN) if n_classes else None
+    generator = torch.Generator(device).manual_seed(0)
+    images = model.generate(DRAWN * max(n_classes, 2), labels, priors=priors, temperature=0.8, generator=generator)
+    rows = [str(c) for c in range(n_classes)]
+    save_png(out / "samples.png", grid(images, DRAWN, title="samples, temperature 0.8", rows=rows))
+    shared.console.print(f"{out}: a prior a level with its log.jsonl, samples.png", highlight=False, soft_wrap=True)
 
 
 def _filled(preset: dict[str, Any], **given: Any) -> dict[str, Any]:
@@ -189,6 +210,8 @@ def _show_model(model: Autoencoder, out: Path, data: str, device: torch.device, 
     shown, columns = images[:SHOWN], 8
     decoded = model.decode_maps([ids[:SHOWN] for ids in maps]).cpu()
     save_png(out / "reconstructions.png", grid(paired(shown, decoded, columns), columns, title=PAIRED))
+    written = "model, log.jsonl, reconstructions.png"
     if model.depth == 1:
         save_png(out / "usage.png", usage_plot(shared.count_codes(model, maps)))
-    shared.console.print(f"{out}: model, log.jsonl, reconstructions.png, usage.png", highlight=False)
+        written += ", usage.png"
+    shared.console.print(f"{out}: {written}", highlight=False, soft_wrap=True)

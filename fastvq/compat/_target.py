@@ -20,7 +20,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import nn
 
-__all__ = ["FallbackWarning", "Fast", "Target", "always", "needs", "remake", "swap", "swap_back", "type_of"]
+__all__ = [
+    "FallbackWarning",
+    "Fast",
+    "Target",
+    "always",
+    "home",
+    "hooked",
+    "needs",
+    "remake",
+    "swap",
+    "swap_back",
+    "type_of",
+]
 
 
 class FallbackWarning(UserWarning):
@@ -125,6 +137,13 @@ def home(module: nn.Module, name: str) -> Any:
     """A helper function of the peer, from the file that defines ``name`` among the module's classes."""
     definer = next(cls for cls in type(module).__mro__ if cls.__name__ == name and not issubclass(cls, Fast))
     return sys.modules[definer.__module__]
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone waits for its calls, which therefore have to be made."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def needs(**shapes: str) -> Callable[[nn.Module], str | None]:

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from fastvq import ops
+from fastvq.compat._residual import all_levels
 from fastvq.compat._target import Fast, home
 
 __all__ = ["FastResidualVQ", "FastSimVQ"]
 
 
 class FastResidualVQ(Fast):
-    """``ResidualVQ`` without the copy of all residuals that the peer keeps, which only two of its options read."""
+    """``ResidualVQ``: in eval all levels in one pass; in training without the peer's copy of all residuals, which only
+    two of its options read. (There a level passes on what its estimator made of its codes, and changes them.)
+    """
 
     def forward(
         self,
@@ -43,8 +46,12 @@ class FastResidualVQ(Fast):
                 beam_size=beam_size,
                 rand_quantize_dropout_fixed_seed=rand_quantize_dropout_fixed_seed,
             )
-        peer = home(self, "ResidualVQ")
         residual = self.project_in(x)
+        if not self.training and all(isinstance(layer, Fast) and layer.looks_up(residual) for layer in self.layers):
+            done = all_levels(residual, [layer._codebook.embed[0] for layer in self.layers])
+            if done is not None:
+                return self._finish(*done, torch.zeros(len(self.layers), device=x.device), return_all_codes)
+        peer = home(self, "ResidualVQ")
         quantized, levels, losses = torch.zeros_like(residual), [], []
         n_levels = self._n_levels(x, rand_quantize_dropout_fixed_seed)
         for layer in self.layers[:n_levels]:
@@ -58,9 +65,11 @@ class FastResidualVQ(Fast):
         dropped = len(self.layers) - n_levels
         levels += [torch.full_like(levels[0], -1)] * dropped
         losses += [torch.zeros_like(losses[0])] * dropped
-        all_indices = torch.stack(levels, dim=-1)
-        result = (self.project_out(quantized), all_indices, torch.stack(losses, dim=-1))
-        return (*result, self.get_codes_from_indices(all_indices)) if return_all_codes else result
+        return self._finish(quantized, torch.stack(levels, dim=-1), torch.stack(losses, dim=-1), return_all_codes)
+
+    def _finish(self, quantized: Tensor, indices: Tensor, losses: Tensor, return_all_codes: bool) -> Any:
+        result = (self.project_out(quantized), indices, losses)
+        return (*result, self.get_codes_from_indices(indices)) if return_all_codes else result
 
     def _n_levels(self, x: Tensor, seed: int | None) -> int:
         """All levels; or, with quantize dropout, as many as the peer's generator draws from the same seed."""

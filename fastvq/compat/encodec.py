@@ -1,19 +1,21 @@
-"""encodec and audiocraft: ``EuclideanCodebook`` of their ``core_vq``.
+"""encodec and audiocraft: ``EuclideanCodebook`` and ``ResidualVectorQuantization`` of their ``core_vq``.
 
-``ResidualVectorQuantizer`` and all between are made of it and stay the peer's.
+``ResidualVectorQuantizer`` is made of them and stays the peer's.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastvq.compat._exports import subclasses_of
 from fastvq.compat._lookup import lloyd, nearest, statistics
+from fastvq.compat._residual import FastResidual
 from fastvq.compat._target import Fast, Target, home, needs
 
-__all__ = ["TARGETS", "FastEuclideanCodebook"]
+__all__ = ["TARGETS", "FastEuclideanCodebook", "FastResidualVectorQuantization"]
 
 
 class FastEuclideanCodebook(Fast):
@@ -38,21 +40,39 @@ class FastEuclideanCodebook(Fast):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # [..., D] -> [..., D], [...]
         """As the peer's: the codes are those before the update, and expiry comes before the averages."""
-        shape = x.shape
-        x = self.preprocess(x)
-        self.init_embed_(x)
-        flat = self.quantize(x)
-        indices = self.postprocess_emb(flat, shape)
+        rows = self.preprocess(x)
+        self.init_embed_(rows)
+        chosen = self.quantize(rows)
+        indices = self.postprocess_emb(chosen, x.shape)
         quantized = self.dequantize(indices)
         if self.training:
-            self.expire_codes_(x)
+            self.expire_codes_(rows)
             peer = home(self, "EuclideanCodebook")
-            sums, counts = statistics(x, flat, self.codebook_size)
+            sums, counts = statistics(rows, chosen, self.codebook_size)
             peer.ema_inplace(self.cluster_size, counts, self.decay)
             peer.ema_inplace(self.embed_avg, sums, self.decay)
-            smoothed = peer.laplace_smoothing(self.cluster_size, self.codebook_size, self.epsilon)
-            self.embed.data.copy_(self.embed_avg / (smoothed * self.cluster_size.sum())[:, None])
+            share = peer.laplace_smoothing(self.cluster_size, self.codebook_size, self.epsilon)
+            self.embed.data.copy_(self.embed_avg / (share * self.cluster_size.sum())[:, None])
         return quantized, indices
+
+
+class FastResidualVectorQuantization(FastResidual):
+    """All levels in one pass where nothing is learnt; in training each level changes what the next one sees."""
+
+    def encode(self, x: Tensor, n_q: int | None = None) -> Tensor:  # [B, D, T] -> [Q, B, T]
+        """As the peer's."""
+        done = self._at_once(x, n_q or len(self.layers))
+        if done is None:
+            theirs: Any = super()
+            return theirs.encode(x, n_q)
+        return done[1]
+
+    def forward(self, x: Tensor, n_q: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """As the peer's: (quantized [B, D, T], indices [Q, B, T], losses [Q, 1])."""
+        done = self._at_once(x, n_q or len(self.layers), forward=True)
+        if done is None:
+            return super().forward(x, n_q)
+        return *done, torch.zeros(len(done[1]), 1, device=x.device)
 
 
 def _shared(peer: Any) -> Any:
@@ -65,16 +85,20 @@ UNFIT = needs(embed="2", embed_avg="2", cluster_size="1", inited="", decay="", e
 TARGETS = tuple(
     Target(
         peer=peer,
-        name="EuclideanCodebook",
+        name=name,
         modules=rf"{peer}\.quantization\.core_vq",
-        fast=FastEuclideanCodebook,
-        seams=SEAMS,
-        unfit=UNFIT,
+        fast=fast,
+        seams=seams,
+        unfit=unfit,
         importable=(f"{peer}.quantization.core_vq",),
         distribution=peer,
         tested=tested,
     )
     for peer, tested in (("encodec", "0.1"), ("audiocraft", "1.4"))
+    for name, fast, seams, unfit in (
+        ("EuclideanCodebook", FastEuclideanCodebook, SEAMS, UNFIT),
+        ("ResidualVectorQuantization", FastResidualVectorQuantization, ("encode", "forward"), needs(layers="")),
+    )
 )
 
 __getattr__ = subclasses_of(

@@ -1,17 +1,21 @@
-"""moshi (Mimi): ``EuclideanCodebook`` of its ``core_vq``.
+"""moshi (Mimi): ``EuclideanCodebook`` and ``ResidualVectorQuantization`` of its ``core_vq``.
 
-Its averages come from scatter_add and need no N x K matrix, so only the lookup is replaced.
+The codebook's averages come from scatter_add and need no N x K matrix, so only the lookup is replaced.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastvq.compat._exports import subclasses_of
 from fastvq.compat._lookup import nearest
-from fastvq.compat._target import Fast, Target, needs
+from fastvq.compat._residual import FastResidual
+from fastvq.compat._target import Fast, Target, home, needs
 
-__all__ = ["TARGETS", "FastEuclideanCodebook"]
+__all__ = ["TARGETS", "FastEuclideanCodebook", "FastResidualVectorQuantization"]
 
 
 class FastEuclideanCodebook(Fast):
@@ -21,17 +25,50 @@ class FastEuclideanCodebook(Fast):
         return nearest(x, self.embedding)
 
 
+class FastResidualVectorQuantization(FastResidual):
+    """All levels in one pass where nothing is learnt; in training each level changes what the next one sees."""
+
+    codes = "embedding"
+
+    def encode(self, x: Tensor, n_q: int | None = None) -> Tensor:  # [B, D, T] -> [Q, B, T]
+        """As the peer's."""
+        done = self._at_once(x, n_q or len(self.layers))
+        if done is None:
+            theirs: Any = super()
+            return theirs.encode(x, n_q)
+        return done[1]
+
+    def forward(self, x: Tensor, n_q: int | None = None) -> Any:
+        """As the peer's: (quantized [B, D, T], codes [Q, B, T], losses [Q], metrics), which are none in eval."""
+        done = self._at_once(x, n_q or len(self.layers), forward=True)
+        if done is None:
+            return super().forward(x, n_q)
+        quantized, indices = done
+        result = home(self, "ResidualVectorQuantization")._VQForwardResult
+        return result(quantized, indices, torch.zeros(len(indices), device=x.device), {})
+
+
+COMMON: dict[str, Any] = {
+    "peer": "moshi",
+    "modules": r"moshi\.quantization\.core_vq",
+    "importable": ("moshi.quantization.core_vq",),
+    "distribution": "moshi",
+    "tested": "0.2",
+}
 TARGETS = (
     Target(
-        peer="moshi",
         name="EuclideanCodebook",
-        modules=r"moshi\.quantization\.core_vq",
         fast=FastEuclideanCodebook,
         seams=("_quantize",),
         unfit=needs(embedding_sum="2", cluster_usage="1", _initialized="", epsilon=""),
-        importable=("moshi.quantization.core_vq",),
-        distribution="moshi",
-        tested="0.2",
+        **COMMON,
+    ),
+    Target(
+        name="ResidualVectorQuantization",
+        fast=FastResidualVectorQuantization,
+        seams=("encode", "forward"),
+        unfit=needs(layers="", codebook_offset=""),
+        **COMMON,
     ),
 )
 

@@ -1,4 +1,7 @@
-"""transformers: the quantizers of Encodec, Xcodec, Higgs, Mimi, DAC, Chameleon, Janus, Emu3 and GLM-Image."""
+"""transformers: the quantizers of Encodec, Xcodec, Higgs, Mimi, DAC, Chameleon, Janus, Emu3 and GLM-Image.
+
+Higgs projects every residual down and every code up again, so its levels stay its own, made of a patched codebook.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvq.compat._dac import FastDacResidualVectorQuantizer, FastDacVectorQuantize
 from fastvq.compat._exports import subclasses_of
 from fastvq.compat._lookup import image_quantize, nearest
+from fastvq.compat._residual import FastResidual
 from fastvq.compat._target import Fast, Target, needs
 
 __all__ = [
     "TARGETS",
-    "FastDacVectorQuantize",
     "FastEmu3Quantizer",
+    "FastEncodecResidual",
     "FastEuclideanCodebook",
     "FastGlmImageQuantizer",
     "FastMimiCodebook",
+    "FastMimiResidual",
     "FastVQVAEQuantizer",
+    "FastXcodecResidual",
 ]
 
 
@@ -37,17 +44,39 @@ class FastMimiCodebook(Fast):
         return nearest(hidden_states, self.embed)
 
 
-class FastDacVectorQuantize(Fast):
-    """DAC: looked up by angle, gathered as stored."""
+class FastEncodecResidual(FastResidual):
+    """Encodec's levels in one pass."""
 
-    def decode_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:  # [B, D, T] -> [B, D, T], [B, T]
-        """As the peer's. It normalises both sides and compares distances: that is the angle, without the rounding."""
-        if hasattr(self.codebook, "_hf_hook"):
-            self._fall_back("accelerate moves its codebook in and out of memory")
+    holder = "codebook"
+
+    def encode(self, embeddings: Tensor, bandwidth: float | None = None) -> Tensor:  # [B, D, T] -> [Q, B, T]
+        """As the peer's."""
+        done = self._at_once(embeddings, self.get_num_quantizers_for_bandwidth(bandwidth))
+        if done is None:
             theirs: Any = super()
-            return theirs.decode_latents(hidden_states)
-        indices = nearest(hidden_states.transpose(1, 2), self.codebook.weight, "cosine")
-        return self.codebook(indices).transpose(1, 2), indices
+            return theirs.encode(embeddings, bandwidth)
+        return done[1]
+
+
+class FastXcodecResidual(FastEncodecResidual):
+    """Xcodec's, which keeps its levels under another name."""
+
+    stack = "quantizers"
+
+
+class FastMimiResidual(FastResidual):
+    """Mimi's, which may project what comes in."""
+
+    holder = "codebook"
+
+    def encode(self, embeddings: Tensor, num_quantizers: int | None = None) -> Tensor:  # [B, D, T] -> [Q, B, T]
+        """As the peer's."""
+        x = embeddings if self.input_proj is None else self.input_proj(embeddings)
+        done = self._at_once(x, self.num_quantizers if num_quantizers is None else num_quantizers)
+        if done is None:
+            theirs: Any = super()
+            return theirs.encode(embeddings, num_quantizers)
+        return done[1]
 
 
 class FastVQVAEQuantizer(Fast):
@@ -108,7 +137,15 @@ TARGETS = (
         )
     ),
     _target("mimi", "MimiEuclideanCodebook", FastMimiCodebook, "quantize", embed_sum="2", cluster_usage="1"),
+    _target("encodec", "EncodecResidualVectorQuantizer", FastEncodecResidual, "encode", layers="", codebook_size=""),
+    _target(
+        "xcodec", "XcodecResidualVectorQuantization", FastXcodecResidual, "encode", quantizers="", codebook_size=""
+    ),
+    _target("mimi", "MimiResidualVectorQuantizer", FastMimiResidual, "encode", layers="", num_quantizers=""),
     _target("dac", "DacVectorQuantize", FastDacVectorQuantize, "decode_latents", codebook__weight="2"),
+    _target(
+        "dac", "DacResidualVectorQuantizer", FastDacResidualVectorQuantizer, "forward", quantizers="", n_codebooks=""
+    ),
     *(
         _target(model, f"{prefix}VQVAEVectorQuantizer", fast, "forward", **EMBEDDING, **extra)
         for model, prefix, fast, extra in (
@@ -124,8 +161,6 @@ __getattr__ = subclasses_of(
     __name__,
     {
         **{target.name: target.importable[0] for target in TARGETS},
-        "EncodecResidualVectorQuantizer": "transformers.models.encodec.modeling_encodec",
         "MimiSplitResidualVectorQuantizer": "transformers.models.mimi.modeling_mimi",
-        "DacResidualVectorQuantizer": "transformers.models.dac.modeling_dac",
     },
 )

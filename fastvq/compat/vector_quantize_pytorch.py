@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.compat._exports import subclasses_of
-from fastvq.compat._target import Fast, Target, always, home, needs
+from fastvq.compat._target import Fast, Target, always, home, hooked, needs
 from fastvq.compat._vq_codebook import WITHOUT_DISTANCES, FastCodebook
 from fastvq.compat._vq_residual import FastResidualVQ, FastSimVQ
 
@@ -68,6 +68,20 @@ class FastVectorQuantize(Fast):
     def limits(cls, module: nn.Module) -> list[str]:
         return [*_always_original(module), *_original_in_training(module)]
 
+    def looks_up(self, x: Tensor) -> bool:
+        """Whether calling it on x does no more than to look up one euclidean codebook."""
+        codebook = self._codebook
+        bare = self.heads == 1 and self.channel_last and not (self.has_projections or self._is_map() or hooked(self))
+        euclidean = not self.use_cosine_sim and codebook.vq_bridge is None
+        return (
+            bare
+            and euclidean
+            and not (self.training or codebook.training)
+            and self._needs_distances(None, None, None) is None
+            and self._is_plain(x)
+            and bool(codebook.initted)
+        )
+
     def _needs_distances(self, indices: Any, topk: Any, transform: Any) -> str | None:
         """Why this call needs the distance matrix, or is none that fastvq does; None if it is one."""
         if indices is not None:
@@ -84,7 +98,7 @@ class FastVectorQuantize(Fast):
     def _is_plain(self, x: Tensor) -> bool:
         """Whether one pass gives all that this call returns."""
         codebook = self._codebook
-        if codebook._forward_hooks or codebook._forward_pre_hooks or codebook._backward_hooks:
+        if hooked(codebook):
             return False
         shaped = self._is_map() or x.dim() in (2, 3)
         if not shaped or x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type):

@@ -30,8 +30,8 @@ class Picture(NamedTuple):
     label: int | None
 
 
-class BadPicture(Exception):
-    """A picture that is left out: ``name``, and why."""
+class BadPicture(ValueError):
+    """A picture that is left out, or refused where it is the one that was asked for: ``name``, and why."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
@@ -104,6 +104,8 @@ def read_picture(
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     except BadPicture:
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit, which it checks before it tells a size
+        raise BadPicture(name, f"huge: more than {max_pixels} pixels") from None
     except UnidentifiedImageError:  # its own message holds an address of memory
         raise BadPicture(name, "cannot be read: no picture of a known format") from None
     except Exception as error:  # decoders raise whatever they like on foreign bytes, and a run must go on

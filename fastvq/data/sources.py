@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -27,7 +29,7 @@ PHOTOGRAPH_CROPS = {"train": 20_000, "held-out": 500, "all": 20_000}
 HELD_OUT_SHARE = 0.2  # of a photograph's width, at the right
 
 
-class Source:
+class Source(ABC):
     """Pictures 0 .. len - 1. One that cannot be used is left out, its name and the reason kept in ``skipped``."""
 
     name: str
@@ -40,12 +42,12 @@ class Source:
         self.split = split
         self.skipped: dict[str, str] = {}
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def read(self, index: int) -> Picture:
         """Picture ``index``; raises BadPicture."""
-        raise NotImplementedError
 
     def get(self, index: int) -> Picture | None:
         """Picture ``index``, or None where it has to be left out."""
@@ -166,8 +168,6 @@ class Torchvision(Source):
         return len(self.items)
 
     def read(self, index: int) -> Picture:
-        import io
-
         name = f"{self.name}-{index}"
         try:
             picture, label = self.items[index]

@@ -185,12 +185,14 @@ class Autoencoder(Pretrained):
 
         Raises:
             ValueError: the number of priors is not that of the levels, a bare PixelCNN is given without ``size``,
-                labels are not [n] or out of range.
+                ``size`` is no multiple of the top level's stride, labels are not [n] or out of range.
         """
         op = f"{self.op}.generate"
         found = as_priors(op, priors, self.levels)
         if size is None and found[0].shape is None:
             raise ValueError(f"{op}: size must be given, (H, W) of the pictures: the prior holds none")
+        if size is not None and (min(size) < 1 or any(side % self.strides[0] for side in size)):
+            raise ValueError(f"{op}: size must be multiples of {self.strides[0]}, the top level's stride, got {size}")
         device = self.decoder.mix.weight.device
         if labels is not None:
             labels = torch.as_tensor(labels, dtype=torch.int64, device=device)

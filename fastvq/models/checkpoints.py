@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -39,9 +39,11 @@ def write_atomically(path: Path | str, data: bytes) -> None:
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(name)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say what it was asked to hold
         raise
     with contextlib.suppress(OSError):  # a file system that has no fsync of folders
         folder = os.open(path.parent, os.O_RDONLY)
@@ -55,12 +57,20 @@ def write_json(path: Path | str, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def read_json(op: str, path: Path | str) -> Any:
-    """Raises ValueError, naming the file, where it is no JSON; FileNotFoundError where it is not there."""
+def read_json(op: str, path: Path | str, *, entries: Sequence[str] | None = None) -> Any:
+    """What a JSON file holds; with ``entries`` that must be an object which has them.
+
+    Raises:
+        ValueError: it is no JSON or not such an object; the message names the file.
+        FileNotFoundError: it is not there.
+    """
     try:
-        return json.loads(Path(path).read_text())
+        value = json.loads(Path(path).read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{op}: {path} must be JSON, and is not ({error}); it may be truncated") from None
+    if entries is not None and not (isinstance(value, dict) and all(entry in value for entry in entries)):
+        raise ValueError(f"{op}: {path} must be an object with {', '.join(entries)}; it is a file of something else")
+    return value
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

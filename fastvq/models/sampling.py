@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq.ops import PixelCNNState, pixelcnn_start, pixelcnn_step
+from fastvq.ops import PixelCNNState, PixelCNNSteps, pixelcnn_start
 
 if TYPE_CHECKING:
     from fastvq.models.pixelcnn import PixelCNN
@@ -72,10 +72,17 @@ def start(
 
 
 def _check(
-    model: PixelCNN, shape: tuple[int, int, int], known: Tensor | None, keep: Tensor | None, choice: Choice
-) -> None:
+    model: PixelCNN, shape: tuple[int, int, int], labels: Tensor | None, known: Tensor | None, keep: Tensor | None,
+    choice: Choice,
+) -> None:  # fmt: skip
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{OP}: shape must be (B, h, w), each >= 1, got {tuple(shape)}")
+    if labels is not None and model.n_classes is not None and labels.numel():
+        low, high = int(labels.min()), int(labels.max())
+        if not 0 <= low <= high < model.n_classes:
+            raise ValueError(
+                f"{OP}: labels must be in [0, {model.n_classes}), the model's classes, got {low} .. {high}"
+            )
     if not choice.temperature >= 0:
         raise ValueError(f"{OP}: temperature must be >= 0, got {choice.temperature}")
     if choice.top_k is not None and choice.top_k < 1:
@@ -108,27 +115,33 @@ def sample(
 ) -> Tensor:  # [B, h, w] int64
     """See ``PixelCNN.sample``."""
     shape = (shape[0], shape[1], shape[2])
-    _check(model, shape, known, keep, choice)
+    _check(model, shape, labels, known, keep, choice)
     device = model.embedding.weight.device
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
     ids = torch.zeros(shape, dtype=torch.int64, device=device)
     if known is not None and keep is not None:
-        ids = torch.where(keep.to(device), known.to(device), ids)
+        ids = torch.where(keep.to(device), known.to(device), ids).contiguous()
     free = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else ~keep.to(device)
     drawn = free.any(0).cpu()  # positions that some image needs
     last = int(drawn.flatten().nonzero().max()) if drawn.any() else -1
 
     with torch.autocast(device.type, enabled=False), _bar(last + 1, progress) as advance:
-        state = start(model, shape, labels, condition) if cached else None
-        for position in range(last + 1):
-            i, j = divmod(position, shape[2])
-            if state is not None:
-                logits = pixelcnn_step(state, ids, i, j)
-            elif drawn[i, j]:
-                logits = model(ids, labels, condition)[:, :, i, j]
-            if drawn[i, j]:
-                chosen = choose_ids(logits, uniforms[:, i, j], choice)
-                ids[:, i, j] = torch.where(free[:, i, j], chosen, ids[:, i, j])
+
+        def draw(
+            logits: Tensor,  # [B, K]
+            position: Tensor,  # [1]
+        ) -> None:
+            u, may, held = (t.flatten(1).index_select(1, position)[:, 0] for t in (uniforms, free, ids))
+            chosen = torch.where(may, choose_ids(logits, u, choice), held)
+            ids.flatten(1).index_copy_(1, position, chosen[:, None])
+
+        step = PixelCNNSteps(start(model, shape, labels, condition), ids, draw) if cached else None
+        for at, wanted in enumerate(drawn.flatten()[: last + 1].tolist()):
+            if step is not None:
+                step(wanted)
+            elif wanted:
+                i, j = divmod(at, shape[2])
+                draw(model(ids, labels, condition)[:, :, i, j], torch.tensor([at], device=device))
             advance()
     return ids
 
@@ -139,9 +152,10 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[], object]]:
         yield lambda: None
         return
     try:
+        from rich.console import Console
         from rich.progress import Progress
     except ImportError:
         raise ImportError(f"{OP}: progress=True needs the package rich; install it or pass progress=False") from None
-    with Progress() as bar:
+    with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("sampling", total=total)
         yield lambda: bar.advance(task)

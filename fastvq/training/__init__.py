@@ -3,7 +3,7 @@
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Objective, train
 from fastvq.training.objectives import autoencoder_objective, prior_objective
-from fastvq.training.processes import Place, barrier, processes
+from fastvq.training.processes import Place, barrier, find_device, processes
 
 __all__ = [
     "Objective",
@@ -11,6 +11,7 @@ __all__ = [
     "TrainConfig",
     "autoencoder_objective",
     "barrier",
+    "find_device",
     "prior_objective",
     "processes",
     "train",

@@ -1,15 +1,21 @@
-"""A run's log: one JSON object a line, and TensorBoard's where it is installed."""
+"""Logs: one JSON object a line, and TensorBoard's where it is installed."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from fastvq.models.checkpoints import write_atomically
 
-__all__ = ["Log"]
+__all__ = ["Log", "write_line"]
+
+
+def write_line(path: Path, line: dict[str, Any]) -> None:
+    """Adds a line to a JSON-lines file, in one write, so that several processes may share it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 class Log:
@@ -20,14 +26,14 @@ class Log:
         kept = [line for line in self._lines() if line.get("step", 0) <= resumed_step] if resumed_step else []
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.board: Any = None
-        if importlib.util.find_spec("tensorboard"):
+        try:
             from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+        except ImportError:  # not installed, or not with what it needs itself
+            return
+        self.board = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        write_line(self.path, line)
         if self.board is not None:
             for name, value in line.items():
                 if isinstance(value, (int, float)) and name != "step":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,8 @@ def train(
                     if on_log is not None:
                         on_log(line)
             if now % config.save_every == 0 or now == config.steps:
+                if sums:  # else they have just been checked, for the log
+                    _check_finite(now, float(sums["loss"]), float(sums["gradient_norm"]))
                 if place.first:
                     _save(folder, model, optimizer, averages, now, saved, config)
                 saved = now
@@ -127,7 +130,10 @@ def _wrap(model: nn.Module, config: TrainConfig, place: Place) -> Any:
     if place.world > 1:
         # Buffers are the codebooks', which fastvq.nn sums over the ranks itself.
         devices = [place.device.index] if place.device.type == "cuda" else None
-        net = DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # Later torches advise another name, which earlier ones do not know.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            net = DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
     return net
 
 
@@ -141,16 +147,20 @@ def _line(
     steps = (step - 1 - max(done, (step - 1) // config.log_every * config.log_every)) + 1
     n = steps * config.accumulate
     line: dict[str, Any] = {"step": step, **{name: round(float(value) / n, 6) for name, value in sums.items()}}
-    if not all(abs(line[name]) < float("inf") for name in ("loss", "gradient_norm")):
-        raise ValueError(
-            f"{OP}: the loss or its gradient is not finite near step {step} (loss {line['loss']}, norm "
-            f"{line['gradient_norm']}); lower lr, or clip, and resume from the last checkpoint"
-        )
+    _check_finite(step, line["loss"], line["gradient_norm"])
     line["rate"] = config.rate(step - 1)
     line["pictures_per_second"] = round(n * config.batch_size * world / seconds, 1)
     if loader.source.skipped:
         line["skipped"] = len(loader.source.skipped)
     return line
+
+
+def _check_finite(step: int, loss: float, norm: float) -> None:
+    if not (abs(loss) < float("inf") and abs(norm) < float("inf")):
+        raise ValueError(
+            f"{OP}: the loss or its gradient is not finite near step {step} (loss {loss}, norm {norm}); "
+            "lower lr, or clip, and resume from the last checkpoint"
+        )
 
 
 def _save(
@@ -165,7 +175,8 @@ def _save(
         finally:
             averages.swap()
     except OSError as error:
+        before = f"the last good one, of step {saved}, is still there" if saved else "there was none before it"
         raise OSError(
-            f"{OP}: the checkpoint of step {step} could not be written to {folder} ({error}); "
-            f"the last good one, of step {saved}, is still there: make room and resume"
+            f"{OP}: the checkpoint of step {step} could not be written to {folder} ({error}); {before}: "
+            "make room and resume"
         ) from error

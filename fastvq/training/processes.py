@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Place", "average", "barrier", "processes"]
+__all__ = ["Place", "average", "barrier", "find_device", "processes"]
 
 
 class Place(NamedTuple):
@@ -24,6 +24,24 @@ class Place(NamedTuple):
         return self.rank == 0
 
 
+def find_device(name: str, index: int = 0) -> torch.device:
+    """torch's device of a name, "auto" the GPU where there is one; "cuda" is the GPU of that index.
+
+    Raises:
+        ValueError: this torch knows no such device or cannot use it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(f"cuda:{index}" if name == "cuda" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        raise ValueError(
+            f"fastvq.training: device must be one that this torch can use, got {name!r} ({str(error).splitlines()[0]})"
+        ) from None
+    return device
+
+
 @contextmanager
 def processes(device: str = "auto") -> Iterator[Place]:
     """This process's place among those that ``torchrun`` started; alone where it did not.
@@ -32,8 +50,7 @@ def processes(device: str = "auto") -> Iterator[Place]:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    place = Place(rank, world, torch.device(f"cuda:{local}" if kind == "cuda" else kind))
+    place = Place(rank, world, find_device(device, local))
     if world == 1:
         yield place
         return

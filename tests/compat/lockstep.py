@@ -18,8 +18,6 @@ from tests import oracle
 from tests.tolerance import assert_within, gamma
 
 STEPS = 50
-# For options that change little of what is compared; the rest take all fifty.
-FEW = 8
 
 
 @dataclass

@@ -1,12 +1,14 @@
 """Audio codecs: encodec, moshi, and transformers' Encodec, Xcodec, Higgs, Mimi and DAC."""
 
-from types import SimpleNamespace
+import importlib.util
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 import fastvq
-from tests.compat.lockstep import FEW, Lookup, lockstep
+from tests.compat.lockstep import Lookup, lockstep
 from tests.compat.peers import peer, peer_part
 
 B, D, K, T, Q = 2, 16, 24, 60, 3
@@ -35,7 +37,6 @@ def test_encodec(expire):
             num_quantizers=Q, dim=D, codebook_size=K, kmeans_init=False, threshold_ema_dead_code=2 if expire else 0
         ),
         sound, lambda m, x: m(x), "EuclideanCodebook", by_codebook(lambda s: s["embed"]), levels=Q,
-        steps=FEW if expire else 50,
     )  # fmt: skip
 
 
@@ -96,7 +97,8 @@ def test_transformers_residual(model, name):
     theirs, ours = make(), make()
     ours.load_state_dict(theirs.state_dict())
     report = fastvq.patch(ours, strict=True)
-    assert len(report.replaced) == Q
+    # Each codebook, and the whole.
+    assert len(report.replaced) == Q + 1
     for step in range(10):
         x = clear(sound(step), theirs)
         assert torch.equal(ours.encode(x), theirs.encode(x))
@@ -120,10 +122,12 @@ def test_dac(train):
         latents = outputs[4].detach().movedim(1, -1).reshape(-1, 8)
         return Lookup(latents, state["codebook.weight"], outputs[3].flatten(), "cosine")
 
-    lockstep(lambda: cls(config), sound, lambda m, x: m(x), cls.__name__, look, train=train, steps=50 if train else FEW)
+    lockstep(lambda: cls(config), sound, lambda m, x: m(x), cls.__name__, look, train=train)
 
 
-def test_higgs():
+def test_higgs(monkeypatch):
+    if importlib.util.find_spec("torchaudio") is None:  # the file imports it; its quantizer needs none of it
+        monkeypatch.setitem(sys.modules, "torchaudio", ModuleType("torchaudio"))
     part = peer("transformers.models.higgs_audio_v2_tokenizer.modeling_higgs_audio_v2_tokenizer")
     codebook = part.HiggsAudioV2TokenizerEuclideanCodebook(SimpleNamespace(codebook_size=K, codebook_dim=D))
     codebook.embed.normal_()

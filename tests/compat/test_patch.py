@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fastvq
-from fastvq.compat import FallbackWarning
+from fastvq.compat import FallbackWarning, _patch
 from tests.compat import doubles
 from tests.compat.peers import peer
 
@@ -48,6 +48,61 @@ def test_what_stays_as_it_was():
     assert "replaced quantizer: vqvae.Quantize" in str(report)
     assert fastvq.unpatch(model) == 1 and type(model.quantizer) is kind
     assert fastvq.unpatch(model) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtype_and_device_stay_and_can_be_changed_afterwards(dtype):
+    before, after = Model().to(dtype), Model()
+    fastvq.patch(before), fastvq.patch(after)
+    after.to(dtype)
+    for model in (before, after):
+        assert {t.dtype for t in model.state_dict().values()} == {dtype}
+        assert model(x().to(dtype)).dtype == dtype
+    empty = nn.Sequential(doubles.Quantize(8, 16)).to("meta")
+    assert fastvq.patch(empty) and {t.device.type for t in empty.state_dict().values()} == {"meta"}
+
+
+@pytest.mark.parametrize("saves", ["patched", "plain"])
+@pytest.mark.parametrize("which", ["rosinality", "vector_quantize_pytorch"])
+def test_a_file_of_one_is_read_by_the_other(which, saves, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        if which == "rosinality":
+            return doubles.Quantize(8, 16)
+        return peer("vector_quantize_pytorch").ResidualVQ(dim=8, codebook_size=16, num_quantizers=2)
+
+    plain, patched = make(), make()
+    fastvq.patch(patched, strict=True)
+    source, target = (patched, plain) if saves == "patched" else (plain, patched)
+    source(x()[None])  # a training step, so that every buffer has moved
+    torch.save(source.state_dict(), tmp_path / "state.pt")
+    target.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True), strict=True)
+    for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+    found = [next(t for t in model.eval()(x()[None]) if not t.is_floating_point()) for model in (source, target)]
+    assert torch.equal(*found)
+
+
+def test_a_version_newer_than_any_compared_is_said(monkeypatch):
+    vqp = peer("vector_quantize_pytorch")
+    _patch._untested.cache_clear()
+    monkeypatch.setattr(_patch.importlib.metadata, "version", lambda name: "99.0")
+    try:
+        assert "vector-quantize-pytorch 99.0 is newer than" in str(fastvq.patch(vqp.VectorQuantize(8, 4)))
+    finally:
+        _patch._untested.cache_clear()
+
+
+def test_the_whole_tree_is_walked():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.levels = nn.ModuleDict({"fine": nn.Sequential(nn.Identity(), doubles.Quantize(8, 16))})
+
+    model = nn.ModuleList([Part(), doubles.VQ(8, 16)])
+    shared = nn.ModuleList([model, model[1]])  # the same module twice is one module
+    report = fastvq.patch(shared, strict=True)
+    assert [one.name for one in report.replaced] == ["0.0.levels.fine.1", "0.1"]
 
 
 def test_idempotent():

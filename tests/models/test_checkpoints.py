@@ -86,7 +86,7 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match=r"weights\.safetensors"):
             save_tensors(path, {"a": torch.ones(10_000)}, {"format": "test"})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

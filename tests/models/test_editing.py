@@ -20,10 +20,18 @@ def large(make, **options):
 
 
 @pytest.mark.parametrize("make", [small_vqvae, small_vqvae2])
-def test_beyond_the_reach_nothing_changes_at_all(make):
+@pytest.mark.parametrize("way", ["codes", "source", "swap", "prior"])
+def test_beyond_the_reach_nothing_changes_at_all(make, way):
     model, image = large(make)
     other = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
-    done = edit(model, image, BOX, source=other)
+    torch.manual_seed(4)
+    options = {
+        "codes": dict(codes=[7] * model.levels),
+        "source": dict(source=other),
+        "swap": dict(swap={k: (k + 1) % 16 for k in range(16)}),
+        "prior": dict(prior=small_priors(model), labels=1, n_candidates=2, generator=torch.Generator().manual_seed(5)),
+    }
+    done = edit(model, image, BOX, **options[way])
     difference = (done.image - done.reconstruction).abs().amax(1)
     assert done.reach.any() and not done.reach.all()
     assert (difference[~done.reach] == 0).all()

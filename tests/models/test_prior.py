@@ -76,5 +76,9 @@ def test_priors_that_are_refused():
         as_priors("here", [priors[0], PixelCNN(16, 8, 2)], 2)
     with pytest.raises(ValueError, match=r"labels must be \[2\]"):
         model.generate(2, [1, 2, 3], priors=priors)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 4\).* got 4 \.\. 4"):
+        model.generate(2, 4, priors=priors)
+    with pytest.raises(ValueError, match="size must be multiples of 4"):
+        model.generate(2, 1, priors=priors, size=(16, 18))
     with pytest.raises(ValueError, match="above must be 1 maps"):
         priors[1](maps()[1], torch.tensor([0, 1]))

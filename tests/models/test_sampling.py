@@ -55,12 +55,16 @@ def every_logit(model, ids, given):
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
 def test_step_gives_the_logits_of_forward(name, engine, monkeypatch):
+    monkeypatch.setenv("FASTVQ_BACKEND", engine)
+    check_step(*MODELS[name], engine)
+
+
+def check_step(options, shape, scale, engine):
     """Every position's logits; the cache is poisoned first and of one size throughout."""
-    options, (b, h, w), scale = MODELS[name]
+    b, h, w = shape
     model = make(**options)
     given = conditions(model, b, h, w, scale)
     ids = torch.randint(0, model.n_codes, (b, h, w), generator=generator(4))
-    monkeypatch.setenv("FASTVQ_BACKEND", engine)
     state = start(model, (b, h, w), **given)
     state.cache.fill_(torch.nan)
     unknown = ids.clone()
@@ -203,7 +207,7 @@ def test_registration():
 def test_progress_bar(capsys):
     pytest.importorskip("rich")
     make().sample((1, 2, 2), generator=generator(14), progress=True)
-    assert "sampling" in capsys.readouterr().out
+    assert "sampling" in capsys.readouterr().err
 
 
 BAD = [

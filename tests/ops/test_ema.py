@@ -69,6 +69,7 @@ def test_kernel_equals_reference_to_the_bit(smoothing, debias, engine, threads):
             assert all(map(torch.equal, ours, expected))
 
 
+@pytest.mark.interpreted
 def test_heads_and_strides(engine):
     g = generator(2)
     ours = buffers(17, 5, g, (3,))
@@ -90,6 +91,7 @@ def test_heads_and_strides(engine):
         )
 
 
+@pytest.mark.interpreted
 def test_a_batch_that_counted_nothing_changes_nothing(engine):
     ours = buffers(17, 5, generator(3))
     before = tuple(t.clone() for t in ours)
@@ -99,6 +101,7 @@ def test_a_batch_that_counted_nothing_changes_nothing(engine):
     assert all(map(torch.equal, ours, before))
 
 
+@pytest.mark.interpreted
 def test_debias_from_sizes_of_zero(engine):
     g = generator(4)
     codebook, embed_sum, cluster_size = buffers(8, 3, g)
@@ -121,6 +124,7 @@ def test_debias_from_sizes_of_zero(engine):
     assert other[0][4:].abs().max() > 1e4
 
 
+@pytest.mark.interpreted
 def test_decay_zero_and_one(engine):
     ours = buffers(4, 3, generator(5))
     before = tuple(t.clone() for t in ours)
@@ -133,6 +137,7 @@ def test_decay_zero_and_one(engine):
     assert_within(ours[0], sums.double() / counts[:, None], roundoff(torch.float32) * sums.abs().double())
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("n", [1, 5, 300])
 def test_dead_codes_take_distinct_finite_rows(n, engine):
     g = generator(6)
@@ -173,6 +178,7 @@ def test_dead_codes_are_drawn_evenly(engine):
     assert_within(taken, torch.full((12,), rounds / 4), 5 * (rounds * 3 / 16) ** 0.5)
 
 
+@pytest.mark.interpreted
 def test_the_generator_advances_alike_whatever_is_dead(engine):
     x = torch.randn(20, 5)
     states = []
@@ -185,6 +191,7 @@ def test_the_generator_advances_alike_whatever_is_dead(engine):
     assert replace_dead_codes_(*ours, x[:0], threshold=2, backend=engine) == 0
 
 
+@pytest.mark.interpreted
 def test_dead_codes_with_heads_and_half_precision_input(engine):
     g = generator(10)
     ours = buffers(9, 5, g, (2,))
@@ -230,6 +237,7 @@ def test_misuse_of_the_replacement(arguments, threshold, error, message):
         replace_dead_codes_(*arguments, threshold=threshold)
 
 
+@pytest.mark.interpreted
 def test_as_operators(engine):
     g = generator(11)
     ours = buffers(7, 3, g)
@@ -238,7 +246,7 @@ def test_as_operators(engine):
     opcheck(torch.ops.fastvq.replace_dead_codes_.default, (*ours, x, torch.rand(7), 1.0, engine))
 
     def step(codebook, embed_sum, cluster_size, x):
-        statistics = code_statistics(x, nearest(x, codebook, backend=engine), 7, backend=engine)
+        statistics = code_statistics(x, nearest(x, codebook), 7, backend=engine)
         ema_update_(codebook, embed_sum, cluster_size, *statistics, decay=0.9, backend=engine)
         return codebook + 1
 

@@ -91,7 +91,7 @@ def test_backend_from_the_environment(monkeypatch):
     monkeypatch.setenv("FASTVQ_BACKEND", "reference")
     nearest(X, C)
     monkeypatch.setenv("FASTVQ_BACKEND", "metal")
-    with pytest.raises(ValueError, match=r"FASTVQ_BACKEND='metal': expected one of cpu, triton, reference"):
+    with pytest.raises(ValueError, match=r"FASTVQ_BACKEND='metal': expected one of cpu, triton, cuda, reference"):
         nearest(X, C)
     nearest(X, C, backend="reference")  # a named one is not looked up
 

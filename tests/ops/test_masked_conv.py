@@ -66,7 +66,7 @@ def conv(x, weight, bias):
     return F.conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
 
 
-def check(x, weight, bias, grad, used, run):
+def check(x, weight, bias, grad, used, run, gamma=gamma):
     """Output and all gradients of run(x, weight, bias) within gamma_n times the sum of magnitudes, weights NaN where
     masked. Sums are float32 below float64 inputs, then rounded to x's dtype."""
     wide = [t.double() for t in (x, torch.where(used, weight, 0), bias)]
@@ -147,7 +147,7 @@ def test_colours(mask, engine):
 def test_dtypes(dtype):
     for layout in LAYOUTS:
         x, weight, bias, grad = case((2, 19, 35, 6, 9, (3, 3)), 4, dtype, layout)
-        check(x, weight, bias, grad, literal_mask("B", weight), lambda *t: masked_conv2d(*t))
+        check(x, weight, bias, grad, literal_mask("B", weight), lambda *t: masked_conv2d(*t, backend="reference"))
 
 
 @pytest.mark.parametrize("name", CPU_ENGINES)
@@ -205,6 +205,10 @@ def test_large_images_in_bands_and_groups():
 @pytest.mark.parametrize("condition_kind", ["none", "vector", "map"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gated(layout, condition_kind, engine):
+    check_gated(layout, condition_kind, lambda *t: gated_masked_conv2d(*t, backend=engine))
+
+
+def check_gated(layout, condition_kind, run, gamma=gamma):
     shape = (2, 13, 34, 6, 9, (3, 3))
     x, weight, bias, _ = case(shape, 9, layout=layout)
     g = generator(10)
@@ -231,7 +235,7 @@ def test_gated(layout, condition_kind, engine):
     magnitude, _ = literal(*(t.abs() for t in wide))
 
     ours = leaves(x, torch.where(used, weight, torch.nan), bias, *given)
-    actual = gated_masked_conv2d(*ours, backend=engine)
+    actual = run(*ours)
     actual.backward(grad)
     u = roundoff(torch.float32)
     # The pre-activations' error e; the gate's derivatives are at most 1 and 1/4, its own roundings 6 + 6 + 1.
@@ -263,18 +267,24 @@ def pixels_of(x):
 
 @pytest.mark.parametrize("name", CPU_ENGINES)
 def test_gate_is_accurate_everywhere(name, use_engine):
-    """tanh and sigmoid within 6 * 2^-24, relative: pre-activations pass exactly through a one-tap identity."""
-    backend = use_engine(name)
+    """tanh and sigmoid within 6 * 2^-24, relative."""
+    check_gate(use_engine(name), "cpu", 6 * 2.0**-24)
+
+
+def check_gate(backend, device, bound):
     g = generator(11)
     spread = torch.randn(4000, generator=g) * torch.pow(10.0, torch.rand(4000, generator=g) * 40 - 38)
     values = torch.cat(
         [spread, torch.linspace(-100, 100, 2001), torch.tensor([0.0, -0.0, 1e-45, torch.inf, -torch.inf, torch.nan])]
     )
     x = values.view(1, 1, 1, -1)
-    weight = torch.ones(2, 1, 1, 1)
-    out, t, s = torch.ops.fastvq.gated_masked_conv2d(x, weight, None, None, "B", None, True, backend)
+    condition = x.expand(1, 2, 1, -1).to(device)  # added to zeros: it reaches the gate as it is
+    zeros = torch.zeros_like(x, device=device), torch.zeros(2, 1, 1, 1, device=device)
+    out, t, s = (
+        r.cpu() for r in torch.ops.fastvq.gated_masked_conv2d(*zeros, None, condition, "B", None, True, backend)
+    )
     exact_t, exact_s = x.double().tanh(), x.double().sigmoid()
-    bound, tiny = 6 * 2.0**-24, 2.0**-125
+    tiny = 2.0**-125
     # Below the normal range tanh(x) = x is still exact; sigmoid is cut at exp(-87).
     assert_within(t, exact_t, bound * exact_t.abs() + 2.0**-149)
     assert_within(s, exact_s, bound * exact_s.abs() + tiny)

@@ -102,6 +102,7 @@ def test_any_mix_of_dtypes(x_dtype, codebook_dtype, estimator, engine):
     compare(x.to(x_dtype), codebook.to(codebook_dtype), engine, estimator=estimator)
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
 def test_mask(estimator, engine):
     g = generator(3)
@@ -115,6 +116,7 @@ def test_mask(estimator, engine):
     assert q.commitment_loss.isfinite() and (q.quantized[~mask] == 0).all() and (q.indices[~mask] == -1).all()
 
 
+@pytest.mark.interpreted
 def test_nothing_unmasked(engine):
     x, codebook = leaves(*gaussian(7, 5, 3, generator(4)))
     q = quantize(x, codebook, mask=torch.zeros(7, dtype=torch.bool), backend=engine)
@@ -123,6 +125,7 @@ def test_nothing_unmasked(engine):
     assert not x.grad.any() and not codebook.grad.any()
 
 
+@pytest.mark.interpreted
 def test_no_vectors(engine):
     x, codebook = leaves(torch.empty(0, 3), torch.randn(5, 3))
     q = quantize(x, codebook, backend=engine)
@@ -145,6 +148,7 @@ def test_images_and_odd_strides(estimator, engine):
         compare(x, codebook.t().contiguous().t(), engine, mask=torch.rand(x.shape[:-1], generator=g) < 0.7)
 
 
+@pytest.mark.interpreted
 def test_gradient_that_is_expanded_or_absent(engine):
     x, codebook = leaves(*gaussian(65, 17, 31, generator(6)))
     quantize(x, codebook, backend=engine).quantized.sum().backward()  # a zero-stride gradient
@@ -157,6 +161,7 @@ def test_gradient_that_is_expanded_or_absent(engine):
     assert x.grad.any() and not codebook.grad.any()
 
 
+@pytest.mark.interpreted
 def test_estimator_none_detaches(engine):
     x, codebook = leaves(*gaussian(65, 17, 31, generator(7)))
     q = quantize(x, codebook, estimator="none", backend=engine)
@@ -182,6 +187,7 @@ def test_heads(metric, engine):
         assert_within(c.grad[h], one[1].grad, 8 * roundoff(torch.float32) * one[1].grad.abs().double())
 
 
+@pytest.mark.interpreted
 def test_rotation_where_none_is_defined(engine):
     codebook = torch.tensor([[1.0, 0.0], [0.0, 0.0], [-4.0, 0.0]])
     x = torch.tensor([[0.0, 0.0], [0.01, 0.01], [-3.0, 0.0], [2.0, 1.0]], requires_grad=True)
@@ -197,6 +203,7 @@ def test_rotation_where_none_is_defined(engine):
     assert torch.equal(y.grad, g[:1])
 
 
+@pytest.mark.interpreted
 def test_rows_that_are_not_finite(engine):
     x, codebook = leaves(*gaussian(65, 17, 31, generator(9)))
     with torch.no_grad():
@@ -253,6 +260,7 @@ def test_gradcheck_of_the_losses(metric, estimator, engine):
     assert torch.autograd.gradcheck(pull, (codebook,))
 
 
+@pytest.mark.interpreted
 def test_second_derivative_raises(engine):
     x, codebook = leaves(*gaussian(7, 5, 3, generator(13)))
     (g,) = torch.autograd.grad(quantize(x, codebook, backend=engine).commitment_loss, x, create_graph=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastvq import _cuda_native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_float, check_mask, check_option, check_same_device
 from fastvq.ops._library import register
-from fastvq.ops.ema import cpu, reference
+from fastvq.ops.ema import cpu, cuda, reference
 
 __all__ = ["SMOOTHINGS", "code_statistics", "ema_update_", "replace_dead_codes_"]
 
@@ -19,10 +20,17 @@ SMOOTHINGS = ("laplace", "none")
 IMPLEMENTATIONS = {
     name: {
         "cpu": Implementation(getattr(cpu, name), cpu.refuse),
+        "triton": Implementation(_triton.lazily(f"fastvq.ops.ema.{module}", name), refuse),
         "reference": Implementation(getattr(reference, name), lambda *_: None),
     }
-    for name in ("code_statistics", "ema_update_", "replace_dead_codes_")
+    for name, module, refuse in (
+        ("code_statistics", "triton_statistics", _triton.refuse_rows),
+        ("ema_update_", "triton_update", _triton.refuse_rows),
+        ("replace_dead_codes_", "triton_replace", lambda *arguments: _triton.refuse_rows(arguments[3])),
+    )
 }
+IMPLEMENTATIONS["code_statistics"]["cuda"] = Implementation(cuda.code_statistics, cuda.refuse_statistics)
+IMPLEMENTATIONS["ema_update_"]["cuda"] = Implementation(cuda.ema_update_, _cuda_native.refuse)
 
 
 def code_statistics(
@@ -32,16 +40,18 @@ def code_statistics(
     *,
     mask: Tensor | None = None,  # [...] or [H, ...] bool
     n_heads: int | None = None,
+    deterministic: bool = True,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # [K, D] and [K], or [H, K, D] and [H, K]
     """Sum and number of the vectors that chose each code, in one pass over x.
 
     .. math:: sums_k = \\sum_{r: index_r = k} x_r, \\qquad counts_k = |\\{r: index_r = k\\}|
 
-    A sum is accumulated in float64 in row order and rounded once, to float32: with n vectors in a code it errs by at
-    most ``2^-24 |sum| + (n-1) 2^-53 sum |x_r|`` (to first order), so a code that holds 10^7 vectors is as right as one
-    that holds two. Bit-identical whatever the number of threads and the instruction set. For float64 x the sums are
-    float64 and the last rounding falls away.
+    A sum is accumulated in float64 and rounded once, to float32: with n vectors in a code it errs by at most
+    ``2^-24 |sum| + (n-1) 2^-53 sum |x_r|`` (to first order), so a code that holds 10^7 vectors is as right as one that
+    holds two. On a CPU rows are added in their order: bit-identical whatever the number of threads and the instruction
+    set. On a GPU the order is fixed too, but another one: bit-identical from run to run on one kind of card. For
+    float64 x the sums are float64 and the last rounding falls away.
 
     Vectors with index -1, masked ones, and ones that hold NaN or infinity are left out of both.
 
@@ -52,6 +62,9 @@ def code_statistics(
         n_codes: K.
         mask: True marks a real vector.
         n_heads: with heads, their number H = x.shape[0]; each has its own K codes.
+        deterministic: False lets a GPU add with atomics, in any order and in the type of ``sums``: the fastest, its
+            last bits differ from run to run, and a sum errs by up to ``n 2^-24 sum |x_r|``, besides denormals, which
+            the card may take for 0. Counts stay exact. Backends without such a kernel add as ever.
         backend: one of ``fastvq.build_info()["backends"]``; None takes the fastest that supports the call.
 
     Returns:
@@ -89,7 +102,7 @@ def code_statistics(
     check_mask(STATISTICS, x, mask)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
-    return torch.ops.fastvq.code_statistics(x.detach(), indices, n_codes, n_heads, backend)
+    return torch.ops.fastvq.code_statistics(x.detach(), indices, n_codes, n_heads, deterministic, backend)
 
 
 def ema_update_(
@@ -236,14 +249,14 @@ def _check_buffers(op: str, codebook: Tensor, embed_sum: Tensor, cluster_size: T
 
 
 def _run_statistics(
-    x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None, backend: str | None
+    x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None, deterministic: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
-    arguments = (x, indices, n_codes, n_heads)
+    arguments = (x, indices, n_codes, n_heads, deterministic)
     return choose(STATISTICS, IMPLEMENTATIONS["code_statistics"], backend, *arguments)(*arguments)
 
 
 def _fake_statistics(
-    x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None, backend: str | None
+    x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None, deterministic: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     lead = () if n_heads is None else (n_heads,)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -267,7 +280,7 @@ def _run_replace(
 
 
 register(
-    "code_statistics(Tensor x, Tensor indices, int n_codes, int? n_heads, str? backend) "
+    "code_statistics(Tensor x, Tensor indices, int n_codes, int? n_heads, bool deterministic, str? backend) "
     "-> (Tensor sums, Tensor counts)",
     _run_statistics,
     _fake_statistics,

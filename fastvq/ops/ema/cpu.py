@@ -24,6 +24,7 @@ def code_statistics(
     indices: Tensor,  # [...] or [H, ...] int64
     n_codes: int,
     n_heads: int | None,
+    deterministic: bool = True,  # this one always is
     sums_dtype: torch.dtype | None = None,  # float32 or float64; x's own, at least float32, where None
 ) -> tuple[Tensor, Tensor]:
     if sums_dtype is None:
@@ -53,18 +54,8 @@ def ema_update_(
     smoothing: str,
     debias: bool,
 ) -> None:
-    heads = codebook.shape[0] if codebook.dim() == 3 else 1
-    lead = 1 if codebook.dim() == 3 else 0
-
-    def strides(t: Tensor) -> tuple[int, ...]:
-        return t.stride() if lead else (0, *t.stride())
-
     sums, counts = sums.contiguous(), counts.contiguous()
-    buffers = (
-        _native.DTYPES[codebook.dtype], heads, *codebook.shape[lead:],
-        codebook.data_ptr(), embed_sum.data_ptr(), cluster_size.data_ptr(),
-        *strides(codebook), *strides(embed_sum), *strides(cluster_size),
-    )  # fmt: skip
+    buffers = _native.ema_view(codebook, embed_sum, cluster_size)
     _native._cpu.ema_update(
         buffers, sums.data_ptr(), sums.dtype == torch.float64, counts.data_ptr(),
         decay, eps, smoothing == "laplace", debias, torch.get_num_threads() if codebook.numel() > 1 << 17 else 1,

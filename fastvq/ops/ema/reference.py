@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvq import _env
 
-__all__ = ["choose_rows", "code_statistics", "ema_update_", "raise_bad_index", "replace_dead_codes_"]
+__all__ = ["check_indices", "choose_rows", "code_statistics", "ema_update_", "raise_bad_index", "replace_dead_codes_"]
 
 
 def raise_bad_index(op: str, indices: Tensor, n_codes: int, flat_row: int) -> None:
@@ -19,20 +19,26 @@ def raise_bad_index(op: str, indices: Tensor, n_codes: int, flat_row: int) -> No
     )
 
 
+def check_indices(indices: Tensor, n_codes: int) -> None:
+    """Raises on the first index that is neither -1 nor a code. Elsewhere than on the CPU that waits for the device."""
+    if indices.device.type == "cpu" or _env.read("FASTVQ_CHECK") == "1":
+        bad = ((indices < -1) | (indices >= n_codes)).reshape(-1)
+        if bad.any():
+            raise_bad_index("fastvq.ops.code_statistics", indices, n_codes, int(bad.nonzero()[0]))
+
+
 def code_statistics(
     x: Tensor,  # [..., D] or [H, ..., D]
     indices: Tensor,  # [...] or [H, ...] int64
     n_codes: int,
     n_heads: int | None,
+    deterministic: bool = True,  # this one always is
 ) -> tuple[Tensor, Tensor]:
     """sums_k = float32(sum in float64, in row order, of x_r where index_r = k), counts_k = how many.
 
     Rows with index -1 and rows that hold NaN or infinity are left out. float64 x: float64 sums.
     """
-    if x.device.type == "cpu" or _env.read("FASTVQ_CHECK") == "1":
-        bad = ((indices < -1) | (indices >= n_codes)).reshape(-1)
-        if bad.any():
-            raise_bad_index("fastvq.ops.code_statistics", indices, n_codes, int(bad.nonzero()[0]))
+    check_indices(indices, n_codes)
     if n_heads is not None:
         each = [code_statistics(a, i, n_codes, None) for a, i in zip(x, indices, strict=True)]
         return torch.stack([s for s, _ in each]), torch.stack([c for _, c in each])

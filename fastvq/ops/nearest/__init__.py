@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _native
+from fastvq import _cuda_native, _native
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_option
 from fastvq.ops._library import register
-from fastvq.ops.nearest import cpu, reference
+from fastvq.ops.nearest import cpu, cuda, reference
 from fastvq.ops.nearest.packed import METRICS, PackedCodebook, operands, pack_codebook
 
 __all__ = ["METRICS", "PRECISIONS", "PackedCodebook", "nearest", "operands", "pack_codebook"]
@@ -18,6 +18,7 @@ OP = "fastvq.ops.nearest"
 PRECISIONS = ("exact", "fast")
 IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.nearest, _native.refuse),
+    "cuda": Implementation(cuda.nearest, _cuda_native.refuse),
     "reference": Implementation(reference.nearest, lambda *_: None),
 }
 

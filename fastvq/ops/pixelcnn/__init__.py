@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvq import _native
+from fastvq import _native, _triton
 from fastvq._backends import BACKENDS, Implementation, choose
 from fastvq._checks import check_float
 from fastvq.ops._library import register
-from fastvq.ops.pixelcnn import cpu, reference
+from fastvq.ops.pixelcnn import cpu, cuda, reference
 
 __all__ = ["PixelCNNState", "pixelcnn_start", "pixelcnn_step"]
 
 OP = "fastvq.ops.pixelcnn_step"
 START = "fastvq.ops.pixelcnn_start"
+
+
+def _refuse_triton(weights: Sequence[Tensor], *_: Any) -> str | None:
+    for w in weights:
+        if (reason := _triton.refuse(w)) is not None:
+            return reason
+        if w.dtype == torch.float64:
+            return "it computes in float32, a weight is torch.float64"
+    return None
+
+
+def _prepare_triton(*arguments: Any) -> tuple[str, list[Tensor], Tensor]:
+    from fastvq.ops.pixelcnn import triton_
+
+    return "triton", *triton_.prepare(*arguments)
+
+
 PREPARE = {
     "cpu": Implementation(lambda *a: ("cpu", *cpu.prepare(*a)), cpu.refuse),
+    "triton": Implementation(_prepare_triton, _refuse_triton),
+    "cuda": Implementation(lambda *a: ("cuda", *cuda.prepare(*a)), cuda.refuse),
     "reference": Implementation(lambda *a: ("reference", *reference.prepare(*a)), lambda *_: None),
 }
-STEP = {"cpu": cpu.step, "reference": reference.step}
+STEP = {
+    "cpu": cpu.step,
+    "triton": _triton.lazily("fastvq.ops.pixelcnn.triton_", "step"),
+    "cuda": cuda.step,
+    "reference": reference.step,
+}
 
 
 class PixelCNNState(NamedTuple):
@@ -126,20 +150,26 @@ def pixelcnn_step(
     also computes the vertical stack for the whole row, which sees only rows above. Starting again at (0, 0) starts
     anew. ids at the position and after it are not read.
 
-    float32 weights are computed in float32, and on the CPU the result does not depend on the number of threads.
+    float32 weights are computed in float32, and on the CPU the result does not depend on the number of threads. The
+    Triton kernels take weights of two bytes too, add in float32 and keep activations in the weights' dtype; an id
+    outside [0, K) is read as zeros there, and nothing waits for the device.
 
     Raises:
         ValueError: ids of another shape than the state's, ids outside [0, K) (checked on the CPU), a position outside.
     """
-    if ids.dtype != torch.int64 or tuple(ids.shape) != state.shape:
-        raise ValueError(
-            f"{OP}: ids must be int64 {list(state.shape)}, as the state was made for, got {ids.dtype} {list(ids.shape)}"
-        )
+    check_ids(OP, state, ids)
     if not (0 <= row < ids.shape[1] and 0 <= column < ids.shape[2]):
         raise ValueError(f"{OP}: (row, column) must lie in {list(ids.shape[1:])}, got ({row}, {column})")
     return torch.ops.fastvq.pixelcnn_step(
         ids, state.weights, state.cache, state.condition, state.kernel_sizes, row, column, state.isa, state.backend
     )
+
+
+def check_ids(op: str, state: PixelCNNState, ids: Tensor) -> None:
+    if ids.dtype != torch.int64 or tuple(ids.shape) != state.shape:
+        raise ValueError(
+            f"{op}: ids must be int64 {list(state.shape)}, as the state was made for, got {ids.dtype} {list(ids.shape)}"
+        )
 
 
 def _run(

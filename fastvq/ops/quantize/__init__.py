@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import _native
+from fastvq import _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import no_second_derivative, register
+from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 from fastvq.ops.nearest import METRICS, PRECISIONS, PackedCodebook, operands
 from fastvq.ops.quantize import cpu, reference
 
@@ -18,12 +19,22 @@ __all__ = ["ESTIMATORS", "Quantized", "quantize"]
 
 OP = "fastvq.ops.quantize"
 ESTIMATORS = ("straight_through", "rotation", "none")
+LOOKUP = NEAREST.get("triton", NEAREST["reference"])
 FORWARD = {
     "cpu": Implementation(cpu.quantize, _native.refuse),
+    "triton": Implementation(
+        _triton.lazily("fastvq.ops.quantize.triton_forward", "quantize"),
+        lambda x, codebook, mask, metric, beta, precision: (
+            _triton.refuse_rows(x) or LOOKUP.refuse(x, codebook, metric, precision)
+        ),
+    ),
     "reference": Implementation(reference.quantize, lambda *_: None),
 }
 BACKWARD = {
     "cpu": Implementation(cpu.quantize_backward, _native.refuse),
+    "triton": Implementation(
+        _triton.lazily("fastvq.ops.quantize.triton_backward", "quantize_backward"), _triton.refuse_rows
+    ),
     "reference": Implementation(reference.quantize_backward, lambda *_: None),
 }
 

@@ -6,24 +6,14 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
+from fastvq._rows import Output
 from fastvq.ops.ema.cpu import code_statistics
 
-__all__ = ["Output", "quantize", "quantize_backward"]
+__all__ = ["quantize", "quantize_backward"]
 
 
 def _heads(codebook: Tensor) -> int | None:
     return codebook.shape[0] if codebook.dim() == 3 else None
-
-
-class Output:
-    """A tensor like ``x`` for a kernel to write, through a buffer where two strides cannot walk its rows."""
-
-    def __init__(self, x: Tensor, n_heads: int | None) -> None:
-        self._tensor = torch.empty_like(x)
-        self._buffer, self.view = _native.rows_view(self._tensor, n_heads)
-
-    def tensor(self) -> Tensor:
-        return self._tensor if self._buffer is self._tensor else self._tensor.copy_(self._buffer)
 
 
 def quantize(
@@ -42,7 +32,7 @@ def quantize(
     mask = None if mask is None else mask.contiguous()
     square, n_rows = _native._cpu.quantize_forward(
         rows, _native.codes_view(codebook), _native.metric_code(metric), precision == "fast",
-        0 if mask is None else mask.data_ptr(), quantized.view, indices.data_ptr(), _native.isa(),
+        0 if mask is None else mask.data_ptr(), _native.rows_of(quantized.rows), indices.data_ptr(), _native.isa(),
         torch.get_num_threads(), 0 if layout is None else layout.data_ptr(),
     )  # fmt: skip
     mean = square / (n_rows * x.shape[-1]) if n_rows else 0.0
@@ -73,7 +63,7 @@ def quantize_backward(
         _native._cpu.quantize_backward(
             rows, _native.codes_view(codebook), indices.data_ptr(), None if estimator == "none" else g,
             0.0 if grad_commitment is None else grad_commitment.item() * beta * scale,
-            estimator == "rotation", out.view, _native.isa(), torch.get_num_threads(),
+            estimator == "rotation", _native.rows_of(out.rows), _native.isa(), torch.get_num_threads(),
         )  # fmt: skip
         del kept, incoming  # they had to live until here
         grad_x = out.tensor()
@@ -81,7 +71,7 @@ def quantize_backward(
         grad_codebook = torch.zeros_like(codebook)
         if grad_codebook_loss is not None:
             # The sum of (c_k - x) over the vectors that chose k, from their count and sum.
-            sums, counts = code_statistics(x, indices, codebook.shape[-2], _heads(codebook), torch.float64)
+            sums, counts = code_statistics(x, indices, codebook.shape[-2], _heads(codebook), sums_dtype=torch.float64)
             total = counts[..., None] * codebook.double() - sums
             used = (counts > 0)[..., None]  # a code that is not finite is not used, and zero times it is not zero
             grad_codebook.copy_(torch.where(used, total * (grad_codebook_loss.double() * scale), 0))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
-from fastvq.ops.quantize.cpu import Output
+from fastvq._rows import Output
 from fastvq.ops.quantize.reference import gather
 from fastvq.ops.residual import reference
 
@@ -33,7 +33,8 @@ def residual_quantize(
     mask = None if mask is None else mask.contiguous()
     n_rows = _native._cpu.residual_quantize(
         rows, levels, _native.metric_code(metric), precision == "fast", 0 if mask is None else mask.data_ptr(),
-        quantized.view, indices.data_ptr(), squares.data_ptr(), finite_levels.data_ptr(), _native.isa(), threads,
+        _native.rows_of(quantized.rows), indices.data_ptr(), squares.data_ptr(), finite_levels.data_ptr(),
+        _native.isa(), threads,
     )  # fmt: skip
     dtype = reference.residual_dtype(x, codebooks)
     sums = torch.empty((n_levels, n_codes, dim) if statistics else (0,), dtype=dtype)
@@ -78,7 +79,9 @@ def residual_quantize_backward(
             if estimator == "rotation":
                 grad_quantized = _turn(x, codebooks, indices, grad_quantized)
             incoming, g = _native.rows_view(grad_quantized, None)
-        _native._cpu.residual_backward(rows, levels, indices.data_ptr(), g, scales.data_ptr(), out.view, threads)
+        _native._cpu.residual_backward(
+            rows, levels, indices.data_ptr(), g, scales.data_ptr(), _native.rows_of(out.rows), threads
+        )
         del incoming  # it had to live until here
         grad_x = out.tensor()
     if need_codebooks:
@@ -112,7 +115,7 @@ def _turn(
     kept, rows = _native.rows_view(x, None)
     incoming, gradient = _native.rows_view(g, None)
     _native._cpu.quantize_backward(
-        rows, _native.codes_view(total), own.data_ptr(), gradient, 0.0, True, out.view, _native.isa(),
+        rows, _native.codes_view(total), own.data_ptr(), gradient, 0.0, True, _native.rows_of(out.rows), _native.isa(),
         torch.get_num_threads(),
     )  # fmt: skip
     del kept, incoming  # they had to live until here

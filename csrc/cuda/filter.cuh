@@ -1,0 +1,116 @@
+// The filter of the nearest-code lookup: what the packed codebook holds, and the bound on the error of a score.
+//
+// A score is the tensor core's product of fp16 operands and a bias:  v_k = inverse (x^ . c^_k) + b_k,  which stands for
+// t_k = x'.c'_k - |c'_k|^2 / 2 (euclidean; d_k = |x'|^2 - 2 t_k) or t_k = x'.c'_k (dot, cosine; d_k = -t_k). Codes are
+// c' = (c - m) 2^lift (cosine: c/|c| 2^lift), one power of two for the whole codebook; rows x' = x - m (dot, cosine: x),
+// each times its own power of two, so that neither overflows fp16. For one code k and one row:
+//
+//   |v_k - t_k| <= rho_x |c^_k| + |x'| rho_k             operands rounded to fp16: measured, not assumed
+//                + (gamma + u) |x^||c^_k|                the sums, and the multiply-add that adds the bias
+//                + 2 u |b_k|                             that multiply-add again; the bias rounded
+//                + the definition's own rounding in double: euclidean (D+3) 2^-53 (|x'|^2 + |c'|^2),
+//                  dot (D+3) 2^-53 |x||c|, cosine (2D+8) 2^-53 |x|
+//   gamma = (1.25 D16 + 16) 2^-23: a step aligns 17 addends to the largest and cuts them; u = 2^-24
+//
+// Collected, with room for rounding of these numbers themselves and of v +- bound, as
+//   bound(row, k) = rho reach_k + norm slope_k + offset_k + own
+// A code whose operand does not fit fp16 gets a zero operand: rho_k is then |c'_k|, and the bound is Cauchy's. So one
+// huge code costs the others nothing. A tile of 64 codes also has the largest reach, slope and offset of its codes.
+//
+// Operands lie in memory as the lanes of m16n8k16 take them, so that a warp's load is 512 consecutive bytes. The order
+// of the sixteen dims of a step is free as long as both sides agree: lane l holds dims 4 (l%4) ... 4 (l%4) + 3.
+//   codes: [tile of 64][step of 16 dims][pair of eights: 4][lane: 32][2 eights x 4 dims] halves, 2 KiB ("slab") a step
+//   rows:  [16 rows][step][lane][2 eights x 4 dims] halves, 512 bytes a step
+#pragma once
+#include "../fastvq.h"
+#include "elements.cuh"
+
+namespace fastvq::cuda {
+
+constexpr int kTileCodes = 64;
+constexpr int kSlabBytes = 2048;
+constexpr float kNever = -0x1p120f;  // bias of a code that cannot win
+constexpr float kLeast = -0x1p90f;   // below the score of any winner: see largest_code in pack.cu
+constexpr int kRowExponent = 14;     // rows are lifted so that their largest element has this exponent
+// Rows further than this above the codes (in powers of two) are left to the full scan, euclidean only.
+constexpr int kFarRow = 36, kNearRow = -60;
+constexpr int64_t kMaxFilterDim = 4096;
+
+// Written by the survey of a head's codes.
+struct HeadInfo {
+  int lift;           // log2 of what codes are multiplied by
+  int centred;        // whether a mean was subtracted
+  int only_exact;     // no code could be sampled: every row is left to the full scan
+  float mean_norm;    // |m| 2^lift, rounded up
+};
+
+struct TileInfo {
+  float reach, slope, offset;  // the largest of the tile's codes
+  int irregular;               // these differ so much within the tile that it is looked at code by code
+};
+
+// Where things lie in the workspace, for all heads.
+struct Packed {
+  int64_t n_heads, n_codes, n_tiles;
+  int dim, n_steps;  // steps of 16 dims, a multiple of `unit`
+  int unit;          // steps that are multiplied without a look back: 1, 2 or 4
+  HeadInfo* heads;   // [H]
+  float* means;      // [H, n_steps * 16]
+  unsigned char* slabs;               // [H, n_tiles, n_steps] slabs
+  float *bias, *reach, *slope, *offset;  // [H, n_tiles * 64]
+  TileInfo* tiles;                    // [H, n_tiles]
+};
+
+// base null: the number of bytes alone.
+size_t packed_layout(const Codes& codes, unsigned char* base, Packed* packed);
+// Whether the filter can serve these tensors; if not, the full scan does.
+bool filter_serves(const Rows& x, const Codes& codes);
+int pack_codes(const Codes& codes, Metric metric, bool fast, const Packed& packed, void* stream);
+
+__device__ __forceinline__ float power_of_two(int exponent) {  // -126 ... 127
+  return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
+}
+// v 2^exponent for any exponent that a lift may have; exact unless it underflows.
+__device__ __forceinline__ float lifted(float v, int exponent) {
+  const int half = exponent / 2;
+  return v * power_of_two(half) * power_of_two(exponent - half);
+}
+__device__ __forceinline__ double lifted(double v, int exponent) {
+  return v * static_cast<double>(power_of_two(exponent / 2)) * static_cast<double>(power_of_two(exponent - exponent / 2));
+}
+// floor(log2 v) of a positive float, also of a subnormal one.
+__device__ __forceinline__ int exponent_of(float v) {
+  const uint32_t bits = __float_as_uint(v);
+  if (bits < 0x00800000u) return static_cast<int>(__float_as_uint(v * 0x1p64f) >> 23) - 127 - 64;
+  return static_cast<int>(bits >> 23) - 127;
+}
+
+__device__ __forceinline__ float warp_sum(float v) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(kWarp, v, lanes);
+  return v;
+}
+__device__ __forceinline__ double warp_sum(double v) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) v += __shfl_xor_sync(kWarp, v, lanes);
+  return v;
+}
+__device__ __forceinline__ float warp_max(float v) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) v = fmaxf(v, __shfl_xor_sync(kWarp, v, lanes));
+  return v;
+}
+
+// Four consecutive dims of a row or a code, zero beyond the last.
+__device__ __forceinline__ void load_four(const void* data, DType dtype, int64_t at, int64_t stride, int d, int dim,
+                                          float (&out)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) out[i] = d + i < dim ? load_float(data, dtype, at + (d + i) * stride) : 0;
+}
+
+__device__ __forceinline__ uint2 as_halves(const float (&v)[4]) {
+  const uint32_t a = float_to_half(v[0]), b = float_to_half(v[1]), c = float_to_half(v[2]), d = float_to_half(v[3]);
+  return {a | b << 16, c | d << 16};
+}
+
+// Bytes from the start of an operand's step to dims 4t ... 4t+3 of row or code i of sixteen.
+__device__ __forceinline__ int operand_offset(int i, int t) { return ((i % 8) * 4 + t) * 16 + i / 8 * 8; }
+
+}  // namespace fastvq::cuda

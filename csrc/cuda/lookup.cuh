@@ -1,0 +1,18 @@
+// The launch of the filtered lookup; nearest.cu decides when it serves.
+#pragma once
+#include "filter.cuh"
+
+namespace fastvq::cuda {
+
+struct Lookup {
+  Rows x;
+  Codes codes;
+  Metric metric;
+  bool fast;
+  const uint8_t* mask;  // [H, N] or null
+  int64_t* indices;     // [H, N]
+};
+// indices: as nearest, but kUnresolved (scan.cuh) where the full scan must decide.
+int filtered_lookup(const Lookup& a, const Packed& packed, void* stream);
+
+}  // namespace fastvq::cuda

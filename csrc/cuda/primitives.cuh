@@ -1,0 +1,84 @@
+// What a kernel takes from the machine: the launch, shared memory, asynchronous copies, the tensor core, conversions.
+// With FASTVQ_ON_HOST the same kernels are compiled for the processor, and tests/cuda_on_host provides all of it: a
+// kernel uses nothing of CUDA but this file, __syncthreads, __syncwarp, __shfl_*_sync, __any_sync, __ballot_sync (over
+// the whole warp), atomicAdd, atomicOr and the single-rounding intrinsics __d*_rn. Shared memory is dynamic, so that
+// its size is exact there.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#ifdef FASTVQ_ON_HOST
+#include "cuda_on_host.h"
+#else
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace fastvq::cuda {
+
+constexpr unsigned kWarp = 0xffffffffu;  // the mask of every warp-wide operation
+
+// Launches kernel<<<grid, block, shared bytes, stream>>>(args...).
+template <class... P, class... A>
+int launch(void (*kernel)(P...), int64_t grid, int block, size_t shared, void* stream, A... args) {
+  if (grid <= 0) return 0;
+  if (grid > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  if (shared > (48 << 10)) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<static_cast<unsigned>(grid), static_cast<unsigned>(block), shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  return cudaGetLastError();
+}
+
+// Bytes of shared memory that one block may ask for on the current device.
+inline size_t shared_limit() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 48 << 10;
+  if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 48 << 10;
+  return static_cast<size_t>(bytes);
+}
+inline int multiprocessors() {
+  int device = 0, n = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+  return n;
+}
+
+#ifdef __CUDACC__
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(16) unsigned char fastvq_shared[];
+  return fastvq_shared;
+}
+
+// 16 bytes from global to shared memory, both aligned to 16, without passing through registers. A group of copies is
+// there once wait<n> has returned, n later groups at most being still under way, and a barrier has followed.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(to), "l"(global) : "memory");
+}
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(N) : "memory");
+}
+
+// d [16, 8] += a [16, 16] b [16, 8], fp16 or bf16 operands, float sums. Lane l holds rows l/4 and l/4 + 8 of a and d, column
+// l/4 of b; columns 2 (l%4) and the next one of d.
+__device__ __forceinline__ void multiply_add_tile(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply_add_tile_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ float half_to_float(uint16_t h) { return __half2float(__ushort_as_half(h)); }
+__device__ __forceinline__ uint16_t float_to_half(float f) { return __half_as_ushort(__float2half_rn(f)); }
+#endif
+
+}  // namespace fastvq::cuda
+#endif

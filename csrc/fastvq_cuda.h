@@ -1,0 +1,94 @@
+// The launchers of the CUDA kernels. They take device pointers, sizes, workspace and a stream; they allocate nothing and
+// wait for nothing. Each returns the CUDA runtime's error number, 0 where the launch went well.
+// No header of CUDA is needed to call them.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "fastvq.h"
+#include "masked_conv.h"
+
+namespace fastvq::cuda {
+
+// 0, or why no kernel can run on this machine: the runtime's error number (35: no driver, or one that is too old).
+int device_error();
+std::string error_text(int error);
+std::string compiler();
+std::string architectures();
+
+// ---- nearest code (cuda/nearest*.cu) ----
+
+// Bytes of workspace that nearest takes, for its packed codebook: they depend on the codes, not on the rows.
+size_t nearest_workspace(const Rows& x, const Codes& codes);
+// indices [H, N]: as fastvq::nearest. mask [H, N] or null, zero where there is no vector: index -1 there.
+int nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask, int64_t* indices,
+            void* workspace, void* stream);
+
+// ---- statistics per code and their moving average (cuda/statistics*.cu, cuda/ema.cu) ----
+
+// Rows and codes of all heads together that the sorted statistics can number.
+constexpr int64_t kMostStatisticsRows = 0xfffffffe;
+size_t code_statistics_workspace(const Rows& x, int64_t n_codes, bool deterministic);
+// As fastvq::code_statistics, but that an index out of range counts as -1, and that rows are added in another, fixed
+// order; with atomics, in any order and in the type of sums. sums [H, K, D] and counts [H, K] are written in full.
+int code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, bool deterministic, void* sums,
+                    bool sums_double, int64_t* counts, void* workspace, void* stream);
+
+size_t ema_update_workspace(const EmaBuffers& buffers);
+// As fastvq::ema_update, but that the sizes of a head are added up in another, fixed order.
+int ema_update(const EmaBuffers& buffers, const void* sums, bool sums_double, const int64_t* counts,
+               const EmaOptions& options, void* workspace, void* stream);
+
+// ---- masked convolution (cuda/masked_conv*.cu); tensors are float32, or all float16, or all bfloat16 ----
+
+// [C_out, C_in, kh, kw] weights, contiguous. Only a range of places of the kernel is walked; within it one counts where
+// `used` (or null: all) says so, and where the order of colours at the centre lets it.
+struct ConvWeight {
+  const void* data;
+  DType dtype;
+  int64_t c_out, c_in, kh, kw, first_tap, n_taps;
+  const uint8_t* used;  // [kh, kw]
+  int64_t colours;
+  bool own_colour;
+};
+
+// Bytes of workspace for the packed weights; swapped: of the input gradient, whose channels change places.
+size_t masked_conv_workspace(const ConvWeight& weight, bool gated, bool swapped);
+// bias [C_out], of x's type, or null. Sums are float.
+int masked_conv_forward(const Image& x, const ConvWeight& weight, const void* bias, const Image& out, void* workspace,
+                        void* stream);
+int gated_masked_conv_forward(const Image& x, const ConvWeight& weight, const void* bias, const Gate& gate,
+                              const Image& out, void* workspace, void* stream);
+int masked_conv_input_grad(const Image& grad_out, const ConvWeight& weight, const Image& grad_x, void* workspace,
+                           void* stream);
+size_t masked_conv_weight_grad_workspace(const Image& x, const ConvWeight& weight);
+// grad_weight, as weight, and grad_bias [C_out] of its type, each may be null: written in full.
+int masked_conv_weight_grad(const Image& x, const Image& grad_out, const ConvWeight& weight, void* grad_weight,
+                            void* grad_bias, void* workspace, void* stream);
+// The gradient at the pre-activations, grad_ab [B, 2C, H, W], from the saved factors.
+int gate_backward(const Image& grad, const Image& tanh_a, const Image& sigmoid_b, const Image& grad_ab, void* stream);
+
+// ---- one position of a gated PixelCNN (cuda/pixelcnn.cu, where weights and cache are described), float32 ----
+
+struct SamplerStep {
+  const int64_t* ids;  // [B, H, W]; those before (row, column) are read
+  int64_t batch, height, width;
+  const float* embedding;  // [K, C]
+  int64_t n_codes, channels;
+  const float* weights;         // packed
+  const int64_t* kernel_sizes;  // [n_layers], on the device
+  int64_t n_layers;
+  float* cache;
+  int64_t cache_per_image;  // floats
+  const float* condition;   // [n_layers, B, h, w, 4C] or null
+  int64_t condition_height, condition_width;
+  float* logits;  // [B, K], or null where they are not wanted
+  int64_t row, column;
+};
+// Whether a block can hold what a position of this many channels takes.
+bool pixelcnn_fits(int64_t channels);
+// Positions come in raster order, from (0, 0); the call at column 0 also does the row's vertical stack.
+int pixelcnn_step(const SamplerStep& call, void* stream);
+
+}  // namespace fastvq::cuda

@@ -1,0 +1,69 @@
+"""Code statistics and their moving average by the CUDA C++ kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq import _cuda_native, _native
+from fastvq.ops.ema import reference
+
+__all__ = ["code_statistics", "ema_update_", "refuse_statistics"]
+
+
+def refuse_statistics(x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None, *_: Any) -> str | None:
+    if (reason := _cuda_native.refuse(x)) is not None:
+        return reason
+    most = _cuda_native._cuda.most_statistics_rows
+    if indices.numel() > most or n_codes * (n_heads or 1) > most:
+        return f"it numbers rows and codes in 32 bits, {indices.numel()} and {n_codes * (n_heads or 1)} are too many"
+    return None
+
+
+def code_statistics(
+    x: Tensor,  # [..., D] or [H, ..., D]
+    indices: Tensor,  # [...] or [H, ...] int64
+    n_codes: int,
+    n_heads: int | None,
+    deterministic: bool = True,
+    sums_dtype: torch.dtype | None = None,  # float32 or float64; x's own, at least float32, where None
+) -> tuple[Tensor, Tensor]:
+    reference.check_indices(indices, n_codes)
+    if sums_dtype is None:
+        sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    lead = () if n_heads is None else (n_heads,)
+    with _cuda_native.on_device_of(x):
+        sums = x.new_empty((*lead, n_codes, x.shape[-1]), dtype=sums_dtype)
+        counts = indices.new_empty((*lead, n_codes))
+        indices = indices.contiguous()
+        x, rows = _native.rows_view(x, n_heads)
+        n_bytes = _cuda_native._cuda.code_statistics_workspace(rows, n_codes, deterministic)
+        room = _cuda_native.workspace(x, n_bytes)
+        _cuda_native._cuda.code_statistics(
+            rows, indices.data_ptr(), n_codes, deterministic, sums.data_ptr(), sums_dtype == torch.float64,
+            counts.data_ptr(), room.data_ptr(), _cuda_native.stream(x),
+        )  # fmt: skip
+    return sums, counts
+
+
+def ema_update_(
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    embed_sum: Tensor,  # [K, D] or [H, K, D]
+    cluster_size: Tensor,  # [K] or [H, K]
+    sums: Tensor,  # [K, D] or [H, K, D]
+    counts: Tensor,  # [K] or [H, K] int64
+    decay: float,
+    eps: float,
+    smoothing: str,
+    debias: bool,
+) -> None:
+    with _cuda_native.on_device_of(codebook):
+        sums, counts = sums.contiguous(), counts.contiguous()
+        buffers = _native.ema_view(codebook, embed_sum, cluster_size)
+        room = _cuda_native.workspace(codebook, _cuda_native._cuda.ema_update_workspace(buffers))
+        _cuda_native._cuda.ema_update(
+            buffers, sums.data_ptr(), sums.dtype == torch.float64, counts.data_ptr(), decay, eps,
+            smoothing == "laplace", debias, room.data_ptr(), _cuda_native.stream(codebook),
+        )  # fmt: skip

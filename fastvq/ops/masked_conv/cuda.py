@@ -1,0 +1,125 @@
+"""The masked convolution by the CUDA C++ kernels: one product over the active taps, on the tensor core where the type
+has one, gate fused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastvq import _cuda_native, _native
+from fastvq.ops.masked_conv.masks import tap_range
+from fastvq.ops.masked_conv.reference import like_input
+
+__all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward", "refuse"]
+
+
+def refuse(x: Tensor, *_: Any) -> str | None:
+    if (reason := _cuda_native.refuse(x)) is None and x.dtype == torch.float64:
+        return "it adds in float32, for float32, float16 and bfloat16 tensors, x is torch.float64"
+    return reason
+
+
+def _weight_view(weight: Tensor, mask: str, used: Tensor | None, colours: int) -> tuple[Any, ...]:
+    """Contiguous ``weight`` and ``used`` as the ConvWeight of csrc/fastvq_cuda.h."""
+    places = tap_range(mask, weight.shape[2], weight.shape[3], colours)
+    return (
+        weight.data_ptr(), _native.DTYPES[weight.dtype], list(weight.shape), places.start, len(places),
+        0 if used is None else used.data_ptr(), colours, not mask.endswith("A"),
+    )  # fmt: skip
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def masked_conv2d(
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in, kh, kw]
+    bias: Tensor | None,  # [C_out]
+    mask: str,
+    taps: Tensor | None,  # [kh, kw] bool
+    colours: int,
+) -> Tensor:  # [B, C_out, H, W]
+    with _cuda_native.on_device_of(x):
+        out, weight = like_input(x, weight.shape[0]), weight.contiguous()
+        used, bias = (None if t is None else t.contiguous() for t in (taps, bias))
+        view = _weight_view(weight, mask, used, colours)
+        room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_workspace(view, False, False))
+        _cuda_native._cuda.masked_conv_forward(
+            _native.image_view(x), view, _address(bias), _native.image_view(out), room.data_ptr(),
+            _cuda_native.stream(x),
+        )  # fmt: skip
+    return out
+
+
+def masked_conv2d_backward(
+    grad: Tensor,  # [B, C_out, H, W]
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [C_out, C_in, kh, kw]
+    mask: str,
+    taps: Tensor | None,
+    colours: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
+    with _cuda_native.on_device_of(x):
+        weight, used = weight.contiguous(), None if taps is None else taps.contiguous()
+        grad_weight = weight.new_empty(weight.shape if need_weight else 0)
+        grad_bias = weight.new_empty(weight.shape[:1] if need_bias else 0)
+        view, stream = _weight_view(weight, mask, used, colours), _cuda_native.stream(x)
+        image, incoming = _native.image_view(x), _native.image_view(grad)
+        if need_x:
+            room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_workspace(view, False, True))
+            _cuda_native._cuda.masked_conv_input_grad(
+                incoming, view, _native.image_view(grad_x), room.data_ptr(), stream
+            )
+        if need_weight or need_bias:
+            room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_weight_grad_workspace(image, view))
+            _cuda_native._cuda.masked_conv_weight_grad(
+                image, incoming, view, grad_weight.data_ptr() if need_weight else 0,
+                grad_bias.data_ptr() if need_bias else 0, room.data_ptr(), stream,
+            )  # fmt: skip
+    return grad_x, grad_weight, grad_bias
+
+
+def gated(
+    x: Tensor,  # [B, C_in, H, W]
+    weight: Tensor,  # [2C, C_in, kh, kw]
+    bias: Tensor | None,  # [2C]
+    condition: Tensor | None,  # [B, 2C] or [B, 2C, H, W]
+    mask: str,
+    taps: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    channels = weight.shape[0] // 2
+    with _cuda_native.on_device_of(x):
+        out, weight = like_input(x, channels), weight.contiguous()
+        tanh_a, sigmoid_b = (like_input(x, channels) if save else x.new_empty(0) for _ in range(2))
+        used, bias = (None if t is None else t.contiguous() for t in (taps, bias))
+        if condition is not None and condition.dim() == 2:
+            condition = condition[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        view = _weight_view(weight, mask, used, 1)
+        room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_workspace(view, True, False))
+        _cuda_native._cuda.gated_masked_conv_forward(
+            _native.image_view(x), view, _address(bias), None if condition is None else _native.image_view(condition),
+            _native.image_view(tanh_a) if save else None, _native.image_view(sigmoid_b) if save else None,
+            _native.image_view(out), room.data_ptr(), _cuda_native.stream(x),
+        )  # fmt: skip
+    return out, tanh_a, sigmoid_b
+
+
+def gated_backward(
+    grad: Tensor,  # [B, C, H, W]
+    tanh_a: Tensor,  # [B, C, H, W]
+    sigmoid_b: Tensor,  # [B, C, H, W]
+) -> Tensor:  # [B, 2C, H, W]
+    with _cuda_native.on_device_of(grad):
+        both = like_input(tanh_a, 2 * tanh_a.shape[1])
+        _cuda_native._cuda.gate_backward(
+            *(_native.image_view(t) for t in (grad, tanh_a, sigmoid_b, both)), _cuda_native.stream(grad)
+        )
+    return both

@@ -1,0 +1,247 @@
+// One fiber per CUDA thread, blocks one after another, on one processor thread. Threads run until they meet: at a barrier
+// of the block or at an operation of the warp. A thread that waits there for one that has returned, or for one that
+// waits elsewhere, ends the program with a message: on a GPU that hangs or does worse.
+//
+// Under ThreadSanitizer each fiber is a thread of its own, and only barriers and atomics order them: what a schedule
+// happens to get right is still reported. Blocks of a launch are ordered by nothing.
+#pragma once
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#define ON_HOST_ASAN 1
+#endif
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#define ON_HOST_TSAN 1
+// The scheduler's own memory is no thread's: its accesses must neither be reported nor order anything.
+#define ON_HOST_HIDDEN __attribute__((no_sanitize("thread", "address", "undefined"), noinline))
+#else
+#define ON_HOST_HIDDEN __attribute__((no_sanitize("address", "undefined"), noinline))  // setjmp and getcontext return twice
+#endif
+
+namespace on_host {
+
+constexpr int kMostThreads = 256, kLanes = 32, kMostCopies = 256;
+constexpr size_t kStack = size_t{256} << 10;  // sanitizers make frames large
+
+enum State { running, waiting, done };
+
+struct PendingCopy {
+  void* to;
+  const void* from;
+  unsigned group;
+};
+
+struct Fiber {
+  ucontext_t context;
+  jmp_buf jump;
+  bool started;
+  State state;
+  unsigned thread;
+  unsigned meetings[2];  // of the block, of the warp
+  void* sanitizer;       // the fake stack, or the fiber, of whichever sanitizer there is
+  unsigned copy_group, n_copies;
+  PendingCopy copies[kMostCopies];
+};
+
+// Threads that wait for one another. Two keys in turn: one that has run ahead must not order the late ones.
+struct Meeting {
+  unsigned size, arrived;
+  const char* where;
+  char keys[2];
+};
+
+// What lanes hand to one another; two buffers in turn, as a lane may be one operation ahead.
+struct Exchange {
+  uint64_t value[kLanes];
+  float a[16][16], b[8][16];
+};
+
+struct Machine {
+  Fiber fibers[kMostThreads];
+  Meeting block, warps[kMostThreads / kLanes];
+  Exchange exchange[kMostThreads / kLanes][2];
+  unsigned n_threads, live, index, n_blocks;
+  Fiber* current;
+  jmp_buf jump;
+  ucontext_t context;
+  const void* stack;
+  size_t stack_size;
+  void* sanitizer;
+  unsigned char* shared;
+  void (*body)(void*);
+  void* arguments;
+  unsigned random;
+  char start, end;
+  char* stacks;
+};
+inline Machine machine;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "cuda_on_host: %s\n", what);
+  std::fflush(stderr);
+  std::_Exit(97);
+}
+
+ON_HOST_HIDDEN inline void leave(bool dying) {
+  Fiber* me = machine.current;
+#if ON_HOST_ASAN
+  __sanitizer_start_switch_fiber(dying ? nullptr : &me->sanitizer, machine.stack, machine.stack_size);
+  swapcontext(&me->context, &machine.context);
+  __sanitizer_finish_switch_fiber(me->sanitizer, &machine.stack, &machine.stack_size);
+#elif ON_HOST_TSAN
+  __tsan_switch_to_fiber(machine.sanitizer, __tsan_switch_to_fiber_no_sync);
+  swapcontext(&me->context, &machine.context);
+#else
+  if (!_setjmp(me->jump)) _longjmp(machine.jump, 1);  // swapcontext would ask the kernel for the signal mask
+#endif
+  (void)dying;
+}
+
+ON_HOST_HIDDEN inline void entry() {
+#if ON_HOST_ASAN
+  __sanitizer_finish_switch_fiber(nullptr, &machine.stack, &machine.stack_size);
+#elif ON_HOST_TSAN
+  __tsan_acquire(&machine.start);
+#endif
+  machine.body(machine.arguments);
+#if ON_HOST_TSAN
+  __tsan_release(&machine.end);
+#endif
+  machine.current->state = done;
+  --machine.live;
+  leave(true);
+}
+
+ON_HOST_HIDDEN inline void resume(Fiber& f) {
+  machine.current = &f;
+#if ON_HOST_ASAN
+  __sanitizer_start_switch_fiber(&machine.sanitizer, f.context.uc_stack.ss_sp, f.context.uc_stack.ss_size);
+  swapcontext(&machine.context, &f.context);
+  __sanitizer_finish_switch_fiber(machine.sanitizer, nullptr, nullptr);
+#elif ON_HOST_TSAN
+  __tsan_switch_to_fiber(f.sanitizer, __tsan_switch_to_fiber_no_sync);
+  swapcontext(&machine.context, &f.context);
+#else
+  if (!_setjmp(machine.jump)) {
+    if (f.started) _longjmp(f.jump, 1);
+    f.started = true;
+    setcontext(&f.context);
+  }
+#endif
+}
+
+// Waits until all threads of the block (kind 0) or the warp (kind 1) are here.
+ON_HOST_HIDDEN inline unsigned meet(int kind, const char* where) {
+  Fiber& me = *machine.current;
+  const unsigned warp = me.thread / kLanes;
+  Meeting& m = kind == 0 ? machine.block : machine.warps[warp];
+  const unsigned turn = me.meetings[kind]++ & 1;
+  if (m.arrived == 0) m.where = where;
+  if (m.where != where) fail("threads wait for one another in different places (divergent barrier or warp operation)");
+#if ON_HOST_TSAN
+  __tsan_release(&m.keys[turn]);
+#endif
+  if (++m.arrived == m.size) {
+    m.arrived = 0;
+    const unsigned first = kind == 0 ? 0 : warp * kLanes;
+    for (unsigned i = first; i < first + m.size; ++i) machine.fibers[i].state = running;
+  } else {
+    me.state = waiting;
+    leave(false);
+  }
+#if ON_HOST_TSAN
+  __tsan_acquire(&m.keys[turn]);
+#endif
+  return turn;
+}
+
+ON_HOST_HIDDEN inline void make_fiber(Fiber& f) {
+  getcontext(&f.context);
+  f.context.uc_stack.ss_sp = machine.stacks + f.thread * kStack;
+  f.context.uc_stack.ss_size = kStack;
+  f.context.uc_link = nullptr;
+  makecontext(&f.context, entry, 0);
+#if ON_HOST_TSAN
+  f.sanitizer = __tsan_create_fiber(0);
+#endif
+}
+
+ON_HOST_HIDDEN inline void run_block() {
+  const unsigned n = machine.n_threads;
+  machine.live = n;
+  // Mapped anew for each block: ThreadSanitizer then knows that it is not the last block's.
+  void* stacks = mmap(nullptr, n * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (stacks == MAP_FAILED) fail("no memory for the threads' stacks");
+  machine.stacks = static_cast<char*>(stacks);
+  machine.block = {n, 0, nullptr, {}};
+  for (unsigned w = 0; w * kLanes < n; ++w) machine.warps[w] = {n - w * kLanes < kLanes ? n - w * kLanes : kLanes, 0, nullptr, {}};
+  for (unsigned i = 0; i < n; ++i) {
+    Fiber& f = machine.fibers[i];
+    f.started = false;
+    f.state = running;
+    f.thread = i;
+    f.meetings[0] = f.meetings[1] = f.copy_group = f.n_copies = 0;
+    f.sanitizer = nullptr;
+    make_fiber(f);
+  }
+  while (machine.live) {
+    bool moved = false;
+    const unsigned first = (machine.random = machine.random * 1664525u + 1013904223u) >> 8;
+    for (unsigned j = 0; j < n; ++j) {
+      Fiber& f = machine.fibers[(first + j) % n];
+      if (f.state != running) continue;
+      moved = true;
+      resume(f);
+    }
+    if (!moved) fail(machine.live < n ? "threads wait for others that have returned" : "threads wait for one another in different places");
+  }
+  for (unsigned i = 0; i < n; ++i) {
+    if (machine.fibers[i].n_copies) fail("a thread returned before its asynchronous copies were waited for");
+#if ON_HOST_TSAN
+    __tsan_destroy_fiber(machine.fibers[i].sanitizer);
+#endif
+  }
+  munmap(stacks, n * kStack);
+}
+
+// Runs `body` as every thread of every block. Shared memory has exactly the size asked for and is full of NaN; it is
+// kept until the end of the launch, so that the memory of one block is never that of another.
+ON_HOST_HIDDEN inline void run_grid(unsigned n_blocks, unsigned n_threads, size_t shared, void (*body)(void*), void* arguments) {
+  if (n_threads == 0 || n_threads > kMostThreads) fail("a block must have 1 to 256 threads");
+  machine.n_threads = n_threads;
+  machine.n_blocks = n_blocks;
+  machine.body = body;
+  machine.arguments = arguments;
+#if ON_HOST_TSAN
+  machine.sanitizer = __tsan_get_current_fiber();
+  __tsan_release(&machine.start);
+#endif
+  std::vector<unsigned char*> kept;
+  for (unsigned b = 0; b < n_blocks; ++b) {
+    machine.index = b;
+    machine.shared = static_cast<unsigned char*>(std::malloc(shared));  // aligned to 16
+    for (size_t i = 0; i < shared; ++i) machine.shared[i] = 0xff;
+#if ON_HOST_TSAN
+    kept.push_back(machine.shared);
+#endif
+    run_block();
+#if !ON_HOST_TSAN
+    std::free(machine.shared);
+#endif
+  }
+#if ON_HOST_TSAN
+  __tsan_acquire(&machine.end);
+#endif
+  for (unsigned char* memory : kept) std::free(memory);
+}
+
+}  // namespace on_host
