@@ -6,7 +6,6 @@ import torch
 
 from fastvq import _native
 from fastvq.ops import nearest
-from fastvq.ops.nearest import cuda
 from tests import oracle
 from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
 from tests.cuda_on_host import host
@@ -118,18 +117,3 @@ def test_what_the_filter_leaves_to_the_full_scan(tmp_path):
     for (rows, codes, metric), got in zip(cases, settled, strict=False):
         assert np.array_equal(got, oracle.nearest(rows, codes, metric).numpy()), metric
     assert (many_ties == -2).all()
-
-
-def test_a_device_that_gives_wrong_indices_is_not_used(cuda_on_host, monkeypatch):
-    monkeypatch.setattr(cuda, "_checked", {})
-    x, codebook = gaussian(7, 5, 3, generator(0))
-    nearest(x, codebook, backend="cuda")
-    assert cuda._checked == {x.device: None}
-    right = cuda.nearest
-    monkeypatch.setattr(cuda, "nearest", lambda *a: right(*a).clamp(max=140))
-    cuda._checked.clear()
-    with (
-        pytest.warns(RuntimeWarning, match="backend 'cuda' is not used"),
-        pytest.raises(ValueError, match=r"cuda: on cpu it gave \d+ of 150 wrong indices"),
-    ):
-        nearest(x, codebook, backend="cuda")
