@@ -2,7 +2,8 @@
 
 The extensions hold no torch header, so they build without torch and serve any version of it. A ninja file is
 written and run: sources compile side by side, and an edited one recompiles alone. A source whose name ends in
-_avx2 or _avx512 is compiled for that instruction set, and only on x86-64; which one runs is decided at run time.
+_avx2, _avx512 or _amx is compiled for that instruction set, and only on x86-64; which one runs is decided at run time.
+_amx is left out where the compiler does not have it, _emulated everywhere but with FASTVQ_EMULATED_TILES=1.
 
 FASTVQ_CUDA=0 leaves fastvq._cuda out, FASTVQ_CUDA=1 stops where there is no nvcc.
 """
@@ -29,7 +30,15 @@ CXXFLAGS = [
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # gcc takes its own headers of AVX-512 for reads of uninitialised variables.
-ISA_FLAGS = {"avx2": AVX2, "avx512": [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]}
+AVX512_QUIET = [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AMX = ["-mamx-tile", "-mamx-bf16"]
+ISA_FLAGS = {
+    "avx2": AVX2,
+    "avx512": AVX512_QUIET,
+    "amx": [*AVX512_QUIET, *AMX],
+    "emulated": AVX512_QUIET,
+}
+AMX_PROBE = "#include <immintrin.h>\nvoid f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); }\n"
 
 # The machine code that is made, of those that nvcc knows: an sm_80 runs on every 8.x, and so on. Nothing in the sources
 # is written for one architecture alone, so all of it comes from one PTX, which newer cards compile when they load it.
@@ -61,6 +70,14 @@ def find_ninja() -> str:
         if found is None:
             sys.exit("fastvq builds with ninja and found none; pip install ninja")
         return found
+
+
+def has_amx(compiler: str, work: Path) -> bool:
+    """Whether the compiler, and the assembler behind it, make matrix tile instructions."""
+    probe = work / "amx.cpp"
+    probe.write_text(AMX_PROBE)
+    command = [*compiler.split(), "-std=c++17", *AMX, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def find_nvcc() -> str | None:
@@ -112,6 +129,13 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = [f'-I"{p}"' for p in (sysconfig.get_paths()["include"], pybind11.get_include())]
         flags = CXXFLAGS + os.environ.get("CXXFLAGS", "").split()
+        left_out = set(ISA_FLAGS) if not X86 else {"amx", "emulated"}
+        if X86 and sys.platform == "linux" and has_amx(compiler, work):
+            left_out.remove("amx")
+            flags.append("-DFASTVQ_AMX")
+        if X86 and os.environ.get("FASTVQ_EMULATED_TILES") == "1":
+            left_out.remove("emulated")
+            flags.append("-DFASTVQ_EMULATED")
         shared = ["-shared", "-pthread"] + (["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])
         shared += os.environ.get("LDFLAGS", "").split()
         nvcc = find_nvcc() if ext.name == CUDA else None
@@ -133,12 +157,11 @@ class NinjaBuild(build_ext):
         ]
         objects = []
         for source in map(Path, ext.sources):
+            isa = isa_of(source)
+            if isa in left_out:
+                continue
             gpu = source.suffix == ".cu"
-            own = (
-                [*NVCCFLAGS, *gpu_targets(nvcc)]
-                if nvcc and gpu
-                else flags + includes + ISA_FLAGS.get(isa_of(source) or "", [])
-            )
+            own = [*NVCCFLAGS, *gpu_targets(nvcc)] if nvcc and gpu else flags + includes + ISA_FLAGS.get(isa or "", [])
             objects.append(escape(work / source.relative_to("csrc").with_suffix(".o")))
             lines.append(f"build {objects[-1]}: {'compile_gpu' if gpu else 'compile'} {escape(ROOT / source)}")
             lines.append(f"  flags = {' '.join(own)}")
@@ -158,7 +181,7 @@ def sources_of(binding: str, pattern: str) -> list[Path]:
 
 CUDA = "fastvq._cuda"
 cpu_sources = sources_of("bind_cpu.cpp", "cpu/*.cpp")
-extensions = [Extension("fastvq._cpu", [str(p) for p in cpu_sources if X86 or isa_of(p) is None])]
+extensions = [Extension("fastvq._cpu", [str(p) for p in cpu_sources])]
 if find_nvcc():
     extensions.append(Extension(CUDA, [str(p) for p in sources_of("bind_cuda.cpp", "cuda/*.cu")]))
 setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})

@@ -118,9 +118,11 @@ def print_sweep(axis: str, results: Sequence[tuple[Case, Row]]) -> None:
     for case, row in swept:
         text = "-" if row.p50_ms is None else f"{row.p50_ms:.3g}"
         text += f" ({row.differing})" if row.differing else ""
-        lines.setdefault(case.shape, {})[row.provider] = ("~" if row.subset < 1 else "") + text
+        size = f"{case.shape}, {case.n_threads}" if axis == "threads" else case.shape
+        lines.setdefault(size, {})[row.provider] = ("~" if row.subset < 1 else "") + text
     cells = [[size, *(line.get(name, "-") for name in names)] for size, line in lines.items()]
-    print_cells(f"Sweep over {axis}, ms (indices that differ)", ["N x K x D", *names], cells)
+    sizes = "N x K x D, threads" if axis == "threads" else "N x K x D"
+    print_cells(f"Sweep over {axis}, ms (indices that differ)", [sizes, *names], cells)
 
 
 def draw(out: Path, results: Sequence[tuple[Case, Row]], options: argparse.Namespace) -> list[Path]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fastvq
+from fastvq import _native
 from fastvq._backends import BACKENDS
 from fastvq.ops import nearest
 
@@ -38,6 +39,7 @@ class Provider:
     environment: Mapping[str, str] = field(default_factory=dict)
     compiles: bool = False  # its first call of a kind compiles for seconds, and in memory of its own
     input_dtype: torch.dtype = torch.float32  # x is handed over in it
+    rescored: Callable[[Tensor, Tensor], float] | None = None  # x, codebook -> share of x left to the definition
 
 
 def needs(package: str, extra: str = "bench") -> Callable[[], str | None]:
@@ -52,11 +54,23 @@ def always() -> None:
     return None
 
 
+def rescored_share(x: Tensor, codebook: Tensor) -> float:
+    """The share of x [N, D] that the CPU kernels' filter could not decide against codebook [K, D] by itself."""
+    indices = torch.empty(len(x), dtype=torch.int64)
+    kept, rows = _native.rows_view(x, None)
+    few, all_codes = _native._cpu.nearest(
+        rows, _native.codes_view(codebook), _native.metric_code("euclidean"), False, indices.data_ptr(), _native.isa(),
+        torch.get_num_threads(), 0,
+    )  # fmt: skip
+    del kept  # it had to live until here
+    return (few + all_codes) / len(x)
+
+
 def fastvq_providers() -> list[Provider]:
     """One for each instruction set of the cpu backend and one for each other backend but the reference."""
     info = fastvq.build_info()
     providers = []
-    for isa in ("avx512", "avx2", "generic"):
+    for isa in ("amx", "avx512", "avx2", "generic"):
 
         def unavailable(isa: str = isa) -> str | None:
             reason = info["backends"]["cpu"]["reason"]
@@ -73,6 +87,7 @@ def fastvq_providers() -> list[Provider]:
                 ours=True,
                 isa=isa,
                 environment={"FASTVQ_CPU_ISA": isa},
+                rescored=rescored_share,
             )
         )
     for backend in BACKENDS.values():

@@ -33,6 +33,7 @@ SWEEPS = {
     "D": (4, 8, 16, 32, 64, 128, 256, 512),
 }
 QUICK_SWEEPS = {"N": (64, 512, 4096), "K": (16, 128, 1024), "D": (4, 32, 256)}
+THREADS_SHAPE = (16384, 1024, 64)
 KMEANS_ITERATIONS = 12
 SEED = 20170
 
@@ -44,7 +45,7 @@ class Case:
     n_codes: int
     dim: int
     n_threads: int = 1
-    sweep: str = ""  # "N", "K" or "D": a point of that plot only
+    sweep: str = ""  # "N", "K", "D" or "threads": a point of that plot only
 
     @property
     def shape(self) -> str:
@@ -104,6 +105,12 @@ def sweep_cases(n_threads: int = 1, quick: bool = False) -> list[Case]:
     return cases
 
 
+def thread_cases(n_cores: int) -> list[Case]:
+    """One shape on 1, 2, 4 ... threads, and on as many as there are cores."""
+    counts = sorted({n_cores, *(1 << i for i in range(n_cores.bit_length()) if 1 << i <= n_cores)})
+    return [Case("gaussian", *THREADS_SHAPE, n, "threads") for n in counts]
+
+
 def chosen_cases(
     *,
     shapes: Sequence[tuple[int, int, int]] | None,
@@ -128,4 +135,6 @@ def chosen_cases(
         cases += gaussian_cases(gaussian if full else gaussian[:1], n_cores)
     if "gaussian" in data and shapes is None:
         cases += sweep_cases((threads or (1,))[0], quick)
+        if not threads and n_cores > 1:
+            cases += thread_cases(n_cores)
     return cases

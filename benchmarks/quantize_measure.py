@@ -116,6 +116,8 @@ def set_up(provider: Provider, case: Case, x: Tensor, codebook: Tensor, sample: 
     row.extra_mib, row.memory_method = memory.mib, memory.method
     row.compared = len(found)
     row.differing = count_differing(found, sample.expected[: len(found)])
+    if provider.rescored is not None:
+        row.rescored = provider.rescored(timed, codebook)
     return Contender(provider, row, lookup, timed, min(seconds, pilot_seconds * n_timed / len(pilot)))
 
 

@@ -16,9 +16,10 @@ import torch
 import photographs
 from fastvq.ops import nearest
 from harness import Row
-from quantize_cases import SWEEP_CENTRE, Case, photograph_codebook
+from quantize_cases import SWEEP_CENTRE, THREADS_SHAPE, Case, photograph_codebook
 
 COLOURS = {
+    "fastvq amx": "#9b1d3a",
     "fastvq avx512": "#d1495b",
     "fastvq avx2": "#edae49",
     "fastvq generic": "#8d6b94",
@@ -30,7 +31,7 @@ COLOURS = {
     "cdist compiled": "#5fb8c6",
     "addmm compiled": "#7c8ba1",
 }
-AXIS_NAMES = {"N": "vectors N", "K": "codes K", "D": "width D"}
+AXIS_NAMES = {"N": "vectors N", "K": "codes K", "D": "width D", "threads": "threads"}
 CROP = 256
 PIXELS_PER_PATCH = 16
 
@@ -44,14 +45,14 @@ def is_ours(provider: str) -> bool:
 
 
 def plot_speed(path: Path, results: Sequence[tuple[Case, Row]]) -> None:
-    """Time against N, K and D on log axes, one panel an axis."""
+    """Time against N, K, D and threads on log axes, one panel an axis."""
     axes_swept = [axis for axis in AXIS_NAMES if any(case.sweep == axis for case, _ in results)]
     figure, panels = plt.subplots(1, len(axes_swept), figsize=(4.6 * len(axes_swept), 4.4), sharey=True, squeeze=False)
     for axis, panel in zip(axes_swept, panels[0], strict=True):
         points: dict[str, list[tuple[int, float]]] = {}
         for case, row in results:
             if case.sweep == axis and row.p50_ms is not None:
-                size = {"N": case.n_vectors, "K": case.n_codes, "D": case.dim}[axis]
+                size = {"N": case.n_vectors, "K": case.n_codes, "D": case.dim, "threads": case.n_threads}[axis]
                 points.setdefault(row.provider, []).append((size, row.p50_ms))
         for provider, line in points.items():
             ours = is_ours(provider)
@@ -64,7 +65,8 @@ def plot_speed(path: Path, results: Sequence[tuple[Case, Row]]) -> None:
                 label=provider,
                 zorder=3 if ours else 2,
             )
-        fixed = ", ".join(f"{name} = {size}" for name, size in SWEEP_CENTRE.items() if name != axis)
+        centre = dict(zip("NKD", THREADS_SHAPE, strict=True)) if axis == "threads" else SWEEP_CENTRE
+        fixed = ", ".join(f"{name} = {size}" for name, size in centre.items() if name != axis)
         panel.set(xscale="log", yscale="log", xlabel=AXIS_NAMES[axis], title=fixed)
         panel.set_xscale("log", base=2)
         panel.grid(True, which="major", color="#dddddd", linewidth=0.7)

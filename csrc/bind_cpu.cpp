@@ -6,6 +6,7 @@
 
 #include "bind_conv.h"
 #include "bind_views.h"
+#include "bound_use.h"
 #include "fastvq.h"
 
 namespace py = pybind11;
@@ -19,23 +20,40 @@ PYBIND11_MODULE(_cpu, m) {
     return names;
   });
 
+  m.def("amx_unavailable", &amx_unavailable);
+
   m.def("nearest", [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t indices, int isa,
-                      int n_threads) {
+                      int n_threads, int64_t kept) {
     LookupCounts counts;
     {
       py::gil_scoped_release release;
       counts = nearest(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<int64_t>(indices),
-                       static_cast<Isa>(isa), n_threads);
+                       static_cast<Isa>(isa), n_threads, pointer<void>(kept));
     }
     return py::make_tuple(counts.rescored, counts.scanned);
   });
+  m.def("bound_use", [](const RowsTuple& x, const CodesTuple& c, int metric, int isa) {
+    BoundUse use;
+    {
+      py::gil_scoped_release release;
+      use = bound_use(rows(x), codes(c), static_cast<Metric>(metric), static_cast<Isa>(isa));
+    }
+    return py::make_tuple(use.largest, use.n_pairs);
+  });
+  m.def("packed_bytes", [](const CodesTuple& c, int isa) { return packed_bytes(codes(c), static_cast<Isa>(isa)); });
+  m.def("pack_codebook", [](const CodesTuple& c, int metric, int isa, int n_threads, int64_t kept) {
+    py::gil_scoped_release release;
+    pack_codebook(codes(c), static_cast<Metric>(metric), static_cast<Isa>(isa), n_threads, pointer<void>(kept));
+  });
   m.def("quantize_forward", [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t mask,
-                               const RowsTuple& quantized, int64_t indices, int isa, int n_threads) {
+                               const RowsTuple& quantized, int64_t indices, int isa, int n_threads,
+                               int64_t kept) {
     QuantizeSums sums;
     {
       py::gil_scoped_release release;
       sums = quantize_forward(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask),
-                              rows(quantized), pointer<int64_t>(indices), static_cast<Isa>(isa), n_threads);
+                              rows(quantized), pointer<int64_t>(indices), static_cast<Isa>(isa), n_threads,
+                              pointer<void>(kept));
     }
     return py::make_tuple(sums.squares, sums.n_rows);
   });

@@ -10,7 +10,8 @@ namespace fastvq {
 // Numbers are part of the binding: fastvq/_native.py holds the same table.
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 enum class Metric : int { euclidean = 0, cosine = 1, dot = 2 };
-enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2 };
+// amx is avx512 with the lookup on matrix tiles; emulated the same with tiles in plain vectors, in test builds alone.
+enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3, emulated = 4 };
 
 // [H, N, D] vectors, N split in two levels so that a channel-first image [B, D, H', W'] needs no copy:
 // row r of head h starts at data + h*stride_head + (r / n_inner)*stride_outer + (r % n_inner)*stride_inner,
@@ -36,8 +37,11 @@ struct Codes {
 };
 
 const char* isa_name(Isa isa);
-// Instruction sets that were compiled in and that this processor and operating system run, weakest first.
+// Instruction sets that were compiled in and that this processor and operating system run, weakest first. Asking for
+// amx is asking the operating system for its tiles, once a process.
 std::vector<Isa> available_isas();
+// Why amx is not among them; empty where it is.
+std::string amx_unavailable();
 std::string compiler();
 
 // ---- nearest code and quantization (cpu/nearest.cpp) ----
@@ -48,8 +52,13 @@ struct LookupCounts {
 };
 // indices [H, N]: for every row the lexicographic minimum of (d_k, k), d_k in float64 in the order of the definition.
 // fast: the winner of the float32 filter instead. x and codes have as many heads (a shared codebook: stride_head 0).
+// kept: null, or what pack_codebook wrote for these codes, this metric and instruction set; it is only read.
 LookupCounts nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, int64_t* indices, Isa isa,
-                     int n_threads);
+                     int n_threads, void* kept);
+
+// Packs a codebook into packed_bytes bytes at kept, aligned to 64.
+int64_t packed_bytes(const Codes& codes, Isa isa);
+void pack_codebook(const Codes& codes, Metric metric, Isa isa, int n_threads, void* kept);
 
 struct QuantizeSums {
   double squares;  // of (x - c) over real vectors, NaN where one of them is not finite
@@ -57,7 +66,7 @@ struct QuantizeSums {
 };
 // mask [H, N] or null, zero where there is no vector: index -1 and zeros there. quantized: x's shape and dtype.
 QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask,
-                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads);
+                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads, void* kept);
 // grad_x = G + scale (x - c), zero where the index is -1; G is grad_quantized (null: zero), or with rotation
 // lambda (g - 2 r (r.g) + 2 x^ (q^.g)), see quantize_rows.h.
 void quantize_backward(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized,

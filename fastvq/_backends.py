@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fastvq import _cuda_native, _env, _native, _triton
 
-__all__ = ["BACKENDS", "Backend", "Implementation", "choose", "use_backend"]
+__all__ = ["BACKENDS", "Backend", "Implementation", "check_backend", "choose", "use_backend"]
 
 
 class Backend(NamedTuple):
@@ -55,15 +55,20 @@ def use_backend(name: str) -> Iterator[None]:
     """
     # Process-wide rather than per thread: autograd runs a backward on threads of its own.
     global _override
-    _check_name("fastvq.use_backend", name)
-    reason = BACKENDS[name].unavailable()
-    if reason is not None:
-        raise ValueError(f"fastvq.use_backend: backend {name!r} cannot run here: {reason}")
+    check_backend("fastvq.use_backend", name)
     before, _override = _override, name
     try:
         yield
     finally:
         _override = before
+
+
+def check_backend(op: str, name: str) -> None:
+    """ValueError where ``name`` is no backend, or one that cannot run on this machine."""
+    _check_name(op, name)
+    reason = BACKENDS[name].unavailable()
+    if reason is not None:
+        raise ValueError(f"{op}: backend {name!r} cannot run here: {reason}")
 
 
 def _check_name(op: str, name: str) -> None:

@@ -19,8 +19,9 @@ def build_info() -> dict[str, Any]:
     Returns a dictionary:
 
     - ``version``, ``torch``, ``threads``: of fastvq, of torch, and ``torch.get_num_threads()``;
-    - ``cpu``: ``compiler``, the instruction sets ``available`` here (weakest first) and the one in use, ``isa``
-      (None, with the reason under ``backends``, where the extension was not built);
+    - ``cpu``: ``compiler``, the instruction sets ``available`` here (weakest first), the one in use, ``isa``
+      (None, with the reason under ``backends``, where the extension was not built), and ``amx``, why lookups do not run
+      on matrix tiles (None where they can);
     - ``cuda``: ``compiler`` and the GPU ``architectures`` compiled for; None and none where it was not built;
     - ``backends``: for each, fastest first, ``what`` it is, whether it is ``available``, and the ``reason`` if not.
 
@@ -38,6 +39,7 @@ def build_info() -> dict[str, Any]:
             "compiler": None if missing else _native._cpu.compiler(),
             "available": available,
             "isa": None if missing else names[_native.isa()],
+            "amx": _native.amx_unavailable(),
         },
         "cuda": {
             "compiler": _cuda_native._cuda.compiler() if _cuda_native.built() else None,

@@ -7,7 +7,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["FLOATS", "check_codebook", "check_float", "check_mask", "check_option", "check_same_device"]
+__all__ = [
+    "FLOATS",
+    "check_codebook",
+    "check_codes",
+    "check_float",
+    "check_mask",
+    "check_option",
+    "check_same_device",
+]
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -36,6 +44,17 @@ def check_same_device(op: str, first: str, a: Tensor, second: str, b: Tensor) ->
         raise ValueError(
             f"{op}: {first} and {second} must be on one device, got {a.device} and {b.device}; move one with .to()"
         )
+
+
+def check_codes(op: str, codebook: Tensor) -> None:
+    """codebook [K, D] or [H, K, D] by itself."""
+    check_float(op, "codebook", codebook)
+    shape = list(codebook.shape)
+    if codebook.dim() not in (2, 3):
+        raise ValueError(f"{op}: codebook must be [K, D], or [H, K, D] with heads, got {shape}")
+    for size, what in zip(reversed(shape), ("one element a code (D", "one code (K", "one head (H"), strict=False):
+        if size == 0:
+            raise ValueError(f"{op}: codebook must have at least {what} >= 1), got {shape}")
 
 
 def check_codebook(op: str, x: Tensor, codebook: Tensor) -> None:

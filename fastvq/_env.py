@@ -22,8 +22,12 @@ VARIABLES = {
             "FASTVQ_BACKEND", ("cpu", "triton", "cuda", "reference"), "backend of every call that names none", "call"
         ),
         Variable(
-            "FASTVQ_CPU_ISA", ("generic", "avx2", "avx512"), "instruction set of the CPU kernels, not the best", "call"
+            "FASTVQ_CPU_ISA",
+            ("generic", "avx2", "avx512", "amx", "emulated"),
+            "instruction set of the CPU kernels, not the best",
+            "call",
         ),
+        Variable("FASTVQ_EMULATED_TILES", ("0", "1"), "build the emulated tiles, for tests without AMX", "build"),
         Variable("FASTVQ_CHECK", ("0", "1"), "check indices on a GPU too, where that waits for the device", "call"),
         Variable("FASTVQ_AUTOTUNE", ("0", "1"), "time the Triton kernels' tiles, and keep the fastest on disk", "call"),
         Variable("FASTVQ_CUDA", ("0", "1"), "0: leave the CUDA C++ kernels out, 1: stop without nvcc", "build"),

@@ -33,7 +33,7 @@ __all__ = [
 # The numbers of csrc/fastvq.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
-ISAS = {"generic": 0, "avx2": 1, "avx512": 2}
+ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "amx": 3, "emulated": 4}
 
 
 def unavailable() -> str | None:
@@ -44,8 +44,13 @@ def unavailable() -> str | None:
 
 
 def available_isas() -> list[str]:
-    """Instruction sets that this build holds and this machine runs, weakest first."""
+    """Instruction sets that this build holds and this machine runs, weakest first; emulated tiles never come last."""
     return [] if _import_error is not None else _cpu.available_isas()
+
+
+def amx_unavailable() -> str | None:
+    """Why lookups do not run on matrix tiles here, or None."""
+    return unavailable() or _cpu.amx_unavailable() or None
 
 
 def isa() -> int:
@@ -59,8 +64,9 @@ def isa() -> int:
     if forced is None:
         return ISAS[available[-1]]
     if forced not in available:
+        reason = f" ({amx_unavailable()})" if forced == "amx" else ""
         raise ValueError(
-            f"FASTVQ_CPU_ISA={forced}: this machine or build does not have that instruction set; "
+            f"FASTVQ_CPU_ISA={forced}: this machine or build does not have that instruction set{reason}; "
             f"it has {', '.join(available)}; set one of those or unset it"
         )
     return ISAS[forced]

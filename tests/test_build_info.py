@@ -29,7 +29,7 @@ def test_build_info(monkeypatch):
 def test_build_info_without_the_extension(monkeypatch):
     monkeypatch.setattr(_native, "_import_error", "ImportError: no such file")
     info = fastvq.build_info()
-    assert info["cpu"] == {"compiler": None, "available": [], "isa": None}
+    assert info["cpu"] == {"compiler": None, "available": [], "isa": None, "amx": info["backends"]["cpu"]["reason"]}
     assert not info["backends"]["cpu"]["available"] and "no such file" in info["backends"]["cpu"]["reason"]
     x, codebook = torch.randn(5, 3), torch.randn(7, 3)
     assert fastvq.ops.nearest(x, codebook).shape == (5,)  # the reference serves

@@ -5,13 +5,15 @@ from collections.abc import Callable
 import torch
 
 from fastvq.ops.masked_conv import triton_ as conv
+from fastvq.ops.nearest import triton_ as lookup
 from fastvq.ops.pixelcnn import triton_ as pixelcnn
+from fastvq.ops.residual import triton_ as residual
 from tests import triton_calls_learning
 
 CALLS: dict[str, Callable[[], object]] = {}
 
 # Kernels that must use the tensor cores, in every tile and dtype of theirs that CALLS launches.
-TENSOR_CORES: set[str] = set()
+TENSOR_CORES: set[str] = {"_filter", "_survivors"}
 
 
 def masked_conv(
@@ -74,3 +76,34 @@ CALLS["pixelcnn_step float32"] = pixelcnn_steps(F32)
 CALLS["pixelcnn_step bfloat16"] = pixelcnn_steps(BF16)
 TENSOR_CORES |= {"masked_conv", "masked_conv_weight_grad"}
 CALLS.update(triton_calls_learning.CALLS)
+
+
+def nearest(dim: int, dtype: torch.dtype, metric: str = "euclidean", precision: str = "exact") -> Callable[[], object]:
+    def call():
+        x, codebook = (torch.empty(n, dim, dtype=dtype) for n in (100_000, 1024))
+        lookup.nearest(x, codebook, metric, precision)
+
+    return call
+
+
+for dim in (8, 32, 64, 128, 256, 512):
+    CALLS[f"nearest {dim}"] = nearest(dim, F32)
+CALLS["nearest bfloat16"] = nearest(64, BF16)
+CALLS["nearest float16 cosine"] = nearest(64, F16, "cosine")
+CALLS["nearest float64 dot fast"] = nearest(64, F64, "dot", "fast")
+
+
+def residual_quantize(dtype: torch.dtype, dim: int) -> Callable[[], object]:
+    def call():
+        x, codebooks = torch.empty(1000, dim, dtype=dtype), torch.empty(2, 1024, dim, dtype=dtype)
+        mask = torch.empty(1000, dtype=torch.bool)
+        out, indices, losses, *_ = residual.residual_quantize(x, codebooks, mask, "euclidean", 1.0, False, "exact")
+        residual.residual_quantize_backward(
+            x, codebooks, indices, out, losses, None, "straight_through", 1.0, True, False
+        )
+
+    return call
+
+
+for dtype, dim in ((F32, 8), (BF16, 128), (F64, 64)):
+    CALLS[f"residual_quantize {dtype} {dim}"] = residual_quantize(dtype, dim)

@@ -40,6 +40,7 @@ class Row:
     memory_method: str = ""
     differing: int | None = None
     compared: int | None = None
+    rescored: float | None = None  # share of the vectors that the filter left to the definition (fastvq's CPU kernels)
     ratio: float | None = None  # its time over fastvq's, median over rounds
     cores: float | None = None  # processor seconds per second
     note: str = ""
@@ -76,13 +77,26 @@ def _cells(row: Row) -> list[str]:
         *(scaled + _number(value) for value in (row.p20_ms, row.p50_ms, row.p80_ms)),
         _number(row.gflops),
         "-" if row.ceiling_share is None else f"{row.ceiling_share:.0%}",
+        "-" if row.rescored is None else f"{row.rescored:.2%}",
         "-" if row.extra_mib is None else scaled + f"{row.extra_mib:.1f}",
         "-" if row.ratio is None else f"{row.ratio:.2f}x",
         row.note,
     ]
 
 
-HEADERS = ("provider", "differ", "p20 ms", "p50 ms", "p80 ms", "GFLOP/s", "ceiling", "extra MiB", "vs fastvq", "note")
+HEADERS = (
+    "provider",
+    "differ",
+    "p20 ms",
+    "p50 ms",
+    "p80 ms",
+    "GFLOP/s",
+    "ceiling",
+    "re-scored",
+    "extra MiB",
+    "vs fastvq",
+    "note",
+)
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:

@@ -17,7 +17,7 @@ namespace fastvq {
 
 const ConvKernels& conv_kernels(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return conv_kernels_avx512();
+  if (isa >= Isa::avx512) return conv_kernels_avx512();
   if (isa == Isa::avx2) return conv_kernels_avx2();
 #endif
   (void)isa;

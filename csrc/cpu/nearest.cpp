@@ -6,19 +6,33 @@ namespace fastvq {
 
 const NearestKernels& nearest_kernels(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return nearest_avx512;
+#if defined(FASTVQ_AMX)
+  if (isa == Isa::amx) return nearest_amx;
+#endif
+#if defined(FASTVQ_EMULATED)
+  if (isa == Isa::emulated) return nearest_emulated;
+#endif
+  if (isa >= Isa::avx512) return nearest_avx512;
   if (isa == Isa::avx2) return nearest_avx2;
 #endif
   (void)isa;
   return nearest_generic;
 }
 
+int64_t packed_bytes(const Codes& codes, Isa isa) { return PackedHeads::kept_bytes(nearest_kernels(isa), codes); }
+
+void pack_codebook(const Codes& codes, Metric metric, Isa isa, int n_threads, void* kept) {
+  PackedHeads::keep(nearest_kernels(isa), codes, isa, metric, n_threads, kept);
+}
+
 LookupCounts nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, int64_t* indices, Isa isa,
-                     int n_threads) {
+                     int n_threads, void* kept) {
   check(x, codes);
   if (x.n_heads * x.n_rows() == 0) return {};
   const NearestKernels& kernels = nearest_kernels(isa);
-  const PackedHeads packed(kernels, codes, metric, fast, n_threads);
+  const PackedHeads packed = kept && PackedHeads::is_for(kept, isa)
+                                 ? PackedHeads(kernels, codes, isa, metric, fast, kept)
+                                 : PackedHeads(kernels, codes, metric, fast, n_threads);
   const Lookup lookup{&x, &codes, metric, fast, nullptr, indices};
   std::atomic<int64_t> rescored{0}, scanned{0};
   n_threads = useful_threads(filter_work(x, codes), n_threads);
@@ -32,13 +46,31 @@ LookupCounts nearest(const Rows& x, const Codes& codes, Metric metric, bool fast
   return {rescored, scanned};
 }
 
+BoundUse bound_use(const Rows& x, const Codes& codes, Metric metric, Isa isa) {
+  check(x, codes);
+  BoundUse use;
+  if (x.n_heads * x.n_rows() == 0) return use;
+  const NearestKernels& kernels = nearest_kernels(isa);
+  const PackedHeads packed(kernels, codes, metric, false, 1);
+  const Lookup lookup{&x, &codes, metric, false, nullptr, nullptr};
+  for_blocks(x, 1, kernels.search_bytes(x.dim), [&](int64_t h, int64_t first, int64_t n, int64_t, char* scratch) {
+    const BoundUse here = kernels.prove(lookup, packed[h], h, first, n, scratch);
+    use.largest = here.largest <= use.largest ? use.largest : here.largest;
+    use.n_pairs += here.n_pairs;
+  });
+  return use;
+}
+
 QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask,
-                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads) {
+                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads,
+                              void* kept) {
   check(x, codes);
   check_output(x, quantized);
   if (x.n_heads * x.n_rows() == 0) return {0, 0};
   const NearestKernels& kernels = nearest_kernels(isa);
-  const PackedHeads packed(kernels, codes, metric, fast, n_threads);
+  const PackedHeads packed = kept && PackedHeads::is_for(kept, isa)
+                                 ? PackedHeads(kernels, codes, isa, metric, fast, kept)
+                                 : PackedHeads(kernels, codes, metric, fast, n_threads);
   const Lookup lookup{&x, &codes, metric, fast, mask, indices};
   const int64_t n_blocks = (x.n_rows() + block_rows(x.dim) - 1) / block_rows(x.dim);
   // One sum a block, added in order: the loss does not depend on which thread had which block.

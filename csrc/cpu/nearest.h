@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../bound_use.h"
 #include "../fastvq.h"
 
 namespace fastvq {
@@ -19,13 +20,20 @@ inline int64_t block_rows(int64_t dim) {
 // Wider vectors would need a bound whose first-order form no longer holds; they are scored by the definition.
 constexpr int64_t kMaxFilterDim = 16384;
 
-// One head's codebook as the filter reads it: panels of `width` codes, [n_panels][dim][width] float32.
-// The score of code k for row x is bias + x'.c'; its error is at most |x'| * slope + offset (+ the row's own part).
+// Bias of a code that cannot win. Products of rows and codes that the filter takes stay below 2^121.
+constexpr float kNever = -0x1p127f;
+constexpr float kRepeated = -0x1.8p127f;  // of one that cannot because it repeats an earlier one
+
+// One head's codebook as the filter reads it: panels of `width` codes, for float32 filters [n_panels][dim][width].
+// The score of code k for row x is bias + x'.c'; its error is at most |x'| * slope + offset (+ the row's own part, and
+// lost * reach where the filter rounds its operands).
 struct PackedCodes {
   int64_t n_codes, dim, width, n_panels;
-  float* panels;
+  char* panels;                      // [n_panels] of panel_bytes each
   float *bias, *slope, *offset;      // [n_panels * width]
   float *panel_slope, *panel_offset; // [n_panels], the largest of the panel
+  float *reach, *panel_reach;        // filters that round their operands: |c^|, what a row's rounding is worth
+  float* zeros;                      // [n_panels * width]: the bounds where no certificate is asked for
   float* mean;                       // [2 dim]: what was subtracted from the codes (zero where nothing was), zeros
   bool centred;
   double mean_norm;
@@ -46,6 +54,8 @@ struct Lookup {
 // What an instruction set provides. Every function is called with the default floating-point environment.
 struct NearestKernels {
   int64_t width;  // codes in a panel
+  bool rounded;   // whether reach is needed
+  int64_t (*panel_bytes)(int64_t dim);
   // Chooses the mean to subtract. scratch: 2 dim doubles.
   void (*centre)(const Codes&, int64_t head, Metric, double* scratch, PackedCodes&);
   // Packs panels [first, last); returns what the codes there mean for the whole codebook.
@@ -54,8 +64,7 @@ struct NearestKernels {
     bool usable, excluded_large, irregular;
     double largest, smallest;
   };
-  Found (*pack)(const Codes&, int64_t head, Metric, bool fast, int64_t first, int64_t last, double* scratch,
-                PackedCodes&);
+  Found (*pack)(const Codes&, int64_t head, Metric, int64_t first, int64_t last, double* scratch, PackedCodes&);
   // Bytes of scratch for one thread of search.
   size_t (*search_bytes)(int64_t dim);
   void (*search)(const Lookup&, const PackedCodes&, int64_t head, int64_t first, int64_t n, char* scratch,
@@ -66,6 +75,7 @@ struct NearestKernels {
   // room: 4 dim doubles.
   void (*backward)(const Rows& x, const Codes&, const int64_t* indices, const Rows* grad_quantized, double scale,
                    bool rotation, const Rows& grad_x, int64_t head, int64_t first, int64_t n, double* room);
+  BoundUse (*prove)(const Lookup&, const PackedCodes&, int64_t head, int64_t first, int64_t n, char* scratch);
   // n rounds of independent multiply-adds; out: 16 floats. Returns the operations done.
   double (*fma_chains)(int64_t n, float* out);
 };
@@ -73,6 +83,12 @@ struct NearestKernels {
 extern const NearestKernels nearest_generic;
 #if defined(__x86_64__)
 extern const NearestKernels nearest_avx2, nearest_avx512;
+#if defined(FASTVQ_AMX)
+extern const NearestKernels nearest_amx;
+#endif
+#if defined(FASTVQ_EMULATED)
+extern const NearestKernels nearest_emulated;
+#endif
 #endif
 const NearestKernels& nearest_kernels(Isa isa);
 

@@ -13,55 +13,115 @@
 namespace fastvq {
 namespace {
 
-constexpr int kExactCodes = 16;
-constexpr int64_t kExactDims = 256;
+// Codes side by side: enough chains of additions to hide their latency, no more than there are registers for.
+constexpr int kExactCodes = kLanes == 16 ? 32 : 16;
+constexpr int64_t kExactDims = 128;
+constexpr int kMaxExact = 16;  // codes that best_of chooses among
 
 struct ExactScratch {
   int64_t* pending;  // rows of the block, counted from its first
   double *best, *sums, *codes, *row;
 };
 
-// The index among a few finite codes, all of them candidates. room: 2 D doubles.
+// d_k of one finite code.
+inline double definition_score(Metric metric, const double* row, const double* code, int64_t D) {
+  double sum = 0, square = 0;
+  if (metric == Metric::euclidean) {
+    for (int64_t d = 0; d < D; ++d) {
+      const double t = row[d] - code[d];
+      sum += t * t;
+    }
+    return sum;
+  }
+  for (int64_t d = 0; d < D; ++d) sum += row[d] * code[d];
+  if (metric == Metric::dot) return -sum;
+  for (int64_t d = 0; d < D; ++d) square += code[d] * code[d];
+  return -sum / std::sqrt(square);
+}
+
+// d_k in whatever order is fast, and how far from the definition's that may be: each of the two is within (D + 3) 2^-53
+// of the exact number, relative to it (euclidean, where all terms are positive) or to |x| |c|; doubled for second orders.
+struct QuickScore {
+  double score, off;
+  bool in_range;  // no square overflowed or came near underflow
+};
+inline QuickScore quick_score(Metric metric, const double* row, const double* code, int64_t D) {
+  D8 sums = {}, rows = {}, codes = {};
+  double sum = 0, rr = 0, cc = 0;
+  int64_t d = 0;
+  const auto in_range = [](double square) { return square > 0x1p-900 && square < 0x1p900; };
+  const double unit = static_cast<double>(D + 8) * 0x1p-50;
+  if (metric == Metric::euclidean) {
+    for (; d + 8 <= D; d += 8) {
+      const D8 t = load_as<D8>(row + d) - load_as<D8>(code + d);
+      sums += t * t;
+    }
+    for (sum = sum8(sums); d < D; ++d) sum += (row[d] - code[d]) * (row[d] - code[d]);
+    return {sum, sum * unit, in_range(sum)};
+  }
+  for (; d + 8 <= D; d += 8) {
+    const D8 x = load_as<D8>(row + d), c = load_as<D8>(code + d);
+    sums += x * c;
+    rows += x * x;
+    codes += c * c;
+  }
+  for (sum = sum8(sums), rr = sum8(rows), cc = sum8(codes); d < D; ++d) {
+    sum += row[d] * code[d];
+    rr += row[d] * row[d];
+    cc += code[d] * code[d];
+  }
+  const bool fine = in_range(rr) && in_range(cc);
+  if (metric == Metric::dot) return {-sum, std::sqrt(rr) * std::sqrt(cc) * unit, fine};
+  return {-sum / std::sqrt(cc), std::sqrt(rr) * unit, fine};
+}
+
+// The index among a few finite codes, all of them candidates: by quick scores where these are far enough apart, else by
+// the definition. room: 2 D doubles.
 inline int64_t best_of(const Lookup& lookup, int64_t h, int64_t r, const int64_t* codes, int n, double* room) {
   const Rows& x = *lookup.x;
   const int64_t D = x.dim;
   double *row = room, *code = room + D;
   with_element(x.dtype, [&](auto e) { to_double<decltype(e)>(row_at<decltype(e)>(x, h, r), x.stride_d, D, row); });
-  double best = HUGE_VAL;
+  const auto fetch = [&](int64_t k) {
+    with_element(lookup.codes->dtype, [&](auto e) {
+      to_double<decltype(e)>(code_at<decltype(e)>(*lookup.codes, h, k), lookup.codes->stride_d, D, code);
+    });
+  };
+  double lower[kMaxExact], upper = HUGE_VAL;
+  int best = 0;
+  bool decided = true;
+  for (int i = 0; i < n; ++i) {
+    fetch(codes[i]);
+    const QuickScore q = quick_score(lookup.metric, row, code, D);
+    decided &= q.in_range;
+    lower[i] = q.score - q.off;
+    if (q.score + q.off < upper) {
+      upper = q.score + q.off;
+      best = i;
+    }
+  }
+  for (int i = 0; i < n; ++i) decided &= i == best || lower[i] > upper;
+  if (decided) return codes[best];
+  double least = HUGE_VAL;
   int64_t index = -1;
   for (int i = 0; i < n; ++i) {
-    with_element(lookup.codes->dtype, [&](auto e) {
-      to_double<decltype(e)>(code_at<decltype(e)>(*lookup.codes, h, codes[i]), lookup.codes->stride_d, D, code);
-    });
-    double sum = 0, square = 0;
-    if (lookup.metric == Metric::euclidean) {
-      for (int64_t d = 0; d < D; ++d) {
-        const double t = row[d] - code[d];
-        sum += t * t;
-      }
-    } else {
-      for (int64_t d = 0; d < D; ++d) sum += row[d] * code[d];
-      sum = -sum;
-      if (lookup.metric == Metric::cosine) {
-        for (int64_t d = 0; d < D; ++d) square += code[d] * code[d];
-        sum /= std::sqrt(square);
-      }
-    }
-    if (sum < best || (sum == best && codes[i] < index)) {
-      best = sum;
+    fetch(codes[i]);
+    const double score = definition_score(lookup.metric, row, code, D);
+    if (score < least || (score == least && codes[i] < index)) {
+      least = score;
       index = codes[i];
     }
   }
   return index < 0 ? 0 : index;
 }
 
-// Codes [k0, k0 + kExactCodes), elements [d0, d0 + n), as [n][kExactCodes] doubles, zero beyond the last code.
-template <class E>
+// Codes [k0, k0 + kExactCodes), elements [d0, d0 + n), as doubles, zero beyond the last code; out [n][Stride].
+template <class E, int Stride = kExactCodes>
 void gather_codes(const Codes& codes, int64_t h, int64_t k0, int64_t d0, int64_t n, double* out) {
   for (int j = 0; j < kExactCodes; ++j) {
     const bool there = k0 + j < codes.n_codes;
     const auto* p = code_at<E>(codes, h, there ? k0 + j : 0) + d0 * codes.stride_d;
-    for (int64_t d = 0; d < n; ++d) out[d * kExactCodes + j] = there ? static_cast<double>(E::get(p[d * codes.stride_d])) : 0;
+    for (int64_t d = 0; d < n; ++d) out[d * Stride + j] = there ? static_cast<double>(E::get(p[d * codes.stride_d])) : 0;
   }
 }
 

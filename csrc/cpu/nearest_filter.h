@@ -12,24 +12,45 @@
 // The bound is derived in nearest_pack.h. A chunk is small enough for the second-level cache with the block of rows,
 // so a codebook of any size is read from memory once per block. Nothing of size N x K exists.
 #pragma once
-#include "nearest_exact.h"
 #include "nearest_pack.h"
 
 namespace fastvq {
 namespace {
+// Operands are float32, as near as the bound counts them.
+constexpr bool kRounded = false;
+constexpr double kRowSlack = kSlack;
+}  // namespace
+}  // namespace fastvq
 
-constexpr int kWidth = kTileVectors * kLanes;
+#include "nearest_rows.h"
+
+namespace fastvq {
+namespace {
+
 constexpr int kChunkCodes = 768;
 constexpr int kChunkPanels = kChunkCodes / kWidth, kLongChunkPanels = 2 * kChunkPanels;
 constexpr int kScoreStride = kChunkCodes + 16;  // off a multiple of the first-level cache's sets
 constexpr int kMaximaStride = kLongChunkPanels * kLanes + 16;
 constexpr int64_t kChunkBytes = 256 << 10;
-constexpr int kMaxNoted = 16;
 // A panel is read from the first-level cache for all tiles of a group but the first.
 constexpr int kGroupTiles = 3;
 // Narrower vectors leave so few multiply-adds a score that writing every score out would cost a third of the time;
 // the scores of the few panels that matter are made again.
 constexpr int64_t kKeepScoresDim = 32;
+
+int64_t panel_bytes(int64_t dim) { return 4 * dim * kWidth; }
+inline float* panel_at(const PackedCodes& packed, int64_t panel) {
+  return reinterpret_cast<float*>(packed.panels) + panel * kWidth * packed.dim;
+}
+
+struct CodeLayout {
+  static double chain(int64_t D) { return static_cast<double>(D) + 2; }
+  static double underflow(int64_t D) { return (2 * static_cast<double>(D) + 10) * 0x1p-149; }
+  static Placed put(const PackedCodes& packed, int64_t p, int j, const float*, const float* eight) {
+    if ((j & 7) == 7) transpose8(eight, packed.dim, panel_at(packed, p) + j - 7, kWidth);
+    return {0, 0};
+  }
+};
 
 // Step 2 for one tile and the first `Vectors` vectors of one panel. tile [D][kTileRows], panel [D][kWidth].
 template <int Vectors, bool KeepScores>
@@ -71,7 +92,7 @@ void score_panels(const float* tiles, int n_tiles, const PackedCodes& packed, in
                   float* scores, float* maxima) {
   const int64_t D = packed.dim, empty = packed.n_panels * kWidth - packed.n_codes;
   const int partial = first + n_panels == packed.n_panels && empty >= kLanes;
-  const float* panel = packed.panels + first * kWidth * D;
+  const float* panel = panel_at(packed, first);
   const float* bias = packed.bias + first * kWidth;
   for (int p = 0; p < n_panels; ++p, panel += kWidth * D, bias += kWidth) {
     const auto score = p < n_panels - partial                    ? score_tile<kTileVectors, KeepScores>
@@ -91,133 +112,6 @@ inline void score_row(const float* row, const float* panel, const float* bias, i
     for (int v = 0; v < kTileVectors; ++v)
       sums[v] = mul_add(spread(row[d * kTileRows]), load(panel + d * kWidth + v * kLanes), sums[v]);
   for (int v = 0; v < kTileVectors; ++v) store(scores + v * kLanes, sums[v]);
-}
-
-// Asks for a piece of what is needed next, so that it is in the second-level cache by then.
-inline void prefetch(const char* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-}
-
-// A lower bound that no score passes, not even an infinite one.
-constexpr float kClosed = __builtin_nanf("");
-
-// What is known of one row. upper = score + bound; fast: the score.
-struct RowState {
-  float norm, own, lower;
-  int32_t n_noted;  // -1: too many, or out of the filter's range
-  float upper[kMaxNoted];
-  int64_t code[kMaxNoted];
-};
-
-inline void note(RowState& row, int64_t code, float upper, bool fast) {
-  if (row.n_noted == kMaxNoted) {
-    // Fast: those noted have the largest score already and came first, this one ties with them or loses.
-    if (fast) return;
-    row.n_noted = -1;
-    row.lower = kClosed;
-    return;
-  }
-  row.upper[row.n_noted] = upper;
-  row.code[row.n_noted++] = code;
-}
-
-inline void drop_beaten(RowState& row) {
-  int kept = 0;
-  for (int i = 0; i < row.n_noted; ++i)
-    if (row.upper[i] >= row.lower) {
-      row.upper[kept] = row.upper[i];
-      row.code[kept++] = row.code[i];
-    }
-  row.n_noted = kept;
-}
-
-// A chunk of panels with the largest coefficients of them. Where the panels' differ much, the largest would say too
-// little about the others, and each panel's own is used.
-struct Chunk {
-  int64_t first;
-  int n;
-  float slope, offset;
-  bool uneven;
-};
-
-inline Chunk chunk_at(const PackedCodes& packed, int64_t first, int64_t chunk_panels) {
-  const int64_t left = packed.n_panels - first;
-  Chunk c{first, static_cast<int>(left < chunk_panels ? left : chunk_panels), 0, 0, false};
-  float least_slope = HUGE_VALF, least_offset = HUGE_VALF;
-  for (int64_t p = first; p < first + c.n; ++p) {
-    const float slope = packed.panel_slope[p], offset = packed.panel_offset[p];
-    c.slope = slope > c.slope ? slope : c.slope;
-    c.offset = offset > c.offset ? offset : c.offset;
-    least_slope = slope < least_slope ? slope : least_slope;
-    least_offset = offset < least_offset ? offset : least_offset;
-  }
-  c.uneven = c.slope > 4 * least_slope || c.offset > 16 * least_offset;
-  return c;
-}
-
-inline V panel_bound(const PackedCodes& packed, int64_t panel, V norm, V own) {
-  return add(mul_add(norm, spread(packed.panel_slope[panel]), spread(packed.panel_offset[panel])), own);
-}
-
-// Step 3 where the chunk may hold a winner: top >= score of each lane, bound >= bound of each panel. Bounds grow with
-// their coefficients and rounding is monotone, so a panel that fails its test holds no code that would pass its own.
-__attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& packed, const Chunk& chunk, V top,
-                                            V bound, const float* tile_row, const float* kept_scores,
-                                            const float* maxima, bool fast) {
-  const V norm = spread(row.norm), own = spread(row.own);
-  V best = sub(top, bound);
-  if (chunk.uneven)
-    for (int p = 0; p < chunk.n; ++p)
-      best = larger(best, sub(load(maxima + p * kLanes), panel_bound(packed, chunk.first + p, norm, own)));
-  const float lower = largest(best);
-  if (lower > row.lower) {
-    row.lower = lower;
-    if (row.n_noted) drop_beaten(row);
-  }
-  const V limit = spread(row.lower);
-  for (int p = 0; p < chunk.n; ++p) {
-    const V panel_top = load(maxima + p * kLanes);
-    if (!at_least(add(panel_top, bound), limit)) continue;
-    if (chunk.uneven && !at_least(add(panel_top, panel_bound(packed, chunk.first + p, norm, own)), limit)) continue;
-    const int64_t k0 = (chunk.first + p) * kWidth;
-    float again[kWidth], upper[kWidth];
-    const float* scores = again;
-    if (kept_scores)
-      scores = kept_scores + p * kWidth;
-    else
-      score_row(tile_row, packed.panels + k0 * packed.dim, packed.bias + k0, packed.dim, again);
-    uint64_t mask = 0;
-    for (int v = 0; v < kTileVectors && k0 + v * kLanes < packed.n_codes; ++v) {
-      const int64_t k = k0 + v * kLanes;
-      const V code_bound = add(mul_add(norm, load(packed.slope + k), load(packed.offset + k)), own);
-      const V score = load(scores + v * kLanes), code_upper = add(score, code_bound);
-      if (chunk.uneven) {  // the panel's bound may be another code's: this code's own says more
-        const float code_lower = largest(sub(score, code_bound));
-        row.lower = code_lower > row.lower ? code_lower : row.lower;
-      }
-      store(upper + v * kLanes, code_upper);
-      mask |= static_cast<uint64_t>(at_least(code_upper, limit)) << (v * kLanes);
-    }
-    for (; mask; mask &= mask - 1) {
-      const int j = __builtin_ctzll(mask);
-      note(row, k0 + j, upper[j], fast);
-      if (row.n_noted < 0) return;
-    }
-  }
-}
-
-// The largest score of each lane over n panels. Two chains of maxima: one alone would wait for itself.
-inline V top_of(const float* maxima, int n) {
-  V even = load(maxima), odd = even;
-  int p = 1;
-  for (; p + 4 <= n; p += 4) {
-    even = larger(even, load(maxima + p * kLanes));
-    odd = larger(odd, load(maxima + (p + 1) * kLanes));
-    even = larger(even, load(maxima + (p + 2) * kLanes));
-    odd = larger(odd, load(maxima + (p + 3) * kLanes));
-  }
-  for (; p < n; ++p) even = larger(even, load(maxima + p * kLanes));
-  return larger(even, odd);
 }
 
 // Step 1 for one tile: rows [first, first + n) into out [D][kTileRows], room for 8 floats behind it.
@@ -249,43 +143,25 @@ __attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first
   transpose8(eight, D, out, kTileRows);
 }
 
-struct SearchScratch {
+struct FilterScratch {
   float *tiles, *scores, *maxima, *eight;
   double* room;  // [2 D]
-  RowState* rows;
-  ExactScratch exact;
 };
 
-inline size_t search_layout(int64_t D, char* base, SearchScratch* s) {
-  size_t used = 0;
-  const auto take = [&](int64_t bytes) {
-    char* at = base + used;
-    used += (static_cast<size_t>(bytes) + 63) / 64 * 64;
-    return at;
-  };
-  SearchScratch out;
-  const int64_t filter_dim = D <= kMaxFilterDim ? D : 0;
-  const int64_t rows = block_rows(D);
-  out.scores = reinterpret_cast<float*>(take(4 * kGroupTiles * kTileRows * kScoreStride));
-  out.maxima = reinterpret_cast<float*>(take(4 * kGroupTiles * kTileRows * kMaximaStride));
-  out.rows = reinterpret_cast<RowState*>(take(static_cast<int64_t>(sizeof(RowState)) * rows));
-  out.tiles = reinterpret_cast<float*>(take(4 * (rows * filter_dim + 8)));
-  out.eight = reinterpret_cast<float*>(take(4 * 8 * filter_dim));
-  out.room = reinterpret_cast<double*>(take(8 * 2 * filter_dim));
-  out.exact.pending = reinterpret_cast<int64_t*>(take(8 * rows));
-  out.exact.best = reinterpret_cast<double*>(take(8 * rows));
-  out.exact.sums = reinterpret_cast<double*>(take(8 * kExactCodes * rows));
-  out.exact.codes = reinterpret_cast<double*>(take(8 * kExactCodes * kExactDims));
-  out.exact.row = reinterpret_cast<double*>(take(8 * kExactDims));
-  if (s) *s = out;
-  return used;
+template <class Take>
+FilterScratch filter_scratch(int64_t D, const Take& take) {
+  FilterScratch s;
+  s.scores = reinterpret_cast<float*>(take(4 * kGroupTiles * kTileRows * kScoreStride));
+  s.maxima = reinterpret_cast<float*>(take(4 * kGroupTiles * kTileRows * kMaximaStride));
+  s.tiles = reinterpret_cast<float*>(take(4 * (block_rows(D) * D + 8)));
+  s.eight = reinterpret_cast<float*>(take(4 * 8 * D));
+  s.room = reinterpret_cast<double*>(take(8 * 2 * D));
+  return s;
 }
 
-size_t search_bytes(int64_t dim) { return search_layout(dim, nullptr, nullptr); }
-
-// Steps 1 to 3 for a block of rows.
-inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
-                         SearchScratch& s) {
+// Step 1 for a block of rows.
+inline void pack_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+                         FilterScratch& s, RowState* rows) {
   const int64_t D = packed.dim, n_tiles = (n + kTileRows - 1) / kTileRows;
   for (int64_t t = 0; t < n_tiles; ++t) {
     const int64_t row = t * kTileRows, here = n - row < kTileRows ? n - row : kTileRows;
@@ -295,16 +171,27 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
                              packed.mean + (lookup.metric == Metric::euclidean ? 0 : D), s.tiles + row * D, s.eight,
                              s.room, squares);
     });
-    for (int64_t i = 0; i < here; ++i) {
-      RowState& state = s.rows[row + i];
-      const double norm = std::sqrt(squares[i]);
-      const bool inside = norm < packed.row_limit;  // false for NaN
-      state.norm = lookup.fast || !inside ? 0.0f : static_cast<float>(norm * kSlack) + 0x1p-149f;
-      state.own = packed.row_part > 0 ? state.norm * state.norm * packed.row_part : 0.0f;
-      state.lower = inside ? -HUGE_VALF : kClosed;
-      state.n_noted = inside ? 0 : -1;
-    }
+    for (int64_t i = 0; i < here; ++i) start_row(rows[row + i], packed, lookup.fast, std::sqrt(squares[i]), 0);
   }
+}
+
+// All scores of a block of rows: visit(row, first code of a panel, its scores).
+template <class Visit>
+void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+                 FilterScratch& s, RowState* rows, const Visit& visit) {
+  pack_block(lookup, packed, h, first, n, s, rows);
+  for (int64_t i0 = 0; i0 < n; i0 += kTileRows)
+    for (int64_t p = 0; p < packed.n_panels; ++p) {
+      score_panels<true>(s.tiles + i0 * packed.dim, 1, packed, p, 1, s.scores, s.maxima);
+      for (int64_t i = 0; i < kTileRows && i0 + i < n; ++i) visit(i0 + i, p * kWidth, s.scores + i * kScoreStride);
+    }
+}
+
+// Steps 1 to 3 for a block of rows.
+inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+                         FilterScratch& s, RowState* rows) {
+  pack_block(lookup, packed, h, first, n, s, rows);
+  const int64_t D = packed.dim, n_tiles = (n + kTileRows - 1) / kTileRows;
   const bool keep_scores = D >= kKeepScoresDim;
   const int64_t most = keep_scores ? kChunkPanels : kLongChunkPanels, panel_bytes = 4 * D * kWidth;
   const int64_t fit = kChunkBytes / panel_bytes, chunk_panels = fit < 1 ? 1 : fit > most ? most : fit;
@@ -317,7 +204,7 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
     const int64_t piece = next_bytes / n_tiles + 64;
     for (int64_t t = 0; t < n_tiles; ++t) {
       if (t * piece < next_bytes)
-        prefetch(reinterpret_cast<const char*>(packed.panels) + next * panel_bytes + t * piece,
+        prefetch(packed.panels + next * panel_bytes + t * piece,
                  next_bytes - t * piece < piece ? next_bytes - t * piece : piece);
       if (t % kGroupTiles) continue;
       const int64_t g0 = t * kTileRows, here = n - g0 < kGroupTiles * kTileRows ? n - g0 : kGroupTiles * kTileRows;
@@ -328,56 +215,38 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
       else
         score_panels<false>(tiles, n_group, packed, p0, chunk.n, s.scores, s.maxima);
       for (int64_t i = 0; i < here; ++i) {
-        RowState& row = s.rows[g0 + i];
+        RowState& row = rows[g0 + i];
         const float* tile = tiles + i / kTileRows * kTileRows * D;
         const float* maxima = s.maxima + i * kMaximaStride;
         const V top = top_of(maxima, chunk.n);
-        const V bound = add(mul_add(spread(row.norm), spread(chunk.slope), spread(chunk.offset)), spread(row.own));
+        const V bound = RowBound(row).of_chunk(chunk);
         if (at_least(add(top, bound), spread(row.lower)))
-          search_chunk(row, packed, chunk, top, bound, tile + i % kTileRows, keep_scores ? s.scores + i * kScoreStride : nullptr,
-                       maxima, lookup.fast);
+          search_chunk(row, packed, chunk, top, bound, maxima, lookup.fast, [&](int p, float* room) -> const float* {
+            if (keep_scores) return s.scores + i * kScoreStride + p * kWidth;
+            const int64_t panel = p0 + p;
+            score_row(tile + i % kTileRows, panel_at(packed, panel), packed.bias + panel * kWidth, D, room);
+            return room;
+          });
       }
     }
   }
 }
 
-void search(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n, char* scratch,
-            LookupCounts& counts) {
-  SearchScratch s;
-  search_layout(packed.dim, scratch, &s);
-  const int64_t N = lookup.x->n_rows();
-  const uint8_t* mask = lookup.mask ? lookup.mask + h * N + first : nullptr;
-  int64_t* indices = lookup.indices + h * N + first;
-  if (!packed.only_exact) filter_block(lookup, packed, h, first, n, s);
-  int64_t n_pending = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (mask && !mask[i]) {
-      indices[i] = -1;
-      continue;
-    }
-    RowState& row = s.rows[i];
-    if (packed.only_exact || row.n_noted <= 0) {
-      s.exact.pending[n_pending++] = i;
-      continue;
-    }
-    if (lookup.fast) {
-      int best = 0;
-      for (int j = 1; j < row.n_noted; ++j)
-        if (row.upper[j] > row.upper[best]) best = j;
-      indices[i] = row.code[best];
-      continue;
-    }
-    drop_beaten(row);
-    indices[i] = row.code[0];
-    if (row.n_noted > 1) {
-      indices[i] = best_of(lookup, h, first + i, row.code, row.n_noted, s.room);
-      ++counts.rescored;
-    }
+// The ceiling: independent chains of multiply-adds on registers alone. Returns the operations done.
+constexpr int kChains = kTileRows * kTileVectors;
+double fma_chains(int64_t n, float* out) {
+  V sums[kChains];
+  const V a = spread(0.5f), b = spread(out[0] + 1);  // every chain stays near 2: zeros and denormals take other times
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) sums[i] = spread(static_cast<float>(i));
+  for (int64_t t = 0; t < n; ++t) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i) sums[i] = mul_add(sums[i], a, b);
   }
-  if (n_pending) {
-    counts.scanned += n_pending;
-    scan_rows(lookup, h, first, n_pending, s.exact, indices);
-  }
+  V total = sums[0];
+  for (int i = 1; i < kChains; ++i) total = larger(total, sums[i]);
+  store(out, sub(total, total));
+  return 2.0 * static_cast<double>(n) * kChains * kLanes;
 }
 
 }  // namespace

@@ -1,3 +1,4 @@
 #include "simd_generic.h"
+#include "nearest_filter.h"
 #define FASTVQ_NEAREST_TABLE nearest_generic
 #include "nearest_table.h"

@@ -20,7 +20,6 @@ namespace {
 
 constexpr double kSlack = 1 + 0x1p-10;
 constexpr double kLargeCode = 0x1p60, kLargeRow = 0x1p58;  // euclidean: see finish_packing in nearest.cpp
-constexpr float kNever = -0x1p127f;                        // bias of a code that cannot win
 
 // A mean of up to kSampledCodes of the codes, evenly spread, is near enough to the mean of all.
 constexpr int64_t kSampledCodes = 128;
@@ -100,16 +99,25 @@ double sum_of_squares(const typename E::Stored* c, int64_t D) {
 
 inline float rounded_up(double v) { return static_cast<float>(v * kSlack); }
 
-template <class E>
-NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, bool fast, int64_t first, int64_t last,
+// Layout says how a filter holds its operands:
+//   chain(D)        multiply-adds that a product goes through, at most
+//   underflow(D)    what flushing small numbers to zero may take from a score
+//   put(packed, panel, j, code, eight)   places code j of a panel, float32 [D], the last of up to 8 in eight [8][D];
+//                   returns what that rounds away
+struct Placed {
+  double slope, reach;
+};
+
+template <class E, class Layout>
+NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, int64_t first, int64_t last,
                                  double* scratch, PackedCodes& packed) {
   const int64_t D = packed.dim, W = packed.width;
   const double n = static_cast<double>(D), root = std::sqrt(n) * 0x1p-148, u = 0x1p-24;
-  const double underflow = (2 * n + 10) * 0x1p-149;
+  const double chain = Layout::chain(D), underflow = Layout::underflow(D);
   float* eight = reinterpret_cast<float*>(scratch + D);
   NearestKernels::Found found{false, false, false, 0, HUGE_VAL};
   for (int64_t p = first; p < last; ++p) {
-    float panel_slope = 0, panel_offset = 0;
+    float panel_slope = 0, panel_offset = 0, panel_reach = 0;
     for (int64_t j = 0; j < W; ++j) {
       const int64_t k = p * W + j;
       float* out = eight + (j & 7) * D;
@@ -133,7 +141,10 @@ NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, b
           if (all_finite<E>(c, 1, D)) (metric == Metric::euclidean ? found.excluded_large : found.irregular) = true;
         }
       }
-      float bias = kNever, slope = 0, offset = 0;
+      if (!usable)
+        for (int64_t d = 0; d < D; ++d) out[d] = 0;
+      const Placed placed = Layout::put(packed, p, static_cast<int>(j), out, eight);
+      float bias = kNever, slope = 0, offset = 0, reach = 0;
       if (usable) {
         found.usable = true;
         found.largest = norm > found.largest ? norm : found.largest;
@@ -143,22 +154,21 @@ NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, b
                            : metric == Metric::dot     ? (n + 3) * 0x1p-53 * (norm + packed.mean_norm)
                                                        : (2 * n + 8) * 0x1p-53;
         const double own_square = metric == Metric::euclidean ? (n + 3) * 0x1p-53 * norm * norm : 0;
-        if (!fast) {
-          slope = rounded_up((n + 6) * u * norm + own + root);
-          offset = rounded_up((n + 8) * u * -static_cast<double>(bias) + own_square + root * norm + underflow);
-        }
+        slope = rounded_up((chain + 4) * u * norm + own + root + placed.slope);
+        offset = rounded_up((chain + 6) * u * -static_cast<double>(bias) + own_square + root * norm + underflow);
+        reach = rounded_up(placed.reach);
         panel_slope = slope > panel_slope ? slope : panel_slope;
         panel_offset = offset > panel_offset ? offset : panel_offset;
-      } else {
-        for (int64_t d = 0; d < D; ++d) out[d] = 0;
+        panel_reach = reach > panel_reach ? reach : panel_reach;
       }
       packed.bias[k] = bias;
       packed.slope[k] = slope;
       packed.offset[k] = offset;
-      if ((j & 7) == 7) transpose8(eight, D, packed.panels + p * W * D + j - 7, W);
+      if (packed.reach) packed.reach[k] = reach;
     }
     packed.panel_slope[p] = panel_slope;
     packed.panel_offset[p] = panel_offset;
+    if (packed.reach) packed.panel_reach[p] = panel_reach;
   }
   return found;
 }

@@ -1,7 +1,8 @@
 // The functions of one instruction set, gathered for nearest.cpp. The including file names its vectors first
-// (simd_*.h) and defines FASTVQ_NEAREST_TABLE.
+// (simd_*.h), then its filter (nearest_filter.h, nearest_amx.h), and defines FASTVQ_NEAREST_TABLE.
 #pragma once
-#include "nearest_filter.h"
+#include "nearest_resolve.h"
+#include "nearest_proof.h"
 #include "quantize_rows.h"
 
 namespace fastvq {
@@ -15,33 +16,16 @@ void centre(const Codes& codes, int64_t h, Metric metric, double* scratch, Packe
     with_element(codes.dtype, [&](auto e) { centre_codes<decltype(e)>(codes, h, scratch, packed); });
 }
 
-NearestKernels::Found pack(const Codes& codes, int64_t h, Metric metric, bool fast, int64_t first, int64_t last,
-                           double* scratch, PackedCodes& packed) {
+NearestKernels::Found pack(const Codes& codes, int64_t h, Metric metric, int64_t first, int64_t last, double* scratch,
+                           PackedCodes& packed) {
   return with_element(codes.dtype, [&](auto e) {
-    return pack_codes<decltype(e)>(codes, h, metric, fast, first, last, scratch, packed);
+    return pack_codes<decltype(e), CodeLayout>(codes, h, metric, first, last, scratch, packed);
   });
-}
-
-// The ceiling: independent chains of multiply-adds on registers alone. Returns the operations done.
-constexpr int kChains = kTileRows * kTileVectors;
-double fma_chains(int64_t n, float* out) {
-  V sums[kChains];
-  const V a = spread(0.5f), b = spread(out[0] + 1);  // every chain stays near 2: zeros and denormals take other times
-#pragma GCC unroll 32
-  for (int i = 0; i < kChains; ++i) sums[i] = spread(static_cast<float>(i));
-  for (int64_t t = 0; t < n; ++t) {
-#pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i) sums[i] = mul_add(sums[i], a, b);
-  }
-  V total = sums[0];
-  for (int i = 1; i < kChains; ++i) total = larger(total, sums[i]);
-  store(out, sub(total, total));
-  return 2.0 * static_cast<double>(n) * kChains * kLanes;
 }
 
 }  // namespace
 
-const NearestKernels FASTVQ_NEAREST_TABLE = {kWidth, centre, pack, search_bytes, search, gather, backward,
-                                             fma_chains};
+const NearestKernels FASTVQ_NEAREST_TABLE = {kWidth, kRounded, panel_bytes, centre, pack, search_bytes,
+                                             search, gather, backward, prove, fma_chains};
 
 }  // namespace fastvq

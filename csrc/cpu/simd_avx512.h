@@ -16,7 +16,11 @@ namespace fastvq {
 namespace {
 
 using V = __m512;
-constexpr int kLanes = 16, kTileRows = 8, kTileVectors = 3;
+// The tile of rows and the vectors of a panel: of the float32 filter, unless the including file says otherwise.
+#ifndef FASTVQ_TILE_VECTORS
+#define FASTVQ_TILE_VECTORS 3
+#endif
+constexpr int kLanes = 16, kTileRows = 8, kTileVectors = FASTVQ_TILE_VECTORS;
 
 inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }

@@ -54,7 +54,7 @@ class RowWalk {
 
 const StatisticsKernels& kernels_for(Isa isa) {
 #if defined(__x86_64__)
-  if (isa == Isa::avx512) return statistics_avx512::kernels;
+  if (isa >= Isa::avx512) return statistics_avx512::kernels;
   if (isa == Isa::avx2) return statistics_avx2::kernels;
 #else
   (void)isa;

@@ -2,13 +2,14 @@
 
 from fastvq.ops.ema import code_statistics, ema_update_, replace_dead_codes_
 from fastvq.ops.masked_conv import gated_masked_conv2d, masked_conv2d
-from fastvq.ops.nearest import nearest
+from fastvq.ops.nearest import PackedCodebook, nearest, pack_codebook
 from fastvq.ops.pixelcnn import PixelCNNState, pixelcnn_start, pixelcnn_step
 from fastvq.ops.pixelcnn.replay import PixelCNNSteps
 from fastvq.ops.quantize import Quantized, quantize
 from fastvq.ops.residual import ResidualQuantized, residual_quantize
 
 __all__ = [
+    "PackedCodebook",
     "PixelCNNState",
     "PixelCNNSteps",
     "Quantized",
@@ -18,6 +19,7 @@ __all__ = [
     "gated_masked_conv2d",
     "masked_conv2d",
     "nearest",
+    "pack_codebook",
     "pixelcnn_start",
     "pixelcnn_step",
     "quantize",

@@ -221,7 +221,7 @@ for a, b in zip(plain.parameters(), wrapped.parameters()):
     assert torch.equal(a.grad, b.grad)
 distributed.destroy_process_group()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
 
 

@@ -100,7 +100,9 @@ def test_instruction_set_from_the_environment(monkeypatch):
     from fastvq import _native
 
     monkeypatch.setenv("FASTVQ_CPU_ISA", "neon")
-    with pytest.raises(ValueError, match=r"FASTVQ_CPU_ISA='neon': expected one of generic, avx2, avx512"):
+    with pytest.raises(
+        ValueError, match=r"FASTVQ_CPU_ISA='neon': expected one of generic, avx2, avx512, amx, emulated"
+    ):
         nearest(X, C)
     monkeypatch.setenv("FASTVQ_CPU_ISA", "avx512")
     monkeypatch.setattr(_native, "_ISAS_HERE", ["generic", "avx2"])

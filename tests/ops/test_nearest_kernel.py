@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastvq import _native
+from tests import oracle
 
 pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason="the extension is not built")
 
@@ -13,7 +14,7 @@ def lookup(x, codebook, metric="euclidean", fast=False):
     indices = torch.empty(x.shape[0], dtype=torch.int64)
     x, rows = _native.rows_view(x, None)
     rescored, scanned = _native._cpu.nearest(
-        rows, _native.codes_view(codebook), _native.metric_code(metric), fast, indices.data_ptr(), _native.isa(), 1
+        rows, _native.codes_view(codebook), _native.metric_code(metric), fast, indices.data_ptr(), _native.isa(), 1, 0
     )
     return indices, rescored, scanned
 
@@ -22,6 +23,11 @@ def lookup(x, codebook, metric="euclidean", fast=False):
 def isa(request, monkeypatch):
     monkeypatch.setenv("FASTVQ_CPU_ISA", request.param)
     return request.param
+
+
+def few(isa, d):
+    """The share of Gaussian rows that may be scored twice. bfloat16 operands decide fewer, unless split in two."""
+    return 0.35 if isa in ("amx", "emulated") and d > 10 else 0.01
 
 
 def gaussian(n, k, d):
@@ -34,7 +40,7 @@ def gaussian(n, k, d):
 def test_gaussian_rows_are_certified(k, d, metric, isa):
     x, codebook = gaussian(3001, k, d)
     _, rescored, scanned = lookup(x, codebook, metric)
-    assert rescored < 0.01 * len(x)
+    assert rescored < few(isa, d) * len(x)
     assert scanned == 0
 
 
@@ -42,7 +48,7 @@ def test_an_offset_that_x_and_the_codes_share_costs_nothing(isa):
     # Without centring float32 tells none of these codes from another: every row would be scanned.
     x, codebook = gaussian(2000, 500, 64)
     _, rescored, scanned = lookup(x.double() + 1e4, codebook.double() + 1e4)
-    assert rescored < 0.01 * len(x)
+    assert rescored < few(isa, 64) * len(x)
     assert scanned == 0
 
 
@@ -51,24 +57,70 @@ def test_one_huge_code_spoils_no_row(size, isa):
     x, codebook = gaussian(2000, 1000, 16)
     codebook[500] *= size
     _, rescored, scanned = lookup(x, codebook)
-    assert rescored < 0.01 * len(x)
+    assert rescored < few(isa, 16) * len(x)
     assert scanned == 0
 
 
-def test_pairs_of_equal_codes_are_rescored_not_scanned(isa):
+def last_bits(codebook, n):
+    """n codes for each, as far from it as a last bit here and there."""
+    flips = torch.randint(2, (n, *codebook.shape), generator=torch.Generator().manual_seed(n)) == 1
+    return torch.where(flips, codebook.nextafter(torch.tensor(torch.inf)), codebook).flatten(0, 1)
+
+
+def test_pairs_of_nearly_equal_codes_are_rescored_not_scanned(isa):
     x, codebook = gaussian(500, 300, 32)
-    indices, rescored, scanned = lookup(x, torch.cat([codebook, codebook]))
-    assert indices.max() < 300
-    assert (rescored, scanned) == (500, 0)
+    _, rescored, scanned = lookup(x, last_bits(codebook, 2))
+    assert rescored > 0.9 * len(x)
+    assert scanned == 0
 
 
-def test_many_equal_codes_are_scanned(isa):
-    x, codebook = gaussian(300, 1, 32)
-    indices, rescored, scanned = lookup(x, codebook.expand(1000, 32))
-    assert not indices.any()
+def test_crowds_of_nearly_equal_codes_are_scanned(isa):
+    x, codebook = gaussian(300, 8, 32)
+    _, rescored, scanned = lookup(x, last_bits(codebook, 100))
     assert (rescored, scanned) == (0, 300)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_equal_codes_cost_nothing(dtype, isa):
+    x, codebook = gaussian(500, 300, 32)
+    codebook = codebook.to(dtype)
+    for repeated in (
+        codebook.repeat(3, 1),
+        codebook.repeat_interleave(20, 0),
+        codebook.repeat(1, 2)[:, ::2].repeat(3, 1),
+    ):
+        for metric in ("euclidean", "cosine", "dot"):
+            _, rescored, scanned = lookup(x, repeated, metric)
+            assert rescored < few(isa, 32) * len(x)
+            assert scanned == 0
+    indices, rescored, scanned = lookup(x, codebook[:1].expand(1000, 32))
+    assert not indices.any()
+    assert (rescored, scanned) == (0, 0)
+
+
+def test_equal_codes_are_one_code_however_their_samples_look(isa):
+    # All norms alike, few values: the table of codes seen is short of tells.
+    x = gaussian(300, 1, 64)[0]
+    signs = torch.randint(2, (500, 64), generator=torch.Generator().manual_seed(1)).float() * 2 - 1
+    codebook = signs[torch.randint(500, (2000,), generator=torch.Generator().manual_seed(2))]
+    indices, _, scanned = lookup(x, codebook)
+    assert torch.equal(indices, oracle.nearest(x, codebook))
+    assert scanned == 0
 
 
 def test_fast_never_scores_by_the_definition(isa):
     x, codebook = gaussian(300, 40, 32)
     assert lookup(x, torch.cat([codebook, codebook]), fast=True)[1:] == (0, 0)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_crowds_are_told_apart(metric, dtype, isa):
+    """Rows that every filter leaves with too many codes: by double alone, by a few of them, or by the definition."""
+    x, codebook = (t.to(dtype) for t in gaussian(100, 9, 37))
+    crowd = last_bits(codebook, 50)
+    crowd[7], crowd[11, 3], crowd[13] = 0, torch.nan, 1e-200 if dtype == torch.float64 else 1e-30
+    for rows in (x, x * 1e-5, crowd[:100] * 2, torch.cat([x[:3], x[:1] * torch.nan, crowd[20:21] * 1e30])):
+        for codes in (crowd, crowd[:, ::2], torch.cat([crowd, crowd.flip(0)]), crowd + 1e6):
+            got = lookup(rows[:, : codes.shape[1]], codes, metric)[0]
+            assert torch.equal(got, oracle.nearest(rows[:, : codes.shape[1]], codes, metric))

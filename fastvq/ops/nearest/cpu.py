@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvq import _native
 
-__all__ = ["nearest"]
+__all__ = ["nearest", "pack"]
 
 
 def nearest(
@@ -15,11 +15,23 @@ def nearest(
     codebook: Tensor,  # [K, D] or [H, K, D]
     metric: str,
     precision: str,
+    layout: Tensor | None = None,  # what pack made of the codebook
 ) -> Tensor:  # [...] or [H, ...] int64
     indices = torch.empty(x.shape[:-1], dtype=torch.int64)
     x, rows = _native.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
     _native._cpu.nearest(
         rows, _native.codes_view(codebook), _native.metric_code(metric), precision == "fast",
-        indices.data_ptr(), _native.isa(), torch.get_num_threads(),
+        indices.data_ptr(), _native.isa(), torch.get_num_threads(), 0 if layout is None else layout.data_ptr(),
     )  # fmt: skip
     return indices
+
+
+def pack(
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    metric: str,
+) -> Tensor:  # [bytes] uint8
+    """The codebook as the kernels of the instruction set in use read it."""
+    view, isa = _native.codes_view(codebook), _native.isa()
+    layout = torch.empty(_native._cpu.packed_bytes(view, isa), dtype=torch.uint8)
+    _native._cpu.pack_codebook(view, _native.metric_code(metric), isa, torch.get_num_threads(), layout.data_ptr())
+    return layout

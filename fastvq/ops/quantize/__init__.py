@@ -12,14 +12,14 @@ from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
-from fastvq.ops.nearest import METRICS, PRECISIONS
+from fastvq.ops.nearest import METRICS, PRECISIONS, PackedCodebook, operands
 from fastvq.ops.quantize import cpu, reference
 
 __all__ = ["ESTIMATORS", "Quantized", "quantize"]
 
 OP = "fastvq.ops.quantize"
 ESTIMATORS = ("straight_through", "rotation", "none")
-LOOKUP = NEAREST.get("triton", NEAREST["reference"])
+LOOKUP = NEAREST["triton"]
 FORWARD = {
     "cpu": Implementation(cpu.quantize, _native.refuse),
     "triton": Implementation(
@@ -50,7 +50,7 @@ class Quantized(NamedTuple):
 
 def quantize(
     x: Tensor,  # [..., D], or [H, ..., D] with heads
-    codebook: Tensor,  # [K, D], or [H, K, D]
+    codebook: Tensor | PackedCodebook,  # [K, D], or [H, K, D]
     *,
     metric: str = "euclidean",
     estimator: str = "straight_through",
@@ -81,6 +81,7 @@ def quantize(
     Args:
         x: vectors, float32, float64, float16 or bfloat16; any strides, channel-first views included.
         codebook: codes, any of those dtypes. With heads, one codebook a head.
+            One that ``pack_codebook`` packed takes no gradient.
         metric: "euclidean", "cosine" or "dot"; with any of them the codes come out, and enter the losses, as stored.
         mask: True marks a real vector. The others give zeros, index -1, no loss and no gradient.
         beta: weight of the commitment loss.
@@ -103,13 +104,14 @@ def quantize(
         >>> q.quantized.shape, q.indices.shape, q.commitment_loss.shape
         (torch.Size([8, 32, 32, 64]), torch.Size([8, 32, 32]), torch.Size([]))
     """
-    check_codebook(OP, x, codebook)
+    codes, layout, backend = operands(OP, codebook, metric, backend)
+    check_codebook(OP, x, codes)
     check_option(OP, "metric", metric, METRICS)
     check_option(OP, "estimator", estimator, ESTIMATORS)
     check_option(OP, "precision", precision, PRECISIONS)
     check_mask(OP, x, mask)
     quantized, commitment_loss, codebook_loss, indices = torch.ops.fastvq.quantize(
-        x, codebook, mask, metric, estimator, float(beta), precision, backend
+        x, codes, mask, metric, estimator, float(beta), precision, backend, layout
     )
     if estimator == "none":
         quantized = quantized.detach()
@@ -118,15 +120,16 @@ def quantize(
 
 def _run(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, precision: str,
-    backend: str | None,
+    backend: str | None, layout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     arguments = (x, codebook, mask, metric, beta, precision)
-    return choose(OP, FORWARD, backend, *arguments)(*arguments)
+    run = choose(OP, FORWARD, backend, *arguments)
+    return cpu.quantize(*arguments, layout) if run is cpu.quantize else run(*arguments)
 
 
 def _fake(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, precision: str,
-    backend: str | None,
+    backend: str | None, layout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
@@ -138,7 +141,7 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, codebook, _mask, _metric, ctx.estimator, ctx.beta, _precision, ctx.backend = inputs
+    x, codebook, _mask, _metric, ctx.estimator, ctx.beta, _precision, ctx.backend, *_layout = inputs
     indices = output[3]
     ctx.mark_non_differentiable(indices)
     ctx.set_materialize_grads(False)
@@ -158,7 +161,7 @@ def _backward(
         x, codebook, indices, grad_quantized, grad_commitment, grad_codebook_loss,
         ctx.estimator, ctx.beta, need_x, need_codebook, ctx.backend,
     )  # fmt: skip
-    return grad_x if need_x else None, grad_codebook if need_codebook else None, *[None] * 6
+    return grad_x if need_x else None, grad_codebook if need_codebook else None, *[None] * 7
 
 
 def _run_backward(
@@ -186,7 +189,8 @@ def _fake_backward(
 
 register(
     "quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
-    "str? backend) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, Tensor indices)",
+    "str? backend, Tensor? layout=None) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, "
+    "Tensor indices)",
     _run, _fake, _backward, _setup_context,
 )  # fmt: skip
 register(

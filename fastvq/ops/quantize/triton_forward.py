@@ -28,7 +28,7 @@ from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 
 __all__ = ["gather", "quantize"]
 
-LOOKUP = NEAREST.get("triton", NEAREST["reference"])
+LOOKUP = NEAREST["triton"]
 BLOCKS = 1024  # partial sums a step of _losses
 # By width alone: an element costs its loads, whatever its type.
 TILES = [

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import _native
+from fastvq import _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import no_second_derivative, register
+from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS
 from fastvq.ops.residual import cpu, reference
@@ -21,10 +22,16 @@ __all__ = ["ResidualQuantized", "residual_quantize"]
 OP = "fastvq.ops.residual_quantize"
 FORWARD = {
     "cpu": Implementation(cpu.residual_quantize, _native.refuse),
+    "triton": Implementation(
+        _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize"), NEAREST["triton"].refuse
+    ),
     "reference": Implementation(reference.residual_quantize, lambda *_: None),
 }
 BACKWARD = {
     "cpu": Implementation(cpu.residual_quantize_backward, _native.refuse),
+    "triton": Implementation(
+        _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize_backward"), _triton.refuse
+    ),
     "reference": Implementation(reference.residual_quantize_backward, lambda *_: None),
 }
 

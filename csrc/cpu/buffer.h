@@ -1,0 +1,63 @@
+// Memory of a lookup, and how many threads one is worth. For sources compiled for the baseline instruction set.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace fastvq {
+
+constexpr size_t kAlign = 64;
+constexpr size_t kKeep = size_t{1} << 20;
+
+// Uninitialised memory. The calling thread keeps up to 1 MiB in each slot from call to call: fresh pages would cost
+// a small lookup more than its arithmetic.
+class Buffer {
+ public:
+  enum Slot { codes_slot, rows_slot, no_slot };
+  Buffer(size_t bytes, Slot slot) {
+    bytes = (bytes + kAlign - 1) / kAlign * kAlign + kAlign;
+    if (slot == no_slot || bytes > kKeep) {
+      own_ = data_ = allocate(bytes);
+      return;
+    }
+    thread_local Kept kept[no_slot];
+    if (kept[slot].bytes < bytes) {
+      std::free(kept[slot].memory);
+      kept[slot].memory = nullptr;
+      kept[slot].bytes = 0;
+      kept[slot].memory = allocate(bytes);
+      kept[slot].bytes = bytes;
+    }
+    data_ = kept[slot].memory;
+  }
+  ~Buffer() { std::free(own_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  struct Kept {
+    void* memory = nullptr;
+    size_t bytes = 0;
+    ~Kept() { std::free(memory); }
+  };
+  static void* allocate(size_t bytes) {
+    void* p = std::aligned_alloc(kAlign, bytes);
+    if (!p) throw std::bad_alloc();
+    return p;
+  }
+  void* own_ = nullptr;
+  void* data_ = nullptr;
+};
+
+inline size_t padded(int64_t bytes) { return (static_cast<size_t>(bytes) + kAlign - 1) / kAlign * kAlign; }
+
+// A thread must have this much to do, in multiply-adds of the filter, to be worth starting.
+constexpr double kWorkPerThread = 4e6;
+inline int useful_threads(double work, int n_threads) {
+  const double useful = work / kWorkPerThread;
+  return useful < n_threads ? (useful < 1 ? 1 : static_cast<int>(useful)) : n_threads;
+}
+
+}  // namespace fastvq

@@ -1,0 +1,260 @@
+"""The nearest code by Triton kernels: packed operands, a filter on the tensor cores, the definition for the rest.
+
+One call, each step a launch, none waiting for the host (a CUDA graph can hold them all):
+
+1. ``_survey``, ``_pack_codes``: the codebook in 16 bits with its bias and error bound, once a call (triton_pack.py);
+2. ``_pack_rows``: a slab of rows in 16 bits, small enough that scratch does not grow with N (triton_rows.py);
+3. ``_filter``, ``_decide``: every score, the winners that can be proved, lists of the other rows (triton_filter.py);
+4. ``_survivors``, ``_few``: the listed rows' candidates, and the best of them in float64;
+5. ``_scan``: rows out of the filter's range or of too many candidates, against every code in float64 (triton_exact.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq import _triton
+from fastvq._tiles import Tile, pick
+from fastvq.ops.nearest.triton_exact import _few, _scan
+from fastvq.ops.nearest.triton_filter import CAP, _decide, _filter, _survivors
+from fastvq.ops.nearest.triton_pack import COLUMNS, FIRST_DATA, _pack_codes, _survey, gamma
+from fastvq.ops.nearest.triton_rows import _pack_rows
+
+__all__ = ["TILES", "Codes", "nearest", "pack"]
+
+METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
+WIDEST = 1 << 30
+# A row tile is kept on chip up to this width; wider rows come in pieces of BD, again for every block of codes.
+KEPT = 256
+SURVIVORS = {"BM": 64, "num_warps": 4}  # few rows come here: half the tile wastes less
+ROWS_A_SLAB = 1 << 18
+SCRATCH = 1 << 25  # elements of 16 bits that a slab's rows may take
+WIDEST_FILTERED = 1 << 14  # gamma, and so the share of rows that the filter proves, grows with D
+FEW_SCORES = 1 << 12  # K * D below which packing costs more than the definition itself
+
+
+def _rows(capability: int, dim: int, **meta: int) -> list[Tile]:
+    return [Tile(capability, dim, dtype, meta) for dtype in (torch.float16, torch.bfloat16)]
+
+
+# fmt: off
+TILES = [
+    *_rows(80, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=4, num_stages=3),
+    *_rows(80, 64, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(80, 128, BM=128, BN=128, BD=128, GROUP=8, num_warps=8, num_stages=2),
+    *_rows(80, 256, BM=128, BN=64, BD=256, GROUP=8, num_warps=8, num_stages=2),
+    *_rows(80, WIDEST, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(90, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(90, 64, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(90, 128, BM=128, BN=128, BD=128, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(90, 256, BM=128, BN=128, BD=256, GROUP=8, num_warps=8, num_stages=2),
+    *_rows(90, WIDEST, BM=128, BN=256, BD=64, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(100, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(100, 64, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(100, 128, BM=128, BN=128, BD=128, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(100, 256, BM=128, BN=128, BD=256, GROUP=8, num_warps=8, num_stages=2),
+    *_rows(100, WIDEST, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
+]
+# fmt: on
+
+
+class Codes(NamedTuple):
+    """A codebook with its packed operands; the shapes are those of triton_pack.py."""
+
+    codebook: Tensor  # [H, K, D]
+    metric: int
+    brain: bool  # bfloat16 operands, exact, rather than float16 ones
+    centred: bool
+    meta: Mapping[str, int]
+    mean: Tensor
+    info: Tensor
+    flags: Tensor
+    codes: Tensor
+    columns: Tensor
+    norms: Tensor
+    factors: Tensor
+
+    @property
+    def narrow(self) -> bool:
+        return self.codebook.shape[-1] <= COLUMNS - FIRST_DATA
+
+    @property
+    def width(self) -> int:  # D'
+        return self.codes.shape[-1]
+
+
+def _ceil(n: int, step: int) -> int:
+    return (n + step - 1) // step * step
+
+
+def _programs(device: torch.device) -> int:
+    """Programs of a launch whose work is known on the device alone: twice as many as run side by side."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 1
+
+
+def _stride_h(t: Tensor) -> int:
+    return t.stride(0) if t.shape[0] > 1 else 0  # of one head it would only be another constant to compile for
+
+
+def _bits(n: int) -> int:
+    return max(1, (n - 1).bit_length())
+
+
+def _piece(width: int, dim: int, meta: Mapping[str, int]) -> int:
+    """Elements that a packing kernel takes at a time; the interpreter's time is the number of steps, not their size."""
+    if dim > KEPT:
+        return meta["BD"]
+    return width if _triton.interpreting() else min(width, 64)
+
+
+def pack(codebook: Tensor, metric: int, brain: bool, centred: bool, meta: Mapping[str, int] | None = None) -> Codes:
+    """Packs ``codebook`` [H, K, D] on its device."""
+    n_heads, n_codes, dim = codebook.shape
+    device, operand = codebook.device, torch.bfloat16 if brain else torch.float16
+    if meta is None:
+        meta = pick("nearest", TILES, device, dim, operand)
+    narrow = dim <= COLUMNS - FIRST_DATA
+    width = 16 if narrow else max(16, 1 << (dim - 1).bit_length()) if dim <= KEPT else _ceil(dim, meta["BD"])
+    padded = _ceil(n_codes, meta["BN"])
+    mean = torch.empty(n_heads, dim, dtype=torch.float32, device=device)
+    info = torch.empty(n_heads, 2, dtype=torch.float32, device=device)
+    flags = torch.empty(n_heads, 3, dtype=torch.int32, device=device)
+    codes = torch.empty(n_heads, 0 if narrow else padded, width, dtype=operand, device=device)
+    columns = torch.empty(n_heads, padded, COLUMNS, dtype=operand, device=device)
+    norms, factors = torch.empty(2, n_heads, padded, dtype=torch.float32, device=device)
+    strides = (_stride_h(codebook), *codebook.stride()[1:])
+    _survey[(n_heads,)](
+        codebook, *strides, n_codes, dim, mean, info, flags, METRIC=metric, CENTRE=centred, BD=8, num_warps=8
+    )
+    bk = meta["BN"] if _triton.interpreting() else 32
+    _pack_codes[(padded // bk, n_heads)](
+        codebook, *strides, n_codes, dim, mean, info, flags, codes, columns, norms, factors, padded,
+        gamma(width + COLUMNS), METRIC=metric, BRAIN=brain, NARROW=narrow, DP=width, BK=bk, BD=_piece(width, dim, meta),
+    )  # fmt: skip
+    return Codes(codebook, metric, brain, centred, meta, mean, info, flags, codes, columns, norms, factors)
+
+
+class Rows(NamedTuple):
+    """A slab of rows as the filter takes them; the shapes are those of triton_rows.py."""
+
+    rows: Tensor
+    columns: Tensor
+    norms: Tensor
+    scales: Tensor
+
+
+def pack_rows(x: Tensor, packed: Codes) -> Rows:
+    """Rounds ``x`` [H, n, D] for the filter against ``packed``."""
+    n_heads, n, dim = x.shape
+    width, narrow = packed.width, packed.narrow
+    rows = x.new_empty(n_heads, 0 if narrow else n, width, dtype=packed.codes.dtype)
+    columns = x.new_empty(n_heads, n, COLUMNS, dtype=packed.codes.dtype)
+    norms, scales = x.new_empty(2, n_heads, n, dtype=torch.float32)
+    shift = packed.centred and packed.metric == 0
+    br = 256 if _triton.interpreting() else 32
+    _pack_rows[((n + br - 1) // br, n_heads)](
+        x, _stride_h(x), *x.stride()[1:], n, dim, packed.mean, packed.info, packed.flags,
+        rows, columns, norms, scales, n,
+        METRIC=packed.metric, SHIFT=shift, FORMED=shift or x.dtype == torch.float64, BRAIN=packed.brain, NARROW=narrow,
+        DP=width, BR=br, BD=_piece(width, dim, packed.meta),
+    )  # fmt: skip
+    return Rows(rows, columns, norms, scales)
+
+
+def scan(x: Tensor, codebook: Tensor, metric: int, indices: Tensor) -> None:
+    """Every row of ``x`` [H, n, D] against every code by the definition."""
+    n_heads, n, dim = x.shape
+    bm, bn = (256, 1024) if _triton.interpreting() else (16, 64)
+    _scan[((n + bm - 1) // bm, n_heads)](
+        x, _stride_h(x), *x.stride()[1:], n, dim, codebook, _stride_h(codebook), *codebook.stride()[1:],
+        codebook.shape[1], indices, _stride_h(indices), 0, indices, indices,
+        METRIC=metric, LISTED=False, BM=bm, BN=bn, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
+    """Writes the indices [H, n] of a slab ``x`` [H, n, D]; returns [H, 2] int32: rows listed, rows scanned."""
+    n_heads, n, dim = x.shape
+    codebook, meta, metric = packed.codebook, packed.meta, packed.metric
+    tile = {name: meta[name] for name in ("BM", "BN", "BD", "GROUP")}
+    if dim <= KEPT:
+        tile["BD"] = packed.width
+    warps = {"num_warps": meta["num_warps"], "num_stages": meta["num_stages"]}
+    common = {
+        "INTERPRETED": _triton.interpreting(), "NARROW": packed.narrow, "KEPT": dim <= KEPT,
+        "DP": packed.width, **tile, **warps,
+    }  # fmt: skip
+    n_blocks = packed.columns.shape[1] // meta["BN"]
+    bits, chunk = _bits(n_blocks), 64 if _triton.interpreting() else 8
+    sum_error = (dim / chunk + chunk + 14) * 2.0**-24 * (1 + 2.0**-6)
+    rows = pack_rows(x, packed)
+    counters = torch.zeros(n_heads, 2, dtype=torch.int32, device=x.device)
+    groups, listed, pending, counts = torch.empty(4, n_heads, n, dtype=torch.int32, device=x.device)
+    runners_up, thresholds = torch.empty(2, n_heads, n, dtype=torch.float32, device=x.device)
+    x_strides, c_strides = (_stride_h(x), *x.stride()[1:]), (_stride_h(codebook), *codebook.stride()[1:])
+    _filter[((n + meta["BM"] - 1) // meta["BM"], n_heads)](
+        packed.codes, packed.columns, n_blocks, rows.rows, rows.columns, n, n, groups, runners_up, 2.0 ** (bits - 22),
+        BITS=bits, **common,
+    )  # fmt: skip
+    bm = 256 if _triton.interpreting() else 32
+    lanes = meta["BN"] // meta["GROUP"]
+    _decide[((n + bm - 1) // bm, n_heads)](
+        x, *x_strides, n, dim, codebook, *c_strides, indices, _stride_h(indices),
+        packed.mean, packed.info, packed.norms, packed.factors, packed.columns.shape[1], rows.norms, rows.scales, n,
+        groups, runners_up, counters, listed, thresholds, pending, counts, sum_error,
+        METRIC=metric, SHIFT_X=packed.centred and metric == 0, SHIFT_C=packed.centred, FAST=fast,
+        GROUP=meta["GROUP"], LANES=lanes, BM=bm, CHUNK=chunk,
+    )  # fmt: skip
+    programs = (_programs(x.device), n_heads)
+    if not fast:
+        candidates = torch.empty(n_heads, n, CAP, dtype=torch.int32, device=x.device)
+        _survivors[programs](
+            packed.codes, packed.columns, n_blocks, rows.rows, rows.columns, n, counters, listed, thresholds,
+            candidates, counts, **common | SURVIVORS,
+        )  # fmt: skip
+        _few[programs](
+            x, *x_strides, dim, codebook, *c_strides, codebook.shape[1], indices, _stride_h(indices), n,
+            counters, listed, candidates, counts, pending,
+            METRIC=metric, GROUP=meta["GROUP"], LANES=lanes,
+            BM=256 if _triton.interpreting() else 8, enable_fp_fusion=False,
+        )  # fmt: skip
+    bm, bn = (256, 1024) if _triton.interpreting() else (16, 64)
+    _scan[programs](
+        x, *x_strides, n, dim, codebook, *c_strides, codebook.shape[1], indices, _stride_h(indices), n,
+        counters, pending, METRIC=metric, LISTED=True, BM=bm, BN=bn, enable_fp_fusion=False,
+    )  # fmt: skip
+    return counters
+
+
+def nearest(
+    x: Tensor,  # [..., D] or [H, ..., D]
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    metric: str,
+    precision: str,
+) -> Tensor:  # [...] or [H, ...] int64
+    """Same arguments and result as ``fastvq.ops.nearest``, on CUDA tensors; no value is read on the host."""
+    n_heads = codebook.shape[0] if codebook.dim() == 3 else 1
+    codes = codebook.view(n_heads, *codebook.shape[-2:])
+    rows = x.reshape(n_heads, -1, x.shape[-1])
+    n, dim, code, fast = rows.shape[1], x.shape[-1], METRICS[metric], precision == "fast"
+    indices = torch.empty(n_heads, n, dtype=torch.int64, device=x.device)
+    shape = x.shape[:-1]
+    if n == 0:
+        return indices.view(shape)
+    if codes.shape[1] * dim <= FEW_SCORES or dim > WIDEST_FILTERED:
+        scan(rows, codes, code, indices)
+        return indices.view(shape)
+    # Where both sides are 16-bit already they are exact operands as they are; a mean would spoil that.
+    brain = x.dtype == codebook.dtype == torch.bfloat16
+    exact = brain or x.dtype == codebook.dtype == torch.float16
+    packed = pack(codes, code, brain, centred=code != 1 and not exact)
+    slab = max(packed.meta["BM"], min(ROWS_A_SLAB, SCRATCH // packed.width) // n_heads)
+    for part, out in zip(rows.split(slab, dim=1), indices.split(slab, dim=1), strict=True):
+        look_up(part, packed, fast, out)
+    return indices.view(shape)

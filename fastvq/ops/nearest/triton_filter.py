@@ -1,0 +1,204 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
+"""The Triton filter: upper bounds of all codes on the tensor cores, and a certificate for the row's winner.
+
+            block of BN codes, streamed              1. upper[r, k] >= t_k: one product, bias and bound ride in columns
+  tile of    c c c c c c c c                             (triton_pack); no arithmetic per score beyond it
+  BM rows  x . . . . . . . .                         2. the largest of GROUP codes, then the two largest of those, block
+  (kept)   x . . . . . . . .                             number packed into the low bits of the first
+                                                     3. codes of the best group scored again in float32: lower bound L
+                                                     4. second group and all but one of the first below L: proved.
+                                                        Otherwise the row and its L go on a list.
+
+``_filter`` does steps 1 and 2, ``_decide`` the others: in one kernel, the registers of 3 would keep a second block of
+threads off the multiprocessor, whose products run while the first one compares. ``_survivors`` goes over the listed
+rows once more and notes, for each, the groups that reach its L; triton_exact.py scores those by the definition.
+
+Nothing of size N x K exists. Shared memory: BM * D' + stages * BN * (D' + 16) elements of 16 bits, D' being BD where
+the row tile is not kept. Arithmetic: (GROUP - 1 + 4) / GROUP operations a score, 1.375 for groups of 8; counted in the
+compiled loop for sm_90 at D = 64: 80 FMNMX and 8 LOP3 for the 64 scores a thread holds.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastvq.ops.nearest.triton_pack import WIDTH
+from fastvq.ops.nearest.triton_rows import row_piece
+
+CAP = 8  # groups noted for a row before it is scanned instead
+ROOM: tl.constexpr = tl.constexpr(CAP)
+LOWEST: tl.constexpr = tl.constexpr(-3e38)
+
+
+@triton.jit
+def multiplied(a, b, start, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # it multiplies the bits of bfloat16 as integers, and float16 slowly
+        return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), start)
+    return tl.dot(a, tl.trans(b), start)
+
+
+@triton.jit
+def upper_bounds(
+    tile, columns, rows, line, codes, code_columns, block,  # block: first code of the block, head included
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
+    DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    k = tl.arange(0, BN)[:, None]
+    c = tl.load(code_columns + block * WIDTH + k * WIDTH + tl.arange(0, WIDTH)[None, :])
+    upper = multiplied(columns, c, tl.zeros((BM, BN), tl.float32), INTERPRETED)
+    if not NARROW:
+        d = tl.arange(0, BD)[None, :]
+        if KEPT:
+            code = tl.load(codes + block * DP + k * DP + d)
+            upper = multiplied(tile, code, upper, INTERPRETED)
+        else:
+            for d0 in range(0, DP, BD):
+                piece = tl.load(rows + line[:, None] * DP + d0 + d)
+                code_piece = tl.load(codes + block * DP + d0 + k * DP + d)
+                upper = multiplied(piece, code_piece, upper, INTERPRETED)
+    return upper
+
+
+@triton.jit
+def row_operands(rows, row_columns, line, NARROW: tl.constexpr, KEPT: tl.constexpr, DP: tl.constexpr):
+    columns = tl.load(row_columns + line[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+    tile = columns
+    if KEPT and not NARROW:
+        tile = tl.load(rows + line[:, None] * DP + tl.arange(0, DP)[None, :])
+    return tile, columns
+
+
+@triton.jit
+def append(counter, entries, items, chosen):
+    """Adds the chosen items to a list; returns where each went."""
+    ones = chosen.to(tl.int32)
+    first = tl.atomic_add(counter, tl.sum(ones))
+    at = first + tl.cumsum(ones) - ones
+    tl.store(entries + at, items, mask=chosen)
+    return at
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_blocks", "slab"])
+def _filter(
+    codes, code_columns, n_blocks, rows, row_columns, n_rows, slab,
+    groups, runners_up, packing,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr,
+    DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Steps 1 and 2: the first code of each row's best group [H, slab], and a bound on all other groups."""
+    head = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    there = r < n_rows
+    line = head * slab + tl.where(there, r, 0)
+    tile, columns = row_operands(rows, row_columns, line, NARROW, KEPT, DP)
+    # A lane holds the groups at its place of every block.
+    LANES: tl.constexpr = BN // GROUP
+    MASK: tl.constexpr = (1 << BITS) - 1
+    best = tl.full((BM, LANES), LOWEST, tl.float32)
+    second = tl.full((BM, LANES), LOWEST, tl.float32)
+    first_code = head * n_blocks * BN
+    for b in range(0, n_blocks):
+        upper = upper_bounds(tile, columns, rows, line, codes, code_columns, first_code + b * BN,
+                             INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
+        top = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1)
+        top = ((top.to(tl.int32, bitcast=True) & ~MASK) | b).to(tl.float32, bitcast=True)
+        second = tl.maximum(second, tl.minimum(best, top))
+        best = tl.maximum(best, top)
+    highest = tl.max(best, axis=1)
+    lanes = tl.arange(0, LANES)[None, :]
+    lane = tl.min(tl.where(best == highest[:, None], lanes, LANES - 1), axis=1)
+    runner_up = tl.max(tl.where(lanes == lane[:, None], second, best), axis=1)
+    tl.store(groups + line, (highest.to(tl.int32, bitcast=True) & MASK) * BN + lane, mask=there)
+    tl.store(runners_up + line, runner_up + tl.abs(runner_up) * packing, mask=there)
+
+
+@triton.jit(do_not_specialize=["n_rows", "slab"])
+def _decide(
+    x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,  # [H, N, D]
+    codebook, c_stride_h, c_stride_k, c_stride_d,  # [H, K, D]
+    indices, i_stride_h,  # [H, N]
+    mean, info, norms, factors, padded_codes, row_norms, row_scales, slab,
+    groups, runners_up, counters, listed, thresholds, pending, candidate_counts, sum_error,
+    METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr, FAST: tl.constexpr,
+    GROUP: tl.constexpr, LANES: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Steps 3 and 4: the best group's codes in float32, then the index, or the row's place on a list."""
+    head = tl.program_id(1).to(tl.int64)
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    there = r < n_rows
+    group = tl.load(groups + head * slab + r, mask=there, other=0)
+    k = group.to(tl.int64)[:, None] + (tl.arange(0, GROUP) * LANES)[None, :]
+    norm = tl.load(norms + head * padded_codes + k)
+    factor = tl.load(factors + head * padded_codes + k)
+    held = norm >= 0
+    length = tl.load(row_norms + head * slab + r, mask=there, other=0.0)
+    scale = tl.load(row_scales + head * slab + r, mask=there, other=0.0)
+    x += head * x_stride_h
+    codebook += head * c_stride_h
+    mean += head * dim
+    at = tl.reshape(tl.where(held, k * c_stride_k, 0), (BM * GROUP,))
+    inside = tl.reshape(held, (BM * GROUP,))
+    score = tl.zeros((BM, GROUP), tl.float32)
+    for d0 in range(0, dim, CHUNK):
+        d = d0 + tl.arange(0, CHUNK)
+        f = row_piece(x, r.to(tl.int64) * x_stride_n, there, x_stride_d, mean, d, dim, SHIFT_X) * scale[:, None]
+        c = row_piece(codebook, at, inside, c_stride_d, mean, d, dim, SHIFT_C)
+        c = tl.reshape(c, (BM, GROUP, CHUNK)) * factor[:, :, None]
+        if METRIC == 0:
+            score += tl.sum(c * (f[:, None, :] - 0.5 * c), axis=2)
+        else:
+            score += tl.sum(c * f[:, None, :], axis=2)
+    score = tl.where(held, score, LOWEST)
+    finite = there & (length >= 0)
+    if FAST:
+        winner = score == tl.max(score, axis=1)[:, None]
+        certain = finite & (tl.max(norm, axis=1) >= 0)
+    else:
+        own = (dim + 3) * 2.0**-53
+        error = sum_error * (length[:, None] * norm + 0.5 * norm * norm) + dim * 2.0**-80
+        error += 2 * own * (length[:, None] * (norm + tl.load(info + head * 2 + 1)) + norm * norm)
+        least = tl.max(tl.where(held, score - error, LOWEST), axis=1)
+        if METRIC == 0:
+            least -= 2 * own * length * length
+        winner = held & (score + error >= least[:, None])
+        runner_up = tl.load(runners_up + head * slab + r, mask=there, other=0.0)
+        certain = finite & (tl.sum(winner.to(tl.int32), axis=1) == 1) & (runner_up < least)
+    index = tl.min(tl.where(winner, k, padded_codes), axis=1)
+    tl.store(indices + head * i_stride_h + r, index, mask=certain)
+    if not FAST:
+        place = append(counters + head * 2, listed + head * slab, r, finite & ~certain)
+        tl.store(thresholds + head * slab + place, least, mask=finite & ~certain)
+        tl.store(candidate_counts + head * slab + place, tl.zeros((BM,), tl.int32), mask=finite & ~certain)
+        certain = finite
+    append(counters + head * 2 + 1, pending + head * slab, r, there & ~certain)
+
+
+@triton.jit(do_not_specialize=["n_blocks", "slab"])
+def _survivors(
+    codes, code_columns, n_blocks, rows, row_columns, slab,
+    counters, listed, thresholds, candidates, candidate_counts,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
+    DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Notes, for every listed row, the groups of codes whose upper bound reaches the row's threshold."""
+    head = tl.program_id(1).to(tl.int64)
+    n_listed = tl.load(counters + head * 2)
+    LANES: tl.constexpr = BN // GROUP
+    lanes = tl.arange(0, LANES)[None, :]
+    first_code = head * n_blocks * BN
+    for t in range(tl.program_id(0), tl.cdiv(n_listed, BM), tl.num_programs(0)):
+        i = t * BM + tl.arange(0, BM)
+        there = i < n_listed
+        line = head * slab + tl.load(listed + head * slab + i, mask=there, other=0)
+        tile, columns = row_operands(rows, row_columns, line, NARROW, KEPT, DP)
+        threshold = tl.load(thresholds + head * slab + i, mask=there, other=float("inf"))
+        at = (head * slab + i)[:, None]
+        for b in range(0, n_blocks):
+            upper = upper_bounds(tile, columns, rows, line, codes, code_columns, first_code + b * BN,
+                                 INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
+            reaches = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1) >= threshold[:, None]
+            reaches = reaches & there[:, None]
+            if tl.sum(reaches.to(tl.int32)) > 0:
+                place = tl.atomic_add(candidate_counts + at + tl.zeros_like(lanes), 1, mask=reaches)
+                tl.store(candidates + at * ROOM + place, b * BN + lanes, mask=reaches & (place < ROOM))

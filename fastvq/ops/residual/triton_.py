@@ -1,0 +1,203 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
+"""Residual quantization on a GPU: the lookup's launches, then one that subtracts the codes, for each level.
+
+tensors                                                     N rows, D columns, K codes, Q levels
+    residual, total  [N, D] float32 (float64 where x or the codebooks are)      codebooks  [Q, K, D] any float, strides
+    found            [N]    int64, the lookup's                                 indices    [N, Q] int64
+    squares          [Q, programs] float64
+
+    1. ``nearest`` of the residual (fastvq/ops/nearest/triton_.py)
+    2. ``_advance``, BM rows a program: residual -= code, total += code, the squares of the difference added in float64,
+       one sum a program; torch adds the programs' sums in a fixed order
+    3. backward, ``_pull``: one pass over the rows retraces all levels in registers
+
+Memory: 4 D bytes a row read and 8 D written a level beyond the lookup. Deterministic; nothing waits for the host.
+A level's lookup works on the residual in memory: no kernel here keeps it on chip through all levels.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvq import _triton
+from fastvq.ops.ema import code_statistics
+from fastvq.ops.nearest.triton_ import nearest
+from fastvq.ops.quantize import reference as one_level
+from fastvq.ops.residual import reference
+
+__all__ = ["residual_quantize", "residual_quantize_backward"]
+
+
+@triton.jit
+def as_work(v, WORK: tl.constexpr):
+    """Exact in WORK, float32 or float64. By way of float32: the interpreter converts bfloat16 to nothing else."""
+    return v if v.dtype == WORK else v.to(tl.float32).to(WORK)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _advance(
+    residual, total, codes, stride_k, stride_d, found, mask, indices, stride_i, squares, n_rows, dim,
+    MASKED: tl.constexpr, WORK: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    there = r < n_rows
+    real = there
+    if MASKED:
+        real = there & (tl.load(mask + r, mask=there, other=0) != 0)
+    k = tl.load(found + r, mask=there, other=0)
+    tl.store(indices + r * stride_i, tl.where(real, k, -1), mask=there)
+    square = tl.zeros((BM,), tl.float64)
+    for d0 in range(0, dim, BD):
+        d = d0 + tl.arange(0, BD)
+        inside = real[:, None] & (d < dim)[None, :]
+        at = r[:, None] * dim + d[None, :]
+        from_code = codes + k[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
+        code = as_work(tl.load(from_code, mask=inside, other=0.0), WORK)
+        before = tl.load(residual + at, mask=inside, other=0.0)
+        tl.store(residual + at, before - code, mask=inside)
+        tl.store(total + at, tl.load(total + at, mask=inside, other=0.0) + code, mask=inside)
+        gap = before.to(tl.float64) - code.to(tl.float64)
+        square += tl.sum(gap * gap, axis=1)
+    tl.store(squares + tl.program_id(0), tl.sum(square))
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def _pull(
+    x, codebooks, stride_q, stride_k, stride_d, indices, weights, grad, out, total, n_rows, n_levels, dim,
+    WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_TOTAL: tl.constexpr, WORK: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """out = grad (straight-through) + sum over levels of weights_q r_{q+1}; total = the sum of the codes."""
+    r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    there = r < n_rows
+    real = there & (tl.load(indices + r * n_levels, mask=there, other=-1) >= 0)
+    inside = real[:, None] & (d < dim)[None, :]
+    at = r[:, None] * dim + d[None, :]
+    rest = as_work(tl.load(x + at, mask=inside, other=0.0), WORK)
+    pulled = tl.zeros((BM, BD), WORK)
+    added = tl.zeros((BM, BD), WORK)
+    for q in range(0, n_levels):
+        k = tl.load(indices + r * n_levels + q, mask=real, other=0)
+        from_code = codebooks + k[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
+        code = as_work(tl.load(from_code, mask=inside, other=0.0), WORK)
+        codebooks += stride_q
+        rest -= code
+        added += code
+        if WITH_LOSS:
+            pulled += rest * tl.load(weights + q)
+    if WITH_GRAD:
+        pulled += as_work(tl.load(grad + at, mask=inside, other=0.0), WORK)
+    if WITH_TOTAL:
+        tl.store(total + at, added, mask=there[:, None] & (d < dim)[None, :])
+    tl.store(out + at, pulled, mask=there[:, None] & (d < dim)[None, :])
+
+
+def _tile(dim: int) -> tuple[int, int]:
+    """Rows and columns of a program: 2048 elements; the interpreter's time is the number of steps, not their size."""
+    if _triton.interpreting():
+        return 1024, 256
+    columns = min(128, triton.next_power_of_2(dim))
+    return 2048 // columns, columns
+
+
+def _work(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _elements(real: Tensor | int, dim: int) -> Tensor | float:
+    """How many elements a mean is over, at least 1. On the device, where a mask has to be counted."""
+    return real.sum().clamp(min=1).double() * dim if isinstance(real, Tensor) else max(1, real) * dim
+
+
+def residual_quantize(
+    x: Tensor,  # [..., D]
+    codebooks: Tensor,  # [Q, K, D]
+    mask: Tensor | None,  # [...] bool
+    metric: str,
+    beta: float,
+    statistics: bool,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """Same arguments and result as the reference's."""
+    n_levels, n_codes, dim = codebooks.shape
+    dtype = reference.residual_dtype(x, codebooks)
+    residual = x.to(dtype).reshape(-1, dim).clone(memory_format=torch.contiguous_format)
+    n = residual.shape[0]
+    total = torch.zeros_like(residual)
+    real = None if mask is None else mask.reshape(-1).contiguous()
+    bm, bd = _tile(dim)
+    programs = triton.cdiv(n, bm)
+    indices = torch.empty(n, n_levels, dtype=torch.int64, device=x.device)
+    squares = torch.zeros(n_levels, max(1, programs), dtype=torch.float64, device=x.device)
+    sums = residual.new_empty((n_levels, n_codes, dim) if statistics else (0,))
+    counts = indices.new_empty((n_levels, n_codes) if statistics else (0,))
+    for q, codes in enumerate(codebooks):
+        found = nearest(residual, codes.to(dtype), metric, precision)
+        before = residual.clone() if statistics else residual
+        if n:
+            _advance[(programs,)](
+                residual, total, codes, *codes.stride(), found, found if real is None else real, indices[:, q],
+                n_levels, squares[q], n, dim, MASKED=real is not None, WORK=_work(dtype), BM=bm, BD=bd,
+            )  # fmt: skip
+        if statistics:
+            sums[q], counts[q] = code_statistics(before, indices[:, q].contiguous(), n_codes)
+    mean = squares.sum(1) / _elements(n if real is None else real, dim)
+    loss = torch.float64 if x.dtype == torch.float64 else torch.float32
+    quantized = torch.empty_like(x).copy_(total.view(x.shape))
+    return (
+        quantized, indices.view(*x.shape[:-1], n_levels), (beta * mean).to(loss), mean.to(loss), sums, counts
+    )  # fmt: skip
+
+
+def residual_quantize_backward(
+    x: Tensor,  # [..., D]
+    codebooks: Tensor,  # [Q, K, D]
+    indices: Tensor,  # [..., Q], -1 where masked
+    grad_quantized: Tensor | None,  # as x
+    grad_commitment: Tensor | None,  # [Q]
+    grad_codebook: Tensor | None,  # [Q]
+    estimator: str,
+    beta: float,
+    need_x: bool,
+    need_codebooks: bool,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and result as the reference's."""
+    n_levels, n_codes, dim = codebooks.shape
+    dtype = reference.residual_dtype(x, codebooks)
+    rows, chosen = x.reshape(-1, dim).contiguous(), indices.reshape(-1, n_levels).contiguous()
+    n, real = rows.shape[0], chosen[:, 0] >= 0
+    scale = 2 / _elements(real, dim)
+    grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
+    if need_x:
+        out = rows.new_empty(rows.shape, dtype=dtype)
+        rotate = estimator == "rotation" and grad_quantized is not None
+        straight = estimator == "straight_through" and grad_quantized is not None
+        g = rows if grad_quantized is None else grad_quantized.reshape(-1, dim).contiguous()
+        total = torch.empty_like(out) if rotate else out
+        weights = out.new_empty(0) if grad_commitment is None else (grad_commitment * (beta * scale)).to(dtype)
+        bm, bd = _tile(dim)
+        if n:
+            _pull[(triton.cdiv(n, bm), triton.cdiv(dim, bd))](
+                rows, codebooks, *codebooks.stride(), chosen, weights, g, out, total, n, n_levels, dim,
+                WITH_LOSS=grad_commitment is not None, WITH_GRAD=straight, WITH_TOTAL=rotate, WORK=_work(dtype),
+                BM=bm, BD=bd,
+            )  # fmt: skip
+        if rotate:
+            turned = one_level.rotate_back(g.to(dtype), rows.to(dtype), total)
+            out = torch.where(real[:, None], out + turned, 0)
+        grad_x = torch.empty_like(x).copy_(out.view(x.shape))
+    if need_codebooks:
+        grad_codebooks = torch.zeros_like(codebooks)
+    if need_codebooks and grad_codebook is not None:
+        residual = rows.to(dtype)
+        for q, codes in enumerate(codebooks):
+            # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
+            sums, counts = code_statistics(residual.double(), chosen[:, q].contiguous(), n_codes)
+            pull = torch.where(counts[:, None] > 0, counts[:, None] * codes.double() - sums, 0)
+            grad_codebooks[q] = pull * (grad_codebook[q].double() * scale)
+            residual = residual - one_level.gather(codes.to(dtype), chosen[:, q])
+    return grad_x, grad_codebooks
