@@ -85,6 +85,17 @@ def test_lookups_run_on_tensor_cores_with_asynchronous_copies(sm_80):
         assert any(i.startswith("HMMA.16816.F32") for i in code) and any(i.startswith("LDGSTS") for i in code)
 
 
+def test_convolutions_of_narrow_types_run_on_tensor_cores(sm_80):
+    kernels = {n: code for n, code in sm_80.items() if "convolution_kernel" in n or "weight_kernel" in n}
+    assert len(kernels) == 9  # plain, gated and the weight's gradient, of three types
+    for name, code in kernels.items():
+        products = collections.Counter(i.split(".")[0] for i in code)
+        if "DTypeE0" in name:
+            assert products["FFMA"] >= 512 and not products["HMMA"]  # 128 x 64 x 16 a step of 256 threads
+        else:
+            assert products["HMMA"] == 16  # a warp's 16 x 64 x 32
+
+
 def test_definition_is_never_contracted(sm_80):
     scans = {name: code for name, code in sm_80.items() if "scan_kernel" in name}
     assert len(scans) == 3

@@ -29,7 +29,7 @@ size_t shared_bytes(int64_t n_codes) {
          sizeof(uint32_t) * static_cast<size_t>(n_codes + kTile);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)  // shared memory lets no second block in
     owners_kernel(Statistics s, const uint32_t* keys, int64_t n_slices, int64_t n_spans, double* partial,
                   uint32_t* partial_counts) {
   const int64_t K = s.n_codes, D = s.x.dim;
