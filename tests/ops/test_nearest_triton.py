@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="needs the package triton")
 if torch.cuda.is_available():
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
-from fastvq._tiles import Tile
+from fastvq._tiles import Tile, pick
 from fastvq.ops import nearest
 from fastvq.ops.nearest import triton_ as kernels
 from fastvq.ops.nearest.triton_pack import FIRST_DATA
@@ -190,7 +190,8 @@ def test_the_bound_holds_and_says_something(case, metric, dtype):
     if case == "one_huge_code" and metric == "dot":
         codebook[13] /= 1e30  # a score that no float32 holds: such a codebook is not the filter's
     code, brain = kernels.METRICS[metric], dtype == torch.bfloat16
-    packed = kernels.pack(codebook[None], code, brain, code != 1 and not brain)
+    meta = pick("nearest", kernels.TILES, x.device, x.shape[1], torch.bfloat16 if brain else torch.float16)
+    packed = kernels.pack(codebook[None], code, brain, code != 1 and not brain, meta)
     rows = kernels.pack_rows(x[None], packed)
     held = packed.norms[0, : len(codebook)] >= 0
     good = rows.norms[0] >= 0

@@ -113,12 +113,10 @@ def _piece(width: int, dim: int, meta: Mapping[str, int]) -> int:
     return width if _triton.interpreting() else min(width, 64)
 
 
-def pack(codebook: Tensor, metric: int, brain: bool, centred: bool, meta: Mapping[str, int] | None = None) -> Codes:
+def pack(codebook: Tensor, metric: int, brain: bool, centred: bool, meta: Mapping[str, int]) -> Codes:
     """Packs ``codebook`` [H, K, D] on its device."""
     n_heads, n_codes, dim = codebook.shape
     device, operand = codebook.device, torch.bfloat16 if brain else torch.float16
-    if meta is None:
-        meta = pick("nearest", TILES, device, dim, operand)
     narrow = dim <= COLUMNS - FIRST_DATA
     width = 16 if narrow else max(16, 1 << (dim - 1).bit_length()) if dim <= KEPT else _ceil(dim, meta["BD"])
     padded = _ceil(n_codes, meta["BN"])
@@ -253,7 +251,14 @@ def nearest(
     # Where both sides are 16-bit already they are exact operands as they are; a mean would spoil that.
     brain = x.dtype == codebook.dtype == torch.bfloat16
     exact = brain or x.dtype == codebook.dtype == torch.float16
-    packed = pack(codes, code, brain, centred=code != 1 and not exact)
+    centred = code != 1 and not exact
+
+    def launch(meta: Mapping[str, int]) -> None:  # for tuning: a slab at most
+        n_rows = min(n, ROWS_A_SLAB)
+        look_up(rows[:, :n_rows], pack(codes, code, brain, centred, meta), fast, indices[:, :n_rows])
+
+    operand = torch.bfloat16 if brain else torch.float16
+    packed = pack(codes, code, brain, centred, pick("nearest", TILES, x.device, dim, operand, launch))
     slab = max(packed.meta["BM"], min(ROWS_A_SLAB, SCRATCH // packed.width) // n_heads)
     for part, out in zip(rows.split(slab, dim=1), indices.split(slab, dim=1), strict=True):
         look_up(part, packed, fast, out)
