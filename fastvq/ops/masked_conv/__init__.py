@@ -110,10 +110,9 @@ def gated_masked_conv2d(
     where a and b are the first and the last C channels of ``masked_conv2d(x, weight, bias, mask=mask)``. Without
     gradients no pre-activation tensor is written; with them the two factors are kept for backward.
 
-    On the CPU and in the CUDA C++ kernels tanh and sigmoid are each within 6 * 2^-24 of the true value, relative, in the
-    Triton kernels within
-    8 * 2^-24 (float64: torch's own, unfused). Layouts, dtypes, determinism,
-    ``mask`` and ``backend`` are as in ``masked_conv2d``.
+    On the CPU and in the CUDA C++ kernels tanh and sigmoid are each within 6 * 2^-24 of the true value, relative, in
+    the Triton kernels within 8 * 2^-24 (float64: torch's own, unfused). Layouts, dtypes, determinism, ``mask`` and
+    ``backend`` are as in ``masked_conv2d``.
 
     Args:
         condition: a vector per image or a map, of x's dtype, added before the gate.
