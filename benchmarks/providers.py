@@ -19,7 +19,6 @@ from torch import Tensor
 
 import fastvq
 from fastvq import _native
-from fastvq._backends import BACKENDS
 from fastvq.ops import nearest
 
 OPENBLAS_CORES = {"avx512": "SkylakeX", "avx2": "Haswell"}
@@ -67,7 +66,7 @@ def rescored_share(x: Tensor, codebook: Tensor) -> float:
 
 
 def fastvq_providers() -> list[Provider]:
-    """One for each instruction set of the cpu backend and one for each other backend but the reference."""
+    """One for each instruction set of the cpu backend; gpu_report.py measures what runs on a GPU."""
     info = fastvq.build_info()
     providers = []
     for isa in ("amx", "avx512", "avx2", "generic"):
@@ -90,17 +89,6 @@ def fastvq_providers() -> list[Provider]:
                 rescored=rescored_share,
             )
         )
-    for backend in BACKENDS.values():
-        if backend.name not in ("cpu", "reference"):
-            providers.append(
-                Provider(
-                    f"fastvq {backend.name}",
-                    f"fastvq.ops.nearest, backend {backend.name}",
-                    lambda codebook, name=backend.name: lambda x: nearest(x, codebook, backend=name),
-                    backend.unavailable,
-                    ours=True,
-                )
-            )
     return providers
 
 

@@ -16,17 +16,30 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a bloc
 TENSOR_CORE = {80: {"HMMA"}, 90: {"HGMMA", "HMMA"}, 100: {"UTCHMMA", "HMMA"}}
 
 
-@pytest.fixture(scope="module", params=[80, 90, 100])
-def compiled(request):
-    """(card, one dictionary a kernel that was compiled for it)."""
+@pytest.fixture(scope="module")
+def compilations(tmp_path_factory):
+    """Card to its process and the file that it writes; all start at once, for each keeps one core busy for minutes."""
+    folder = tmp_path_factory.mktemp("compiled")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # kernels that must not fuse say so themselves
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.triton_offline", str(request.param)],
-        cwd=ROOT, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return request.param, [json.loads(line) for line in run.stdout.splitlines()]
+    started = {}
+    for card in SHARED_LIMIT:
+        path = folder / f"{card}.jsonl"
+        with path.open("w") as out, path.with_suffix(".log").open("w") as log:
+            command = [sys.executable, "-m", "tests.triton_offline", str(card)]
+            started[card] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=log), path
+    yield started
+    for process, _ in started.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module", params=[80, 90, 100])
+def compiled(request, compilations):
+    """(card, one dictionary a kernel that was compiled for it)."""
+    process, path = compilations[request.param]
+    assert process.wait() == 0, path.with_suffix(".log").read_text()
+    return request.param, [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def told(kernel):

@@ -31,6 +31,7 @@ WIDEST = 1 << 30
 # A row tile is kept on chip up to this width; wider rows come in pieces of BD, again for every block of codes.
 KEPT = 256
 SURVIVORS = {"BM": 64, "num_warps": 4}  # few rows come here: half the tile wastes less
+WIDE_SURVIVORS = {"BM": 64, "num_warps": 8, "num_stages": 2}  # rows in pieces take more registers
 ROWS_A_SLAB = 1 << 18
 SCRATCH = 1 << 25  # elements of 16 bits that a slab's rows may take
 WIDEST_FILTERED = 1 << 14  # gamma, and so the share of rows that the filter proves, grows with D
@@ -155,7 +156,7 @@ def pack_rows(x: Tensor, packed: Codes) -> Rows:
     columns = x.new_empty(n_heads, n, COLUMNS, dtype=packed.codes.dtype)
     norms, scales = x.new_empty(2, n_heads, n, dtype=torch.float32)
     shift = packed.centred and packed.metric == 0
-    br = 256 if _triton.interpreting() else 32
+    br = 256 if _triton.interpreting() else 16 if x.dtype == torch.float64 else 32  # wider ones spill
     _pack_rows[((n + br - 1) // br, n_heads)](
         x, _stride_h(x), *x.stride()[1:], n, dim, packed.mean, packed.info, packed.flags,
         rows, columns, norms, scales, n,
@@ -214,7 +215,7 @@ def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
         candidates = torch.empty(n_heads, n, CAP, dtype=torch.int32, device=x.device)
         _survivors[programs](
             packed.codes, packed.columns, n_blocks, rows.rows, rows.columns, n, counters, listed, thresholds,
-            candidates, counts, **common | SURVIVORS,
+            candidates, counts, **common | (SURVIVORS if dim <= KEPT else WIDE_SURVIVORS),
         )  # fmt: skip
         _few[programs](
             x, *x_strides, dim, codebook, *c_strides, codebook.shape[1], indices, _stride_h(indices), n,
