@@ -23,6 +23,6 @@ def test_example(block):
 def test_the_two_commands_stand_alone_on_their_lines():
     for command in (
         'pip install -e ".[bench]" && python benchmarks/bench_quantize.py',
-        'pip install -e ".[test]" && pytest',
+        'pip install -e ".[test]" && pytest -n auto --dist loadfile',
     ):
         assert README.splitlines().count(command) == 1
