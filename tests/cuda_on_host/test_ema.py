@@ -165,7 +165,8 @@ def test_update_of_heads_and_strides(cuda_on_host):
 @pytest.mark.parametrize("kind", host.SANITIZERS)
 def test_under_sanitizers(kind, tmp_path):
     calls, checks = host.Calls(), []
-    for i, (n, k, d) in enumerate(SIZES):
+    # ThreadSanitizer is ten times slower, and a race shows at any size that fills a block: every other one for it.
+    for i, (n, k, d) in enumerate(SIZES if kind == "address" else SIZES[::2]):
         x, indices = draw(n, k, d, DTYPES[i % 4], i, skew=i % 2 == 0)
         _, rows = _native.rows_view(x, None)
         double = x.dtype == torch.float64
