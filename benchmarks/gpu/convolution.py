@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastvq
 from bench_masked_conv import CASES, QUICK, Case, cropped, dense, inputs, one_crop
 from bench_sampling import recompute
 from fastvq.models import PixelCNN
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
 from gpu.card import read_ceilings
-from gpu.lookup import ours
+from gpu.lookup import ours, under
 from gpu.timing import captured, rows_of, timed
 from harness import Row
 
@@ -89,16 +88,7 @@ def sampling(device: torch.device, out: Path, rehearse: bool) -> list[Row]:
     ids = torch.randint(codes, (batch, side, side), device=device)
     position = (side // 2, side // 2)
     with torch.no_grad():
-        calls = {}
-        for backend in ours(device):
-            with fastvq.use_backend(backend):
-                model.sample((batch, side, side))
-
-            def sample(backend: str = backend) -> Tensor:
-                with fastvq.use_backend(backend):
-                    return model.sample((batch, side, side))
-
-            calls[f"fastvq {backend}, cached"] = sample
+        calls = {f"fastvq {b}, cached": under(b, lambda: model.sample((batch, side, side))) for b in ours(device)}
         calls["one forward pass"] = lambda: model(ids)
 
         def anew() -> Tensor:

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import torch
 
-import fastvq
 from gpu.card import read_ceilings
-from gpu.lookup import ours
+from gpu.lookup import ours, under
 from gpu.timing import captured, rows_of, timed
 from harness import Row
 from learning_providers import STATISTICS, fastvq_step, index_add, peer_step, torch_step
@@ -37,7 +36,7 @@ def statistics(device: torch.device, out: Path, rehearse: bool) -> list[Row]:
             call = learner.prepare(x, indices, k)
             for backend in ours(device) if learner.ours else [None]:
                 name = learner.name if backend is None else f"fastvq {backend}"
-                timed_call = call if backend is None else _under(backend, call)
+                timed_call = call if backend is None else under(backend, call)
                 result = timed_call()
                 if isinstance(result, tuple):
                     off[name] = int(((result[0].double() - expected).abs() > bound).sum())
@@ -60,17 +59,9 @@ def training_step(device: torch.device, out: Path, rehearse: bool) -> list[Row]:
     x, gradient = (torch.randn(n, d, generator=g, device=device) for _ in range(2))
     codebook = torch.randn(k, d, generator=g, device=device)
     with device:
-        calls = {f"fastvq {b}": _under(b, fastvq_step(x, gradient, codebook)) for b in ours(device)}
+        calls = {f"fastvq {b}": under(b, fastvq_step(x, gradient, codebook)) for b in ours(device)}
         calls["tuned torch"] = torch_step(index_add)(x, gradient, codebook)
         if n * k <= MOST_ONE_HOT and needs("vector_quantize_pytorch")() is None:
             calls["vq-pytorch"] = peer_step(x, gradient, codebook)
         times = timed(calls, device, 0.1 if rehearse else 4.0)
     return rows_of("training step", f"{n}x{k}x{d}", "float32", times, {}, next(iter(calls)))
-
-
-def _under(backend: str, call):  # type: ignore[no-untyped-def]
-    def run() -> object:
-        with fastvq.use_backend(backend):
-            return call()
-
-    return run

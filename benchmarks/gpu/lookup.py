@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import fastvq
 from fastvq._backends import BACKENDS
 from fastvq.ops import nearest, residual_quantize
 from gpu.card import lookup_seconds, read_ceilings
@@ -27,6 +28,16 @@ def ours(device: torch.device) -> list[str]:
     """The kernel backends that take this device's tensors."""
     names = [b.name for b in BACKENDS.values() if b.name != "reference" and b.unavailable() is None]
     return [n for n in names if (n == "cpu") != (device.type == "cuda")]
+
+
+def under(backend: str, call: Callable[[], object]) -> Callable[[], object]:
+    """``call`` with every op of it served by ``backend``."""
+
+    def run() -> object:
+        with fastvq.use_backend(backend):
+            return call()
+
+    return run
 
 
 def chunked(function: Callable[[Tensor, Tensor], Tensor], x: Tensor, codebook: Tensor) -> Tensor:

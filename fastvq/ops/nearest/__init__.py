@@ -23,14 +23,10 @@ def _refuse_triton(x: Tensor, *_: object) -> str | None:
     return _triton.refuse(x) or _golden.mismatch("triton", x.device, _triton_nearest, reference.nearest)
 
 
-def _refuse_cuda(x: Tensor, *rest: object) -> str | None:
-    return cuda.refuse(x, *rest) or _golden.mismatch("cuda", x.device, cuda.nearest, reference.nearest)
-
-
 IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.nearest, _native.refuse),
     "triton": Implementation(_triton_nearest, _refuse_triton),
-    "cuda": Implementation(cuda.nearest, _refuse_cuda),
+    "cuda": Implementation(cuda.nearest, cuda.refuse),
     "reference": Implementation(reference.nearest, lambda *_: None),
 }
 
