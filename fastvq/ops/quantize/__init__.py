@@ -15,7 +15,7 @@ from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 from fastvq.ops.nearest import METRICS, PRECISIONS, PackedCodebook, operands
 from fastvq.ops.quantize import cpu, reference
 
-__all__ = ["ESTIMATORS", "Quantized", "quantize"]
+__all__ = ["ESTIMATORS", "Quantized", "backward", "quantize", "setup_context"]
 
 OP = "fastvq.ops.quantize"
 ESTIMATORS = ("straight_through", "rotation", "none")
@@ -140,21 +140,22 @@ def _fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, codebook, _mask, _metric, ctx.estimator, ctx.beta, _precision, ctx.backend, *_layout = inputs
-    indices = output[3]
-    ctx.mark_non_differentiable(indices)
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of this op, and of those that take its arguments and return its outputs before their own."""
+    x, codebook, _mask, _metric, ctx.estimator, ctx.beta, _precision, ctx.backend, *_ = inputs
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebook, indices)
+    ctx.save_for_backward(x, codebook, output[3])
 
 
-def _backward(
+def backward(
     ctx: Any,
     grad_quantized: Tensor | None,
     grad_commitment: Tensor | None,
     grad_codebook_loss: Tensor | None,
-    _grad_indices: None,
+    *_: None,
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of one that ``setup_context`` set up."""
     x, codebook, indices = ctx.saved_tensors
     need_x, need_codebook = ctx.needs_input_grad[:2]
     grad_x, grad_codebook = torch.ops.fastvq.quantize_backward(
@@ -191,7 +192,7 @@ register(
     "quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
     "str? backend, Tensor? layout=None) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, "
     "Tensor indices)",
-    _run, _fake, _backward, _setup_context,
+    _run, _fake, backward, setup_context,
 )  # fmt: skip
 register(
     "quantize_backward(Tensor x, Tensor codebook, Tensor indices, Tensor? grad_quantized, Tensor? grad_commitment, "
