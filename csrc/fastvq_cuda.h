@@ -25,6 +25,51 @@ size_t nearest_workspace(const Rows& x, const Codes& codes);
 int nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask, int64_t* indices,
             void* workspace, void* stream);
 
+// ---- quantization (cuda/quantize*.cu) ----
+
+struct QuantizeOptions {
+  Metric metric;
+  bool fast;
+  const uint8_t* mask;  // [H, N] or null
+  double beta;
+  bool deterministic;  // of the sums
+};
+// Losses and sums are double where x is, else float.
+struct QuantizeOutputs {
+  Rows quantized;  // x's shape and dtype
+  int64_t* indices;
+  void *commitment_loss, *codebook_loss;
+  void* sums;       // [H, K, D] or null: no statistics
+  int64_t* counts;  // [H, K]
+};
+// statistics: whether deterministic ones are wanted, of at most kMostStatisticsRows rows and codes.
+size_t quantize_workspace(const Rows& x, const Codes& codes, bool statistics);
+int quantize_forward(const Rows& x, const Codes& codes, const QuantizeOptions& options, const QuantizeOutputs& out,
+                     void* workspace, void* stream);
+
+// A loss that is a mean over n_real rows, on the device: the gradient that comes in at it, times `factor`.
+struct LossWeight {
+  const void* weight;  // a scalar, or null: none
+  DType dtype;
+  const int64_t* n_real;
+  double factor;
+};
+struct RowsGradient {
+  Rows x, g, grad_x;  // g.data null: none comes in
+  Codes codes;
+  const int64_t* indices;  // [H, N]
+  bool rotation;
+  LossWeight loss;
+};
+struct CodesGradient {
+  Codes codes, grad_codes;
+  const double* sums;     // [H, K, D]
+  const int64_t* counts;  // [H, K]
+  LossWeight loss;
+};
+int quantize_rows_gradient(const RowsGradient& gradient, void* stream);
+int quantize_codes_gradient(const CodesGradient& gradient, void* stream);
+
 // ---- statistics per code and their moving average (cuda/statistics*.cu, cuda/ema.cu) ----
 
 // Rows and codes of all heads together that the sorted statistics can number.

@@ -13,7 +13,7 @@ from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 from fastvq.ops.nearest import METRICS, PRECISIONS, PackedCodebook, operands
-from fastvq.ops.quantize import cpu, reference
+from fastvq.ops.quantize import cpu, cuda, reference
 
 __all__ = ["ESTIMATORS", "Quantized", "backward", "quantize", "setup_context"]
 
@@ -28,6 +28,10 @@ FORWARD = {
             _triton.refuse_rows(x) or LOOKUP.refuse(x, codebook, metric, precision)
         ),
     ),
+    "cuda": Implementation(
+        cuda.quantize,
+        lambda x, codebook, mask, metric, beta, precision: NEAREST["cuda"].refuse(x, codebook, metric, precision),
+    ),
     "reference": Implementation(reference.quantize, lambda *_: None),
 }
 BACKWARD = {
@@ -35,6 +39,7 @@ BACKWARD = {
     "triton": Implementation(
         _triton.lazily("fastvq.ops.quantize.triton_backward", "quantize_backward"), _triton.refuse_rows
     ),
+    "cuda": Implementation(cuda.quantize_backward, cuda.refuse_backward),
     "reference": Implementation(reference.quantize_backward, lambda *_: None),
 }
 

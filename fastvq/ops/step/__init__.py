@@ -14,7 +14,7 @@ from fastvq.ops._library import register
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS, backward, setup_context
 from fastvq.ops.quantize import FORWARD as QUANTIZE
-from fastvq.ops.step import cpu, reference
+from fastvq.ops.step import cpu, cuda, reference
 
 __all__ = ["VQStep", "vq_step"]
 
@@ -25,6 +25,7 @@ IMPLEMENTATIONS = {
         _triton.lazily("fastvq.ops.step.triton_", "vq_step"),
         lambda *arguments: QUANTIZE["triton"].refuse(*arguments[:6]),
     ),
+    "cuda": Implementation(cuda.vq_step, cuda.refuse),
     "reference": Implementation(reference.vq_step, lambda *_: None),
 }
 
