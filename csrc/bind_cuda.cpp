@@ -163,6 +163,17 @@ PYBIND11_MODULE(_cuda, m) {
     check(cuda::ema_update(ema_buffers(b), pointer<const void>(sums), sums_double, pointer<const int64_t>(counts),
                            {decay, eps, laplace, debias}, pointer<void>(workspace), pointer<void>(stream)));
   });
+  m.def("usable_rows", [](const RowsTuple& x, int64_t usable, int64_t stream) {
+    py::gil_scoped_release release;
+    check(cuda::usable_rows(rows(x), pointer<uint8_t>(usable), pointer<void>(stream)));
+  });
+  m.def("replace_dead_codes", [](const EmaTuple& b, const RowsTuple& x, const std::array<int64_t, 4>& from,
+                                 double threshold, int64_t stream) {
+    const cuda::Replacement replacement{pointer<const int64_t>(from[0]), pointer<const uint8_t>(from[1]),
+                                        pointer<const int64_t>(from[2]), pointer<const double>(from[3]), threshold};
+    py::gil_scoped_release release;
+    check(cuda::replace_dead_codes(ema_buffers(b), rows(x), replacement, pointer<void>(stream)));
+  });
   bind_quantize(m);
   bind_masked_conv(m);
   bind_pixelcnn(m);

@@ -85,6 +85,20 @@ size_t ema_update_workspace(const EmaBuffers& buffers);
 int ema_update(const EmaBuffers& buffers, const void* sums, bool sums_double, const int64_t* counts,
                const EmaOptions& options, void* workspace, void* stream);
 
+// Dead codes and what they draw from (cuda/replace.cu). All are contiguous: rows up to each row that are usable, dead codes
+// up to each code, both counting it.
+struct Replacement {
+  const int64_t* rank;     // [H, N]
+  const uint8_t* dead;     // [H, K]
+  const int64_t* slots;    // [H, K]
+  const double* uniforms;  // [H, K]
+  double threshold;
+};
+// usable [H, N]: 1 where a row holds neither NaN nor infinity.
+int usable_rows(const Rows& x, uint8_t* usable, void* stream);
+// x has rows.
+int replace_dead_codes(const EmaBuffers& buffers, const Rows& x, const Replacement& replacement, void* stream);
+
 // ---- masked convolution (cuda/masked_conv*.cu); tensors are float32, or all float16, or all bfloat16 ----
 
 // [C_out, C_in, kh, kw] weights, contiguous. Only a range of places of the kernel is walked; within it one counts where

@@ -206,6 +206,15 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
        const GateGradCall c{a.image(), a.image(), a.image(), a.image()};
        return cuda::gate_backward(c.grad, c.tanh_a, c.sigmoid_b, c.grad_ab, nullptr);
      }},
+    {"replace_dead_codes",
+     [](Arguments& a) {
+       const Rows x = a.vectors();
+       if (const int error = cuda::usable_rows(x, a.address<uint8_t>(), nullptr)) return error;
+       const EmaBuffers buffers = a.ema();
+       const cuda::Replacement from{a.address<int64_t>(), a.address<uint8_t>(), a.address<int64_t>(),
+                                    a.address<double>(), a.real()};
+       return cuda::replace_dead_codes(buffers, x, from, nullptr);
+     }},
     {"pixelcnn_map", pixelcnn_map},
     {"ema_update",
      [](Arguments& a) {

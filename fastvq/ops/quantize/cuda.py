@@ -1,4 +1,4 @@
-"""Quantization and its gradients by the CUDA C++ kernels; the statistics of a training step ride along where asked for."""
+"""Quantization and its gradients by the CUDA C++ kernels; a training step's statistics ride along where asked for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _native
+from fastvq import _cuda_native, _golden, _golden_calls, _native
 from fastvq._rows import Output
 from fastvq.ops.ema.cuda import code_statistics, refuse_statistics
+from fastvq.ops.quantize import reference
 
 __all__ = ["forward", "quantize", "quantize_backward", "refuse_backward"]
 
@@ -19,7 +20,10 @@ def _heads(codebook: Tensor) -> int | None:
 
 
 def refuse_backward(x: Tensor, codebook: Tensor, indices: Tensor, *_: Any) -> str | None:
-    return refuse_statistics(x, indices, codebook.shape[-2], _heads(codebook))
+    return refuse_statistics(x, indices, codebook.shape[-2], _heads(codebook)) or _golden.differs(
+        "cuda", "quantize_backward", x.device, quantize_backward, reference.quantize_backward,
+        _golden_calls.quantize_backward,
+    )  # fmt: skip
 
 
 def quantize(
@@ -58,7 +62,8 @@ def forward(
         sums, counts = (0, 0) if statistics is None else (t.data_ptr() for t in statistics)
         _cuda_native._cuda.quantize_forward(
             rows, codes,
-            (_native.metric_code(metric), precision == "fast", 0 if mask is None else mask.data_ptr(), beta, deterministic),
+            (_native.metric_code(metric), precision == "fast", 0 if mask is None else mask.data_ptr(), beta,
+             deterministic),
             _native.rows_of(out.rows),
             (indices.data_ptr(), commitment_loss.data_ptr(), codebook_loss.data_ptr(), sums, counts),
             room.data_ptr(), _cuda_native.stream(x),
@@ -87,10 +92,10 @@ def quantize_backward(
         if need_x:
             out = Output(x, heads)
             with_g = grad_quantized is not None and estimator != "none"
-            incoming, g = _native.rows_view(grad_quantized, heads) if with_g else (None, None)
+            incoming, g = (None, None) if grad_quantized is None else _native.rows_view(grad_quantized, heads)
             kept, rows = _native.rows_view(x, heads)
             _cuda_native._cuda.quantize_rows_gradient(
-                rows, codes, indices.data_ptr(), g, with_g and estimator == "rotation",
+                rows, codes, indices.data_ptr(), g if with_g else None, with_g and estimator == "rotation",
                 _loss(grad_commitment, n_real, beta), _native.rows_of(out.rows), _cuda_native.stream(x),
             )  # fmt: skip
             del kept, incoming  # they had to live until here
