@@ -87,6 +87,47 @@ void bind_pixelcnn(py::module_& m) {
   });
 }
 
+// (metric, fast, mask, beta, deterministic), (indices, commitment loss, codebook loss, sums or 0, counts)
+using OptionsTuple = std::tuple<int, bool, int64_t, double, bool>;
+// (address or 0, dtype, number of real rows, factor)
+using LossTuple = std::tuple<int64_t, int, int64_t, double>;
+
+cuda::LossWeight loss_weight(const LossTuple& t) {
+  return {pointer<const void>(std::get<0>(t)), static_cast<DType>(std::get<1>(t)), pointer<const int64_t>(std::get<2>(t)),
+          std::get<3>(t)};
+}
+
+void bind_quantize(py::module_& m) {
+  m.def("quantize_workspace", [](const RowsTuple& x, const CodesTuple& c, bool statistics) {
+    return cuda::quantize_workspace(rows(x), codes(c), statistics);
+  });
+  m.def("quantize_forward", [](const RowsTuple& x, const CodesTuple& c, const OptionsTuple& options,
+                               const RowsTuple& quantized, const std::array<int64_t, 5>& out, int64_t workspace,
+                               int64_t stream) {
+    const auto& [metric, fast, mask, beta, deterministic] = options;
+    const cuda::QuantizeOptions o{static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask), beta, deterministic};
+    const cuda::QuantizeOutputs to{rows(quantized),       pointer<int64_t>(out[0]), pointer<void>(out[1]),
+                                   pointer<void>(out[2]), pointer<void>(out[3]),    pointer<int64_t>(out[4])};
+    py::gil_scoped_release release;
+    check(cuda::quantize_forward(rows(x), codes(c), o, to, pointer<void>(workspace), pointer<void>(stream)));
+  });
+  m.def("quantize_rows_gradient", [](const RowsTuple& x, const CodesTuple& c, int64_t indices,
+                                     const std::optional<RowsTuple>& g, bool rotation, const LossTuple& loss,
+                                     const RowsTuple& grad_x, int64_t stream) {
+    const cuda::RowsGradient gradient{rows(x),  g ? rows(*g) : Rows{}, rows(grad_x),     codes(c), pointer<const int64_t>(indices),
+                                      rotation, loss_weight(loss)};
+    py::gil_scoped_release release;
+    check(cuda::quantize_rows_gradient(gradient, pointer<void>(stream)));
+  });
+  m.def("quantize_codes_gradient", [](const CodesTuple& c, int64_t sums, int64_t counts, const LossTuple& loss,
+                                      const CodesTuple& grad_codes, int64_t stream) {
+    const cuda::CodesGradient gradient{codes(c), codes(grad_codes), pointer<const double>(sums),
+                                       pointer<const int64_t>(counts), loss_weight(loss)};
+    py::gil_scoped_release release;
+    check(cuda::quantize_codes_gradient(gradient, pointer<void>(stream)));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -122,6 +163,18 @@ PYBIND11_MODULE(_cuda, m) {
     check(cuda::ema_update(ema_buffers(b), pointer<const void>(sums), sums_double, pointer<const int64_t>(counts),
                            {decay, eps, laplace, debias}, pointer<void>(workspace), pointer<void>(stream)));
   });
+  m.def("usable_rows", [](const RowsTuple& x, int64_t usable, int64_t stream) {
+    py::gil_scoped_release release;
+    check(cuda::usable_rows(rows(x), pointer<uint8_t>(usable), pointer<void>(stream)));
+  });
+  m.def("replace_dead_codes", [](const EmaTuple& b, const RowsTuple& x, const std::array<int64_t, 4>& from,
+                                 double threshold, int64_t stream) {
+    const cuda::Replacement replacement{pointer<const int64_t>(from[0]), pointer<const uint8_t>(from[1]),
+                                        pointer<const int64_t>(from[2]), pointer<const double>(from[3]), threshold};
+    py::gil_scoped_release release;
+    check(cuda::replace_dead_codes(ema_buffers(b), rows(x), replacement, pointer<void>(stream)));
+  });
+  bind_quantize(m);
   bind_masked_conv(m);
   bind_pixelcnn(m);
 }

@@ -25,6 +25,51 @@ size_t nearest_workspace(const Rows& x, const Codes& codes);
 int nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask, int64_t* indices,
             void* workspace, void* stream);
 
+// ---- quantization (cuda/quantize*.cu) ----
+
+struct QuantizeOptions {
+  Metric metric;
+  bool fast;
+  const uint8_t* mask;  // [H, N] or null
+  double beta;
+  bool deterministic;  // of the sums
+};
+// Losses and sums are double where x is, else float.
+struct QuantizeOutputs {
+  Rows quantized;  // x's shape and dtype
+  int64_t* indices;
+  void *commitment_loss, *codebook_loss;
+  void* sums;       // [H, K, D] or null: no statistics
+  int64_t* counts;  // [H, K]
+};
+// statistics: whether deterministic ones are wanted, of at most kMostStatisticsRows rows and codes.
+size_t quantize_workspace(const Rows& x, const Codes& codes, bool statistics);
+int quantize_forward(const Rows& x, const Codes& codes, const QuantizeOptions& options, const QuantizeOutputs& out,
+                     void* workspace, void* stream);
+
+// A loss that is a mean over n_real rows, on the device: the gradient that comes in at it, times `factor`.
+struct LossWeight {
+  const void* weight;  // a scalar, or null: none
+  DType dtype;
+  const int64_t* n_real;
+  double factor;
+};
+struct RowsGradient {
+  Rows x, g, grad_x;  // g.data null: none comes in
+  Codes codes;
+  const int64_t* indices;  // [H, N]
+  bool rotation;
+  LossWeight loss;
+};
+struct CodesGradient {
+  Codes codes, grad_codes;
+  const double* sums;     // [H, K, D]
+  const int64_t* counts;  // [H, K]
+  LossWeight loss;
+};
+int quantize_rows_gradient(const RowsGradient& gradient, void* stream);
+int quantize_codes_gradient(const CodesGradient& gradient, void* stream);
+
 // ---- statistics per code and their moving average (cuda/statistics*.cu, cuda/ema.cu) ----
 
 // Rows and codes of all heads together that the sorted statistics can number.
@@ -39,6 +84,20 @@ size_t ema_update_workspace(const EmaBuffers& buffers);
 // As fastvq::ema_update, but that the sizes of a head are added up in another, fixed order.
 int ema_update(const EmaBuffers& buffers, const void* sums, bool sums_double, const int64_t* counts,
                const EmaOptions& options, void* workspace, void* stream);
+
+// Dead codes and what they draw from (cuda/replace.cu). All are contiguous: rows up to each row that are usable, dead codes
+// up to each code, both counting it.
+struct Replacement {
+  const int64_t* rank;     // [H, N]
+  const uint8_t* dead;     // [H, K]
+  const int64_t* slots;    // [H, K]
+  const double* uniforms;  // [H, K]
+  double threshold;
+};
+// usable [H, N]: 1 where a row holds neither NaN nor infinity.
+int usable_rows(const Rows& x, uint8_t* usable, void* stream);
+// x has rows.
+int replace_dead_codes(const EmaBuffers& buffers, const Rows& x, const Replacement& replacement, void* stream);
 
 // ---- masked convolution (cuda/masked_conv*.cu); tensors are float32, or all float16, or all bfloat16 ----
 

@@ -1,30 +1,32 @@
-"""The golden set: lookups whose indices are known, run once on a kind of GPU that no result was ever recorded on.
+"""The golden set: calls whose results are known, run once on a kind of GPU that no result was ever recorded on.
 
 The GPU kernels' exactness rests on how a card's tensor cores accumulate, which is known of the generations that were
 measured and a bound, derived from them, for the others. So the first lookup on any other card runs these few cases
 first, against the reference on the CPU: a fraction of a second once the kernels are compiled. Where an index differs,
 or a kernel does not run at all, the backend refuses from then on, with one warning: a call that names no backend is
-served by the next backend that passes, in the end by the reference.
+served by the next backend that passes, in the end by the reference. Other ops bring calls of their own whose results
+are exact in any order of addition, so that what a wrong compile does shows in a bit.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastvq import _triton
 
-__all__ = ["RECORDED", "cases", "mismatch"]
+__all__ = ["RECORDED", "cases", "differs", "mismatch"]
 
 # (backend, capability times ten) on which every test marked needs_gpu passed. No kernel ever ran on a GPU yet.
 RECORDED: frozenset[tuple[str, int]] = frozenset()
 
 Lookup = Callable[[Tensor, Tensor, str, str], Tensor]
 
-_found: dict[tuple[str, int], str | None] = {}
+_found: dict[tuple[str, int, str], str | None] = {}
 
 
 def cases() -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -74,21 +76,54 @@ def mismatch(backend: str, device: torch.device, lookup: Lookup, reference: Look
     The golden set runs at the first call on a kind of card. While a CUDA graph is being captured nothing
     can be compared, and an answer not yet known is taken to be None.
     """
+    return _once(backend, "lookup", device, lambda: _run(device, lookup, reference))
+
+
+def differs(
+    backend: str,
+    op: str,
+    device: torch.device,
+    run: Callable[..., tuple[Tensor, ...]],
+    reference: Callable[..., tuple[Tensor, ...]],
+    arguments: Callable[[], Iterator[tuple[Any, ...]]],
+) -> str | None:
+    """As ``mismatch``, of another op: why ``run`` must not serve on ``device``, or None.
+
+    ``arguments`` yields those of a few calls, tensors on the CPU; ``run`` must return what ``reference`` does there, to
+    the bit.
+    """
+
+    def compare() -> str | None:
+        for i, given in enumerate(arguments()):
+            try:
+                got = run(*(_at(a, device) if isinstance(a, Tensor) else a for a in given))
+                same = all(torch.equal(g.cpu(), r) for g, r in zip(got, reference(*given), strict=True))
+            except Exception as error:  # as above
+                return f"its {op} does not run on {device}: {type(error).__name__}: {error}"
+            if not same:
+                return f"its {op} differs from the reference on {device}, in call {i} of its golden set"
+        return None
+
+    return _once(backend, op, device, compare)
+
+
+def _once(backend: str, op: str, device: torch.device, compare: Callable[[], str | None]) -> str | None:
     if device.type != "cuda":
         return None
-    card = backend, _triton.capability(device)
-    if card in RECORDED:
+    capability = _triton.capability(device)
+    if (backend, capability) in RECORDED:
         return None
-    if card not in _found:
+    key = backend, capability, op
+    if key not in _found:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None
-        reason = _found[card] = _run(device, lookup, reference)
+        reason = _found[key] = compare()
         if reason is not None:
             warnings.warn(
-                f"fastvq: the {backend} backend is switched off on this card (compute capability {card[1] / 10}): "
-                f"{reason}. Calls that name no backend are served by another that passes, or the reference; "
-                "please report this",
+                f"fastvq: the {backend} backend's {op} is switched off on this card (compute capability "
+                f"{capability / 10}): {reason}. Calls that name no backend are served by another that passes, or the "
+                "reference; please report this",
                 RuntimeWarning,
                 stacklevel=2,
             )
-    return _found[card]
+    return _found[key]

@@ -39,7 +39,7 @@ def test_one_wrong_index_switches_the_backend_off_and_warns_once(unknown_card):
         found[0] ^= metric == "dot"
         return found
 
-    with pytest.warns(RuntimeWarning, match=r"switched off on this card \(compute capability 12.3\).*1 of 64 rows"):
+    with pytest.warns(RuntimeWarning, match=r"lookup is switched off .* \(compute capability 12.3\).*1 of 64 rows"):
         reason = _golden.mismatch("triton", unknown_card, off_by_one, reference.nearest)
     assert "differs from the reference on cuda:0: 1 of 64 rows, gaussian, D = 8, dot" in reason
     with warnings.catch_warnings():

@@ -42,7 +42,7 @@ __device__ __forceinline__ void choose_codes(const PackedHead& head, const Searc
   const int tid = threadIdx.x;
   if (tid < S::kRows) {
     const int state = m.state[tid];
-    int n = 0;
+    int n = -state;  // 0 where searched
     int64_t chosen = state == masked ? -1 : state == not_finite ? 0 : kUnresolved;
     if (state == searched) {
       Candidate* list = m.listed + tid * S::kCodeWarps * kListed;

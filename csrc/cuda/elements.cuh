@@ -8,6 +8,7 @@ namespace fastvq::cuda {
 
 // Pointers into device memory stay with the element's offset: 64-bit everywhere.
 __device__ __forceinline__ int64_t row_offset(const Rows& x, int64_t h, int64_t r) {
+  if (x.n_outer == 1) return h * x.stride_head + r * x.stride_inner;  // divisions are dear
   return h * x.stride_head + (r / x.n_inner) * x.stride_outer + (r % x.n_inner) * x.stride_inner;
 }
 __device__ __forceinline__ int64_t code_offset(const Codes& c, int64_t h, int64_t k) {

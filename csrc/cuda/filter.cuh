@@ -107,6 +107,16 @@ __device__ __forceinline__ float warp_max(float v) {
 // Four consecutive dims of a row or a code, zero beyond the last.
 __device__ __forceinline__ void load_four(const void* data, DType dtype, int64_t at, int64_t stride, int d, int dim,
                                           float (&out)[4]) {
+  if (stride == 1 && d + 4 <= dim) {  // one load, where the address lets it
+    if (dtype == DType::f32) {
+      const float* from = static_cast<const float*>(data) + at + d;
+      if (reinterpret_cast<uintptr_t>(from) % sizeof(float4) == 0) {
+        const float4 v = *reinterpret_cast<const float4*>(from);
+        out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
+        return;
+      }
+    }
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) out[i] = d + i < dim ? load_float(data, dtype, at + (d + i) * stride) : 0;
 }

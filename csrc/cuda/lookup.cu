@@ -4,13 +4,16 @@
 //
 // 1. the first codes are sent for; 2. rows are placed in shared memory as fp16, one warp a row; 3. the search streams
 // the codes past them (search.cuh); 4. rows with several candidates are scored by the definition (choose.cuh);
-// 5. indices are written. What cannot be resolved here is left to scan.cu.
+// 5. indices are written, and the rows gathered where that is asked for. What cannot be resolved here is left to scan.cu.
 #include "choose.cuh"
+#include "gather.cuh"
 #include "lookup.cuh"
 #include "shapes.cuh"
 
 namespace fastvq::cuda {
 namespace {
+
+constexpr int kGathered = 4;  // rows that a lane has under way
 
 template <class S>
 __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) lookup_kernel(Lookup a, Packed p, int64_t n_blocks) {
@@ -40,6 +43,12 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) lookup_kernel(Look
                [&](int i, int64_t k) { return exact_score(a.x, a.codes, a.metric, h, first + i, k); });
   __syncthreads();
   if (tid < S::kRows && first + tid < N) a.indices[h * N + first + tid] = m.chosen[tid];
+  if (!a.gather.partial) return;
+  const int n = static_cast<int>(N - first < S::kRows ? N - first : S::kRows);
+  const double squares = gather_rows<kSearchThreads, kGathered, float>(
+      a.gather, a.x, a.codes, h, n, m.chosen, [&](int i) { return first + i; }, [&](int i) { return m.state[i] != -not_finite; });
+  // The stages are free: every copy has arrived and been read.
+  finish_gather<kSearchThreads>(a.gather, squares, tid < n && m.chosen[tid] != -1, reinterpret_cast<double*>(m.stages));
 }
 
 template <class S>
@@ -50,6 +59,11 @@ int launch_shape(const Lookup& a, const Packed& p, void* stream) {
 }
 
 }  // namespace
+
+int64_t lookup_blocks(const Rows& x, const Packed& p) {
+  const int rows = with_shape(p, [](auto shape) { return decltype(shape)::kRows; });
+  return x.n_heads * ((x.n_rows() + rows - 1) / rows);
+}
 
 int filtered_lookup(const Lookup& a, const Packed& p, void* stream) {
   return with_shape(p, [&](auto shape) { return launch_shape<decltype(shape)>(a, p, stream); });

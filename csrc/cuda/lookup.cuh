@@ -1,6 +1,7 @@
 // The launch of the filtered lookup; nearest.cu decides when it serves.
 #pragma once
 #include "filter.cuh"
+#include "scan.cuh"
 
 namespace fastvq::cuda {
 
@@ -11,8 +12,10 @@ struct Lookup {
   bool fast;
   const uint8_t* mask;  // [H, N] or null
   int64_t* indices;     // [H, N]
+  Gather gather = {};
 };
-// indices: as nearest, but kUnresolved (scan.cuh) where the full scan must decide.
+int64_t lookup_blocks(const Rows& x, const Packed& packed);
+// indices: as nearest, but kUnresolved where the full scan must decide.
 int filtered_lookup(const Lookup& a, const Packed& packed, void* stream);
 
 }  // namespace fastvq::cuda

@@ -11,10 +11,12 @@
 // 1. list the rows of the span; 2. for each sixteen: stage, score, keep the best (score, code) a thread; 3. the best of
 // the block: lexicographic minimum by shuffles, then over the four warps.
 //
-// Shared bytes: 8 (16 x 129 + 16 x 16) for the tiles, 16 (4 x 16) for the warps' best, 8 x span for the list, and the
-// counters.
+// 4. the sixteen are gathered, where that is asked for.
+//
+// Shared bytes: 8 (16 x 129 + 16 x 16) for the tiles, 16 (4 x 16) for the warps' best, 8 x 16 for the choice, 8 x span for
+// the list, and the counters.
 #include "exact.cuh"
-#include "scan.cuh"
+#include "gather.cuh"
 
 namespace fastvq::cuda {
 namespace {
@@ -29,6 +31,7 @@ struct Shared {
   double rows[kDims * kRows];  // [dim][row]: a thread reads all rows of one dim
   double best[kWarps * kRows];
   int64_t best_code[kWarps * kRows];
+  int64_t chosen[kRows];
   int n_listed;
   int not_finite;  // one bit a row
 };
@@ -72,6 +75,16 @@ __global__ void __launch_bounds__(kCodes) scan_kernel(Scan s, int span, int64_t 
   }
 
   const int n_listed = m.n_listed;
+  const bool gathers = s.gather.partial != nullptr;
+  double squares = 0;
+  if (gathers && !s.unresolved_only && s.mask) {
+    if (tid < span) m.chosen[tid] = first + tid < last && !s.mask[h * N + first + tid] ? -1 : kUnresolved;
+    __syncthreads();
+    squares = gather_rows<kCodes, 1, double>(
+        s.gather, s.x, s.codes, h, static_cast<int>(last - first), m.chosen, [&](int i) { return first + i; },
+        [](int) { return true; });
+    __syncthreads();
+  }
   for (int from = 0; from < n_listed; from += kRows) {
     const int n_rows = n_listed - from < kRows ? n_listed - from : kRows;
     if (tid == 0) m.not_finite = 0;
@@ -156,23 +169,36 @@ __global__ void __launch_bounds__(kCodes) scan_kernel(Scan s, int span, int64_t 
           code = other_code;
         }
       }
-      indices[list[from + tid]] = code == K || (m.not_finite >> tid & 1) ? 0 : code;
+      m.chosen[tid] = code == K || (m.not_finite >> tid & 1) ? 0 : code;
+      indices[list[from + tid]] = m.chosen[tid];
     }
     __syncthreads();
+    if (gathers) {
+      squares += gather_rows<kCodes, 1, double>(
+          s.gather, s.x, s.codes, h, n_rows, m.chosen, [&](int i) { return list[from + i]; },
+          [&](int i) { return (m.not_finite >> i & 1) == 0; });
+      __syncthreads();
+    }
   }
+  // Rows that were left to this scan have been counted where they were left.
+  if (gathers) finish_gather<kCodes>(s.gather, squares, tid == 0 && !s.unresolved_only ? n_listed : 0, m.best);
 }
 
 }  // namespace
 
+int64_t scan_blocks(const Rows& x, bool unresolved_only) {
+  const int span = unresolved_only ? kLongSpan : kShortSpan;
+  return x.n_heads * ((x.n_rows() + span - 1) / span);
+}
+
 int scan(const Scan& s, void* stream) {
-  const int64_t N = s.x.n_rows();
   const int span = s.unresolved_only ? kLongSpan : kShortSpan;
-  const int64_t n_spans = (N + span - 1) / span;
+  const int64_t n_blocks = scan_blocks(s.x, s.unresolved_only);
   const size_t shared = sizeof(Shared) + sizeof(int64_t) * static_cast<size_t>(span);
   const auto kernel = s.metric == Metric::euclidean ? scan_kernel<Metric::euclidean>
                       : s.metric == Metric::cosine  ? scan_kernel<Metric::cosine>
                                                     : scan_kernel<Metric::dot>;
-  return launch(kernel, s.x.n_heads * n_spans, kCodes, shared, stream, s, span, n_spans);
+  return launch(kernel, n_blocks, kCodes, shared, stream, s, span, n_blocks / s.x.n_heads);
 }
 
 }  // namespace fastvq::cuda

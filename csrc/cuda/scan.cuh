@@ -8,6 +8,16 @@ namespace fastvq::cuda {
 // What the filter writes for a row that it could not resolve.
 constexpr int64_t kUnresolved = -2;
 
+// What quantization wants of every row besides its index: see gather.cuh.
+struct Gather {
+  Rows quantized;   // as x
+  double* partial;  // [blocks, 2] squared distances and real rows; null: the indices alone are wanted
+  uint32_t* keys;   // [H, N] or null: what statistics.cuh adds rows by
+  void* sums;       // [H, K, D] or null: rows are added with atomics; double where sums_double, else float
+  bool sums_double;
+  int64_t* counts;  // [H, K]
+};
+
 struct Scan {
   Rows x;
   Codes codes;
@@ -15,7 +25,9 @@ struct Scan {
   const uint8_t* mask;  // [H, N] or null
   int64_t* indices;     // [H, N]
   bool unresolved_only;
+  Gather gather = {};
 };
+int64_t scan_blocks(const Rows& x, bool unresolved_only);
 int scan(const Scan& s, void* stream);
 
 }  // namespace fastvq::cuda

@@ -49,7 +49,7 @@ struct SearchMemory {
   Candidate* listed;     // [kRows][kCodeWarps * kListed]
   float* limit;          // [kCodeWarps][kRows]
   int* count;            // [kCodeWarps][kRows]
-  int* state;            // [kRows] RowState; then the number of candidates that are left
+  int* state;            // [kRows] RowState; then the candidates that are left, or less the state of one not searched
 
   static constexpr size_t kRowBytes =
       sizeof(RowInfo) + sizeof(int64_t) + sizeof(int) + S::kCodeWarps * (kListed * sizeof(Candidate) + sizeof(float) + sizeof(int));

@@ -77,11 +77,6 @@ __global__ void __launch_bounds__(kThreads) atomic_kernel(Statistics s) {
   }
 }
 
-Statistics statistics_of(const Rows& x, int64_t n_codes) {
-  const int64_t n_rows = x.n_rows();
-  return {x, nullptr, n_codes, nullptr, false, nullptr, n_rows, x.n_heads * n_rows, x.n_heads * n_codes};
-}
-
 bool take_owners(const Statistics& s) {
   const int64_t element = s.x.dtype == DType::f64 ? 8 : s.x.dtype == DType::f32 ? 4 : 2;
   return owners_fit(s) && s.n_total * s.x.dim * element <= kCachedBytes;
@@ -97,12 +92,36 @@ int statistics_keys(const Statistics& s, bool read_x, uint32_t* keys, void* stre
   return launch(keys_kernel, (s.n_total + rows - 1) / rows, kThreads, 0, stream, s, read_x, keys);
 }
 
-size_t code_statistics_workspace(const Rows& x, int64_t n_codes, bool deterministic) {
-  const Statistics s = statistics_of(x, n_codes);
-  if (!deterministic || s.n_total == 0) return 0;
+Statistics statistics_of(const Rows& x, int64_t n_codes) {
+  const int64_t n_rows = x.n_rows();
+  return {x, nullptr, n_codes, nullptr, false, nullptr, n_rows, x.n_heads * n_rows, x.n_heads * n_codes};
+}
+
+int clear_statistics(const Statistics& s, void* stream) {
+  const int64_t elements = int64_t{8} * kThreads;
+  return launch(zero_kernel, (s.n_keys * s.x.dim + elements - 1) / elements, kThreads, 0, stream, s);
+}
+
+size_t keyed_statistics_workspace(const Statistics& s) {
   if (take_owners(s)) return round_up(sizeof(uint32_t) * static_cast<size_t>(s.n_total)) + owners_workspace(s);
   const size_t sorting = sort_workspace(s.n_total), adding = segments_workspace(s);
   return pairs_bytes(s.n_total) + (sorting > adding ? sorting : adding);
+}
+
+int add_keyed(const Statistics& s, void* workspace, void* stream) {
+  unsigned char* memory = static_cast<unsigned char*>(workspace);
+  uint32_t* keys = static_cast<uint32_t*>(workspace);
+  if (take_owners(s))
+    return owners_add(s, keys, memory + round_up(sizeof(uint32_t) * static_cast<size_t>(s.n_total)), stream);
+  // Sorting is over when adding begins: they share their memory.
+  memory += pairs_bytes(s.n_total);
+  if (const int error = sort_keys(keys, s.n_total, s.n_keys, memory, stream)) return error;
+  return segments_add(s, keys + 2 * s.n_total * sort_place(s.n_keys), memory, stream);
+}
+
+size_t code_statistics_workspace(const Rows& x, int64_t n_codes, bool deterministic) {
+  const Statistics s = statistics_of(x, n_codes);
+  return !deterministic || s.n_total == 0 ? 0 : keyed_statistics_workspace(s);
 }
 
 int code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, bool deterministic, void* sums,
@@ -113,20 +132,13 @@ int code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, bool
   s.sums_double = sums_double;
   s.counts = counts;
   if (!deterministic || s.n_total == 0) {
-    const int64_t rows = kWarps * kRowsPerWarp, elements = int64_t{8} * kThreads;
-    if (const int error = launch(zero_kernel, (s.n_keys * x.dim + elements - 1) / elements, kThreads, 0, stream, s))
-      return error;
+    const int64_t rows = kWarps * kRowsPerWarp;
+    if (const int error = clear_statistics(s, stream)) return error;
     return launch(atomic_kernel, (s.n_total + rows - 1) / rows, kThreads, 0, stream, s);
   }
-  unsigned char* memory = static_cast<unsigned char*>(workspace);
-  uint32_t* keys = static_cast<uint32_t*>(workspace);
-  const bool owners = take_owners(s);
-  if (const int error = statistics_keys(s, owners || !segments_check_rows(s), keys, stream)) return error;
-  if (owners) return owners_add(s, keys, memory + round_up(sizeof(uint32_t) * static_cast<size_t>(s.n_total)), stream);
-  // Sorting is over when adding begins: they share their memory.
-  memory += pairs_bytes(s.n_total);
-  if (const int error = sort_keys(keys, s.n_total, s.n_keys, memory, stream)) return error;
-  return segments_add(s, keys + 2 * s.n_total * sort_place(s.n_keys), memory, stream);
+  const bool read_x = take_owners(s) || !segments_check_rows(s);
+  if (const int error = statistics_keys(s, read_x, static_cast<uint32_t*>(workspace), stream)) return error;
+  return add_keyed(s, workspace, stream);
 }
 
 }  // namespace fastvq::cuda

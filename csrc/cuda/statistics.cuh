@@ -20,7 +20,7 @@ struct Statistics {
 };
 
 __device__ __forceinline__ int64_t row_of_all(const Rows& x, int64_t n_rows, int64_t row) {
-  if (x.n_heads == 1 && x.n_outer == 1) return row * x.stride_inner;  // divisions are dear
+  if (x.n_heads == 1) return row_offset(x, 0, row);
   return row_offset(x, row / n_rows, row % n_rows);
 }
 __device__ __forceinline__ void store_sum(const Statistics& s, int64_t at, double v) {
@@ -30,6 +30,12 @@ __device__ __forceinline__ void store_sum(const Statistics& s, int64_t at, doubl
     static_cast<float*>(s.sums)[at] = static_cast<float>(v);
 }
 
+Statistics statistics_of(const Rows& x, int64_t n_codes);
+// Makes sums and counts zero: for who adds with atomics.
+int clear_statistics(const Statistics& s, void* stream);
+// The deterministic ways, of keys [H, N] that lie at the start of the workspace.
+size_t keyed_statistics_workspace(const Statistics& s);
+int add_keyed(const Statistics& s, void* workspace, void* stream);
 // The key of every row. Where read_x is false, rows that are not finite keep their key: whoever adds them looks.
 int statistics_keys(const Statistics& s, bool read_x, uint32_t* keys, void* stream);
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from fastvq.nn.codebook import LearnedCodebook
-from fastvq.ops import Quantized, code_statistics, nearest, quantize
+from fastvq.ops import Quantized, VQStep, nearest, quantize, vq_step
 
 __all__ = ["GroupedVQ", "VectorQuantizer"]
 
@@ -110,12 +112,16 @@ class VectorQuantizer(LearnedCodebook):
         if self._waits_for_kmeans and self._learns():
             self._start_from(vectors.detach(), heads_mask)
         codes = self._codes()
-        q = quantize(
-            vectors, codes, metric=self.metric, estimator=self.estimator, mask=heads_mask, beta=self.commitment_weight,
-            precision=self.precision,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "metric": self.metric, "estimator": self.estimator, "mask": heads_mask, "beta": self.commitment_weight,
+            "precision": self.precision,
+        }  # fmt: skip
+        q: Quantized | VQStep
         if self._learns():
-            self._learn(vectors.detach(), q.indices, heads_mask)
+            q = vq_step(vectors, codes, **options)
+            self._learn(vectors.detach(), q, heads_mask)
+        else:
+            q = quantize(vectors, codes, **options)
         quantized = self._join(q.quantized, x.dtype)
         if mask is not None and not isinstance(self.project_out, nn.Identity):
             quantized = torch.where(mask[..., None], quantized, 0)  # a projection has a bias
@@ -183,12 +189,10 @@ class VectorQuantizer(LearnedCodebook):
     def _outward(self, vectors: Tensor) -> Tensor:
         return vectors.movedim(-1, 1) if self.channel_first else vectors
 
-    def _learn(self, vectors: Tensor, indices: Tensor, mask: Tensor | None) -> None:
-        heads = self.heads if self.lead else None
-        sums, counts = code_statistics(vectors, indices, self.n_codes, n_heads=heads)
+    def _learn(self, vectors: Tensor, step: VQStep, mask: Tensor | None) -> None:
         rows = vectors.reshape(*self.lead, -1, self.code_dim)
         flat_mask = None if mask is None else mask.reshape(*self.lead, -1)
-        self._record(None if self.learnable else sums, counts, rows, flat_mask)
+        self._record(None if self.learnable else step.sums, step.counts, rows, flat_mask)
 
 
 class GroupedVQ(VectorQuantizer):

@@ -7,6 +7,7 @@ from fastvq.ops.pixelcnn import PixelCNNState, pixelcnn_start, pixelcnn_step
 from fastvq.ops.pixelcnn.replay import PixelCNNSteps
 from fastvq.ops.quantize import Quantized, quantize
 from fastvq.ops.residual import ResidualQuantized, residual_quantize
+from fastvq.ops.step import VQStep, vq_step
 
 __all__ = [
     "PackedCodebook",
@@ -14,6 +15,7 @@ __all__ = [
     "PixelCNNSteps",
     "Quantized",
     "ResidualQuantized",
+    "VQStep",
     "code_statistics",
     "ema_update_",
     "gated_masked_conv2d",
@@ -25,4 +27,5 @@ __all__ = [
     "quantize",
     "replace_dead_codes_",
     "residual_quantize",
+    "vq_step",
 ]

@@ -74,6 +74,24 @@ NearestCall nearest_call(Arguments& a) {
           a.address<int64_t>()};
 }
 
+struct QuantizeCall {
+  Rows x;
+  Codes codes;
+  cuda::QuantizeOptions options;
+  cuda::QuantizeOutputs out;
+  void* workspace;
+};
+cuda::LossWeight loss_weight(Arguments& a) {
+  return {a.address<void>(), static_cast<DType>(a.integer()), a.address<int64_t>(), a.real()};
+}
+// Both gradients, at a loss of the rows and the same of the codes.
+int quantize_backward(Arguments& a) {
+  const cuda::RowsGradient to_rows{a.vectors(),          a.vectors(),        a.vectors(),    a.codebook(),
+                                   a.address<int64_t>(), a.integer() != 0, loss_weight(a)};
+  if (const int error = cuda::quantize_rows_gradient(to_rows, nullptr)) return error;
+  return cuda::quantize_codes_gradient(
+      {to_rows.codes, a.codebook(), a.address<double>(), a.address<int64_t>(), to_rows.loss}, nullptr);
+}
 struct StatisticsCall {
   Rows x;
   const int64_t* indices;
@@ -141,6 +159,16 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
        if (const int error = cuda::pack_codes(c.codes, c.metric, c.fast != 0, packed, nullptr)) return error;
        return cuda::filtered_lookup({c.x, c.codes, c.metric, c.fast != 0, c.mask, c.indices}, packed, nullptr);
      }},
+    {"quantize_forward",
+     [](Arguments& a) {
+       const QuantizeCall c{a.vectors(), a.codebook(),
+                            {a.metric(), a.integer() != 0, a.address<uint8_t>(), a.real(), a.integer() != 0},
+                            {a.vectors(), a.address<int64_t>(), a.address<void>(), a.address<void>(), a.address<void>(),
+                             a.address<int64_t>()},
+                            a.address<void>()};
+       return cuda::quantize_forward(c.x, c.codes, c.options, c.out, c.workspace, nullptr);
+     }},
+    {"quantize_backward", quantize_backward},
     {"shared_limit",
      [](Arguments& a) {
        set_shared_limit(static_cast<size_t>(a.integer()));
@@ -177,6 +205,15 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
      [](Arguments& a) {
        const GateGradCall c{a.image(), a.image(), a.image(), a.image()};
        return cuda::gate_backward(c.grad, c.tanh_a, c.sigmoid_b, c.grad_ab, nullptr);
+     }},
+    {"replace_dead_codes",
+     [](Arguments& a) {
+       const Rows x = a.vectors();
+       if (const int error = cuda::usable_rows(x, a.address<uint8_t>(), nullptr)) return error;
+       const EmaBuffers buffers = a.ema();
+       const cuda::Replacement from{a.address<int64_t>(), a.address<uint8_t>(), a.address<int64_t>(),
+                                    a.address<double>(), a.real()};
+       return cuda::replace_dead_codes(buffers, x, from, nullptr);
      }},
     {"pixelcnn_map", pixelcnn_map},
     {"ema_update",

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastvq import _native
-from fastvq.ops import code_statistics, ema_update_
+from fastvq.ops import code_statistics, ema_update_, replace_dead_codes_
+from fastvq.ops.ema import reference
 from tests.cases import DTYPES, generator
 from tests.cuda_on_host import host
 from tests.tolerance import assert_within, gamma, roundoff
@@ -160,6 +161,56 @@ def test_update_of_heads_and_strides(cuda_on_host):
     ema_update_(*expected, sums, counts, decay=0.8, backend="reference")
     check_update(strided, expected)
     assert torch.equal(strided[0][1], ours[0][1]), "a head that counted nothing changed"
+
+
+def starved(n, k, d, heads, dtype):
+    """Buffers with dead codes, and x [H, N, D] some of whose rows, or all of the first head's, are no vectors."""
+    g = generator(n + k + d)
+    start = buffers(k, d, g, heads)
+    start[2].uniform_(generator=g)
+    x = torch.randn(*heads, d, n, generator=g).to(dtype).transpose(-1, -2)
+    x[..., ::3, 0] = torch.nan
+    x[..., 1::7, d - 1] = torch.inf
+    if heads:
+        x[0] = torch.nan
+    return start, x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,n,k,d", [((), 1, 3, 2), ((), 40, 65, 17), ((2,), 70, 33, 5), ((3,), 9, 7, 130)])
+def test_replacement_equals_the_reference_to_the_bit(heads, n, k, d, dtype, cuda_on_host):
+    start, x = starved(n, k, d, heads, dtype)
+    for rows in (x, x.contiguous(), x[..., :0, :]):
+        results = []
+        for backend in ("reference", "cuda"):
+            ours = tuple(t.clone() for t in start)
+            replaced = replace_dead_codes_(*ours, rows, threshold=0.6, generator=generator(1), backend=backend)
+            results.append((*ours, replaced))
+        assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("kind", host.SANITIZERS)
+def test_replacement_under_sanitizers(kind, tmp_path):
+    calls, expected = host.Calls(), []
+    for n, k, d in ((1, 3, 2), (70, 17, 33)):
+        start, x = starved(n, k, d, (1,), torch.float32)
+        uniforms = torch.rand(1, k, generator=generator(1))
+        usable = x.isfinite().all(-1)
+        rank, dead = usable.cumsum(-1), start[2] < 0.6
+        _, rows = _native.rows_view(x, 1)
+        view = _native.ema_view(*start)
+        calls.add(
+            "replace_dead_codes",
+            [x.transpose(1, 2).contiguous().numpy(), np.full(n, 9, np.uint8),
+             *map(host.as_bytes, (*start, rank, dead, dead.cumsum(-1), uniforms.double()))],
+            [host.Buffer(0), *rows[1:], host.Buffer(1), *view[:4], *map(host.Buffer, (2, 3, 4)), *view[7:],
+             *map(host.Buffer, (5, 6, 7, 8)), 0.6],
+        )  # fmt: skip
+        reference.replace_dead_codes_(*start, x, uniforms, 0.6)
+        expected.append((usable, *start))
+    for results, right in zip(calls.run(kind, tmp_path), expected, strict=True):
+        for data, t in zip(results[1:5], right, strict=True):
+            assert torch.equal(torch.frombuffer(bytearray(data), dtype=t.dtype).view(t.shape), t)
 
 
 @pytest.mark.parametrize("kind", host.SANITIZERS)

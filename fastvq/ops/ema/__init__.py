@@ -30,7 +30,10 @@ IMPLEMENTATIONS = {
     )
 }
 IMPLEMENTATIONS["code_statistics"]["cuda"] = Implementation(cuda.code_statistics, cuda.refuse_statistics)
-IMPLEMENTATIONS["ema_update_"]["cuda"] = Implementation(cuda.ema_update_, _cuda_native.refuse)
+IMPLEMENTATIONS["ema_update_"]["cuda"] = Implementation(cuda.ema_update_, cuda.refuse_update)
+IMPLEMENTATIONS["replace_dead_codes_"]["cuda"] = Implementation(
+    cuda.replace_dead_codes_, lambda *arguments: _cuda_native.refuse(arguments[3])
+)
 
 
 def code_statistics(

@@ -1,16 +1,17 @@
-"""Code statistics and their moving average by the CUDA C++ kernels."""
+"""Code statistics, their moving average and the replacement of dead codes by the CUDA C++ kernels."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _native
+from fastvq import _cuda_native, _golden, _golden_calls, _native
 from fastvq.ops.ema import reference
 
-__all__ = ["code_statistics", "ema_update_", "refuse_statistics"]
+__all__ = ["code_statistics", "ema_update_", "refuse_statistics", "refuse_update", "replace_dead_codes_"]
 
 
 def refuse_statistics(x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None, *_: Any) -> str | None:
@@ -19,7 +20,27 @@ def refuse_statistics(x: Tensor, indices: Tensor, n_codes: int, n_heads: int | N
     most = _cuda_native._cuda.most_statistics_rows
     if indices.numel() > most or n_codes * (n_heads or 1) > most:
         return f"it numbers rows and codes in 32 bits, {indices.numel()} and {n_codes * (n_heads or 1)} are too many"
-    return None
+    return _golden.differs(
+        "cuda", "code_statistics", x.device, code_statistics, reference.code_statistics, _golden_calls.statistics
+    )
+
+
+def refuse_update(codebook: Tensor, *_: Any) -> str | None:
+    return _cuda_native.refuse(codebook) or _golden.differs(
+        "cuda", "ema_update_", codebook.device, _updated(ema_update_), _updated(reference.ema_update_),
+        _golden_calls.ema_update,
+    )  # fmt: skip
+
+
+def _updated(update: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
+    """What ``update`` makes of copies of the buffers."""
+
+    def run(*arguments: Any) -> tuple[Tensor, ...]:
+        buffers = tuple(t.clone() for t in arguments[:3])
+        update(*buffers, *arguments[3:])
+        return buffers
+
+    return run
 
 
 def code_statistics(
@@ -67,3 +88,30 @@ def ema_update_(
             buffers, sums.data_ptr(), sums.dtype == torch.float64, counts.data_ptr(), decay, eps,
             smoothing == "laplace", debias, room.data_ptr(), _cuda_native.stream(codebook),
         )  # fmt: skip
+
+
+def replace_dead_codes_(
+    codebook: Tensor,  # [K, D] or [H, K, D]
+    embed_sum: Tensor,  # [K, D] or [H, K, D]
+    cluster_size: Tensor,  # [K] or [H, K]
+    x: Tensor,  # [..., D] or [H, ..., D]
+    uniforms: Tensor,  # [K] or [H, K]
+    threshold: float,
+) -> Tensor:  # [] int64
+    with _cuda_native.on_device_of(codebook):
+        x, rows = _native.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
+        n_heads, n_rows = rows[2], rows[3] * rows[4]
+        if n_rows == 0:
+            return torch.zeros((), dtype=torch.int64, device=x.device)
+        usable = torch.empty((n_heads, n_rows), dtype=torch.uint8, device=x.device)
+        _cuda_native._cuda.usable_rows(rows, usable.data_ptr(), _cuda_native.stream(x))
+        rank = usable.cumsum(-1)
+        dead = (cluster_size < threshold).contiguous().view(n_heads, -1)
+        slots = dead.cumsum(-1)
+        uniforms = uniforms.double().contiguous()
+        _cuda_native._cuda.replace_dead_codes(
+            _native.ema_view(codebook, embed_sum, cluster_size), rows,
+            (rank.data_ptr(), dead.data_ptr(), slots.data_ptr(), uniforms.data_ptr()), threshold,
+            _cuda_native.stream(x),
+        )  # fmt: skip
+        return torch.where(rank[:, -1] > 0, slots[:, -1], 0).sum()

@@ -3,12 +3,14 @@ has one, gate fused."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _native
+from fastvq import _cuda_native, _golden, _golden_calls, _native
+from fastvq.ops.masked_conv import reference
 from fastvq.ops.masked_conv.masks import tap_range
 from fastvq.ops.masked_conv.reference import like_input
 
@@ -18,7 +20,22 @@ __all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward",
 def refuse(x: Tensor, *_: Any) -> str | None:
     if (reason := _cuda_native.refuse(x)) is None and x.dtype == torch.float64:
         return "it adds in float32, for float32, float16 and bfloat16 tensors, x is torch.float64"
-    return reason
+    return reason or _golden.differs(
+        "cuda", "masked_conv2d", x.device, _both_ways(masked_conv2d, masked_conv2d_backward),
+        _both_ways(reference.masked_conv2d, reference.masked_conv2d_backward), _golden_calls.masked_conv,
+    )  # fmt: skip
+
+
+def _both_ways(forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
+    """A golden call: the convolution and its gradients."""
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+        return (
+            forward(x, weight, bias, "B", None, 1),
+            *backward(grad, x, weight, "B", None, 1, True, True, True),
+        )
+
+    return run
 
 
 def _weight_view(weight: Tensor, mask: str, used: Tensor | None, colours: int) -> tuple[Any, ...]:

@@ -13,9 +13,9 @@ from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 from fastvq.ops.nearest import METRICS, PRECISIONS, PackedCodebook, operands
-from fastvq.ops.quantize import cpu, reference
+from fastvq.ops.quantize import cpu, cuda, reference
 
-__all__ = ["ESTIMATORS", "Quantized", "quantize"]
+__all__ = ["ESTIMATORS", "Quantized", "backward", "quantize", "setup_context"]
 
 OP = "fastvq.ops.quantize"
 ESTIMATORS = ("straight_through", "rotation", "none")
@@ -28,6 +28,10 @@ FORWARD = {
             _triton.refuse_rows(x) or LOOKUP.refuse(x, codebook, metric, precision)
         ),
     ),
+    "cuda": Implementation(
+        cuda.quantize,
+        lambda x, codebook, mask, metric, beta, precision: NEAREST["cuda"].refuse(x, codebook, metric, precision),
+    ),
     "reference": Implementation(reference.quantize, lambda *_: None),
 }
 BACKWARD = {
@@ -35,6 +39,7 @@ BACKWARD = {
     "triton": Implementation(
         _triton.lazily("fastvq.ops.quantize.triton_backward", "quantize_backward"), _triton.refuse_rows
     ),
+    "cuda": Implementation(cuda.quantize_backward, cuda.refuse_backward),
     "reference": Implementation(reference.quantize_backward, lambda *_: None),
 }
 
@@ -140,21 +145,22 @@ def _fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, codebook, _mask, _metric, ctx.estimator, ctx.beta, _precision, ctx.backend, *_layout = inputs
-    indices = output[3]
-    ctx.mark_non_differentiable(indices)
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Of this op, and of those that take its arguments and return its outputs before their own."""
+    x, codebook, _mask, _metric, ctx.estimator, ctx.beta, _precision, ctx.backend, *_ = inputs
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebook, indices)
+    ctx.save_for_backward(x, codebook, output[3])
 
 
-def _backward(
+def backward(
     ctx: Any,
     grad_quantized: Tensor | None,
     grad_commitment: Tensor | None,
     grad_codebook_loss: Tensor | None,
-    _grad_indices: None,
+    *_: None,
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of one that ``setup_context`` set up."""
     x, codebook, indices = ctx.saved_tensors
     need_x, need_codebook = ctx.needs_input_grad[:2]
     grad_x, grad_codebook = torch.ops.fastvq.quantize_backward(
@@ -191,7 +197,7 @@ register(
     "quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
     "str? backend, Tensor? layout=None) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, "
     "Tensor indices)",
-    _run, _fake, _backward, _setup_context,
+    _run, _fake, backward, setup_context,
 )  # fmt: skip
 register(
     "quantize_backward(Tensor x, Tensor codebook, Tensor indices, Tensor? grad_quantized, Tensor? grad_commitment, "

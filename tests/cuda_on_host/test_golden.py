@@ -1,0 +1,53 @@
+"""The golden sets of the CUDA backend's ops, on a card that nothing is known of: the processor."""
+
+import warnings
+
+import pytest
+import torch
+
+from fastvq import _golden
+from fastvq.ops.ema import cuda as ema
+from fastvq.ops.masked_conv import cuda as masked_conv
+from fastvq.ops.quantize import cuda as quantize
+from fastvq.ops.step import cuda as step
+
+X, CODES, INDICES = torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.int64)
+REFUSALS = {
+    "code_statistics": (ema, "code_statistics", lambda: ema.refuse_statistics(X, INDICES, 3, None)),
+    "ema_update_": (ema, "ema_update_", lambda: ema.refuse_update(CODES)),
+    "quantize_backward": (quantize, "quantize_backward", lambda: quantize.refuse_backward(X, CODES, INDICES)),
+    "vq_step": (step, "vq_step", lambda: step.refuse(X, CODES, None, "dot", 1.0, "exact")),
+    "masked_conv2d": (masked_conv, "masked_conv2d", lambda: masked_conv.refuse(torch.zeros(1, 1, 1, 1))),
+}
+
+
+@pytest.fixture
+def unknown_card(cuda_on_host, monkeypatch):
+    """What every op asks of, as a card; the tensors stay where they are. The lookup has passed."""
+    monkeypatch.setattr(_golden, "_found", {("cuda", 123, "lookup"): None, ("cuda", 123, "code_statistics"): None})
+    monkeypatch.setattr(_golden._triton, "capability", lambda device: 123)
+    monkeypatch.setattr(_golden, "_at", lambda t, device: t)
+    once = _golden._once
+    monkeypatch.setattr(_golden, "_once", lambda b, op, _, compare: once(b, op, torch.device("cuda", 0), compare))
+
+
+@pytest.mark.parametrize("op", REFUSALS)
+def test_right_kernels_pass_and_a_wrong_bit_switches_off(op, unknown_card, monkeypatch):
+    module, name, refuse = REFUSALS[op]
+    _golden._found.pop(("cuda", 123, op), None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert refuse() is None
+    assert _golden._found[("cuda", 123, op)] is None
+    del _golden._found[("cuda", 123, op)]
+    right = getattr(module, name)
+
+    def off_by_a_bit(*arguments):
+        result = right(*arguments)
+        out = arguments[0] if result is None else result if isinstance(result, torch.Tensor) else result[0]
+        out.view(torch.uint8).view(-1)[-1] ^= 1
+        return result
+
+    monkeypatch.setattr(module, name, off_by_a_bit)
+    with pytest.warns(RuntimeWarning, match=f"cuda backend's {op} is switched off"):
+        assert f"its {op} differs from the reference" in refuse()
