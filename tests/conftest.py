@@ -21,7 +21,7 @@ from fastvq._env import VARIABLES
 ENGINES = ["reference", *(f"cpu-{isa}" for isa in _native.available_isas())]
 CPU_ENGINES = ENGINES[1:]
 # What the emulated tiles serve; everything else would only run AVX-512's kernels again.
-LOOKUPS = ("test_nearest", "test_quantize", "test_residual", "test_pack_codebook")
+LOOKUPS = ("test_nearest", "test_quantize", "test_residual", "test_step", "test_pack_codebook")
 # The Triton kernels on CPU tensors: a hundred times slower, so only for tests marked `interpreted`.
 INTERPRETED = ["triton"] if _triton.interpreting() and _triton.unavailable() is None else []
 
