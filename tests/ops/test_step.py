@@ -26,7 +26,6 @@ def compare(x, codebook, backend, heads=None, mask=None, **options):
     return step
 
 
-@pytest.mark.interpreted
 @pytest.mark.parametrize("n,k,d", [(1, 1, 1), (7, 3, 2), (300, 127, 65), (1201, 17, 31)])
 def test_values_and_gradients(n, k, d, engine):
     x, codebook = gaussian(n, k, d, generator(n + k + d))
@@ -47,11 +46,11 @@ def test_dtypes_layouts_and_mask(dtype, engine):
 @pytest.mark.interpreted
 def test_heads_and_rows_that_are_not_finite(engine):
     g = generator(2)
-    x, codebook = torch.randn(3, 2, 150, 7, generator=g), torch.randn(3, 19, 7, generator=g)
+    x, codebook = torch.randn(3, 2, 31, 7, generator=g), torch.randn(3, 9, 7, generator=g)
     compare(x, codebook, engine, heads=3)
     x[1, 0, 5, 3], x[2, 1, 7, 0] = torch.nan, torch.inf
     step = compare(x, codebook, engine, heads=3)
-    assert step.counts.sum(-1).tolist() == [300, 299, 299] and step.sums.isfinite().all()
+    assert step.counts.sum(-1).tolist() == [62, 61, 61] and step.sums.isfinite().all()
     empty = vq_step(x[:, :, :0], codebook, backend=engine)
     assert not empty.sums.any() and not empty.counts.any() and empty.commitment_loss == 0
 
@@ -85,7 +84,9 @@ def test_compile_fullgraph():
         step = vq_step(x, codebook, estimator="none")
         return step.quantized, step.commitment_loss + step.codebook_loss, step.sums, step.counts
 
-    for eager, compiled in zip(run(x, codebook), torch.compile(run, fullgraph=True)(x, codebook), strict=True):
+    for eager, compiled in zip(
+        run(x, codebook), torch.compile(run, fullgraph=True, backend="aot_eager")(x, codebook), strict=True
+    ):
         assert torch.equal(eager, compiled) and eager.requires_grad == compiled.requires_grad
 
 
