@@ -81,7 +81,7 @@ def test_autocast_takes_the_tiles(tiles, use_engine):
 
 
 def test_numbers_that_are_not_finite(tiles, use_engine):
-    """They reach what they take part in and nothing else, as on float32 vectors; masked weights take part in nothing."""
+    """They reach what they take part in, as on float32 vectors; masked weights take part in nothing."""
     x, weight, bias, _ = case((1, 5, 6, 4, 20, (3, 3)), 9, BF16)
     x[0, 2, 1, 7] = torch.inf
     weight[3, 1, 0, 0] = torch.nan
