@@ -46,14 +46,15 @@ PYBIND11_MODULE(_cpu, m) {
     pack_codebook(codes(c), static_cast<Metric>(metric), static_cast<Isa>(isa), n_threads, pointer<void>(kept));
   });
   m.def("quantize_forward", [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t mask,
-                               const RowsTuple& quantized, int64_t indices, int isa, int n_threads,
-                               int64_t kept) {
+                               const RowsTuple& quantized, int64_t indices, int isa, int n_threads, int64_t kept,
+                               const std::optional<StatisticsTuple>& statistics) {
+    const StatisticsOut out = statistics_out(statistics.value_or(StatisticsTuple{}));
     QuantizeSums sums;
     {
       py::gil_scoped_release release;
       sums = quantize_forward(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask),
                               rows(quantized), pointer<int64_t>(indices), static_cast<Isa>(isa), n_threads,
-                              pointer<void>(kept));
+                              pointer<void>(kept), statistics ? &out : nullptr);
     }
     return py::make_tuple(sums.squares, sums.n_rows);
   });
@@ -65,11 +66,11 @@ PYBIND11_MODULE(_cpu, m) {
     quantize_backward(rows(x), codes(c), pointer<const int64_t>(indices), grad_quantized ? &g : nullptr, scale,
                       rotation, rows(grad_x), static_cast<Isa>(isa), n_threads);
   });
-  m.def("code_statistics", [](const RowsTuple& x, int64_t indices, int64_t n_codes, int64_t sums, bool sums_double,
-                              int64_t counts, int isa, int n_threads) {
+  m.def("code_statistics", [](const RowsTuple& x, int64_t indices, int64_t n_codes, const StatisticsTuple& out, int isa,
+                              int n_threads) {
     py::gil_scoped_release release;
-    return code_statistics(rows(x), pointer<const int64_t>(indices), n_codes, pointer<void>(sums),
-                           sums_double, pointer<int64_t>(counts), static_cast<Isa>(isa), n_threads);
+    return code_statistics(rows(x), pointer<const int64_t>(indices), n_codes, statistics_out(out),
+                           static_cast<Isa>(isa), n_threads);
   });
   m.def("ema_update", [](const EmaTuple& b, int64_t sums, bool sums_double, int64_t counts,
                          double decay, double eps, bool laplace, bool debias, int n_threads) {

@@ -10,6 +10,7 @@ namespace fastvq {
 using RowsTuple = std::array<int64_t, 10>;
 using CodesTuple = std::array<int64_t, 8>;
 using EmaTuple = std::array<int64_t, 15>;
+using StatisticsTuple = std::array<int64_t, 3>;
 
 template <class T>
 T* pointer(int64_t address) {
@@ -20,6 +21,9 @@ inline Rows rows(const RowsTuple& t) {
 }
 inline Codes codes(const CodesTuple& t) {
   return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7]};
+}
+inline StatisticsOut statistics_out(const StatisticsTuple& t) {
+  return {pointer<void>(t[0]), t[1] != 0, pointer<int64_t>(t[2])};
 }
 inline EmaBuffers ema_buffers(const EmaTuple& t) {
   return {static_cast<DType>(t[0]), t[1], t[2], t[3],  pointer<void>(t[4]), pointer<void>(t[5]), pointer<void>(t[6]), t[7],

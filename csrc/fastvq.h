@@ -9,6 +9,8 @@ namespace fastvq {
 
 // Numbers are part of the binding: fastvq/_native.py holds the same table.
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
+// Static: of an inline function the linker might keep the copy that was compiled for the widest instruction set.
+static inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 enum class Metric : int { euclidean = 0, cosine = 1, dot = 2 };
 // avx512_vnni is avx512 with the lookup's filter in 16-bit integers, amx with the lookup on matrix tiles; emulated the
 // same with tiles in plain vectors, in test builds alone.
@@ -65,9 +67,17 @@ struct QuantizeSums {
   double squares;  // of (x - c) over real vectors, NaN where one of them is not finite
   int64_t n_rows;  // real vectors
 };
+// Counts and sums per code. sums [H, K, D] is float, double where sums_double; counts [H, K].
+struct StatisticsOut {
+  void* sums;
+  bool sums_double;
+  int64_t* counts;
+};
 // mask [H, N] or null, zero where there is no vector: index -1 and zeros there. quantized: x's shape and dtype.
+// statistics: null, or where to put what code_statistics gives for x and the indices, bit for bit.
 QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask,
-                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads, void* kept);
+                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads, void* kept,
+                              const StatisticsOut* statistics);
 // grad_x = G + scale (x - c), zero where the index is -1; G is grad_quantized (null: zero), or with rotation
 // lambda (g - 2 r (r.g) + 2 x^ (q^.g)), see quantize_rows.h.
 void quantize_backward(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized,
@@ -103,10 +113,10 @@ double read_peak(int64_t n_bytes, int n_threads);
 
 // ---- statistics per code and their moving average (cpu/statistics.cpp, cpu/ema.cpp) ----
 
-// Counts and sums per code, added up in double. sums [H, K, D] is float, double where sums_double; counts [H, K].
-// Returns -1, or the first h*N + r whose index is neither -1 nor a code; sums and counts then hold nothing of use.
-int64_t code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, void* sums, bool sums_double,
-                        int64_t* counts, Isa isa, int n_threads);
+// Added up in double. Returns -1, or the first h*N + r whose index is neither -1 nor a code; the statistics then hold
+// nothing of use.
+int64_t code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, const StatisticsOut& out, Isa isa,
+                        int n_threads);
 
 // What ema_update_ writes: [H, K, D] and [H, K], float or double (all three the same), strides in elements.
 struct EmaBuffers {

@@ -81,12 +81,54 @@ struct ConvKernels {
                         int64_t n);
   // dst[j * dst_row + i] = src[i * src_row + j]
   void (*transpose)(const float* src, int64_t src_row, float* dst, int64_t dst_row, int64_t rows, int64_t cols);
+  // To the nearest bfloat16, ties to even.
+  void (*narrow)(const float* src, uint16_t* dst, int64_t n);
 };
+
+// The same product of bfloat16 on matrix tiles, 16 pixels by 16 channels each: products exact, sums float32, in the order
+// of (segment, step of 32 channels) and within a step in the instruction's own. Numbers below 2^-126 count as zero.
+struct TileProduct {
+  const uint16_t* a;  // pixels a_row apart, a multiple of 32 channels each; registers of 16 pixels are read whole
+  int64_t a_row;
+  const int64_t* a_segment;
+  int64_t n_segments, n_steps;
+  const uint16_t* b;  // [n_segments][n_steps][n_vectors][16 pairs of channels][16][2]
+  float* c;           // written for n_rows rounded up to 16
+  int64_t c_row;
+  const float* init;  // [n_vectors * 16]
+  int64_t n_rows;
+  int n_vectors;
+};
+
+// c[i, j] += sum over lines and pixels p of x[i * x_channel + line * x_line + p] * grad[line, p, j], i = 0 ... 31.
+struct TileGradient {
+  const uint16_t* x;
+  int64_t x_channel, x_line;
+  const uint16_t* grad;  // [n_lines][n_steps of 32 pixels][n_vectors][16 pairs of pixels][16][2]
+  int64_t n_lines, n_steps;
+  float* c;  // [32][n_vectors * 16]
+  int n_vectors;
+};
+
+struct TileKernels {
+  void (*product)(const TileProduct&);
+  void (*gradient)(const TileGradient&);
+  // dst[j * dst_row + i] = src[i * src_row + j]
+  void (*transpose)(const uint16_t* src, int64_t src_row, uint16_t* dst, int64_t dst_row, int64_t rows, int64_t cols);
+  // Pixels [n][16] as pairs [n_pairs][16][2], zeros from pixel n on.
+  void (*pair)(const uint16_t* pixels, int64_t pixel, int64_t n, int64_t n_pairs, uint16_t* to);
+  // sum[j] += over pairs [n_pairs][16][2]
+  void (*add_pairs)(const uint16_t* pairs, int64_t n_pairs, float* sum);
+};
+// Null where the instruction set has no tiles.
+const TileKernels* tile_kernels(Isa isa);
 
 const ConvKernels& conv_kernels(Isa isa);
 const ConvKernels& conv_kernels_generic();
 const ConvKernels& conv_kernels_avx2();
 const ConvKernels& conv_kernels_avx512();
+const TileKernels& conv_tiles_amx();
+const TileKernels& conv_tiles_emulated();
 
 // Output channels that one product makes together.
 struct Block {

@@ -27,6 +27,7 @@ __all__ = [
     "refuse",
     "rows_of",
     "rows_view",
+    "statistics_view",
     "unavailable",
 ]
 
@@ -110,6 +111,14 @@ def codes_view(
         codebook.data_ptr(), DTYPES[codebook.dtype], heads, codebook.shape[-2], codebook.shape[-1],
         stride_head, codebook.stride(-2), codebook.stride(-1),
     )  # fmt: skip
+
+
+def statistics_view(
+    sums: Tensor,  # [K, D] or [H, K, D] float32 or float64, contiguous
+    counts: Tensor,  # [K] or [H, K] int64, contiguous
+) -> tuple[int, int, int]:
+    """Where statistics go, as the ``StatisticsOut`` of csrc/fastvq.h. The caller keeps the tensors alive."""
+    return sums.data_ptr(), sums.dtype == torch.float64, counts.data_ptr()
 
 
 def ema_view(

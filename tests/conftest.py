@@ -20,9 +20,9 @@ from fastvq._env import VARIABLES
 # reference, then the CPU kernels once for each instruction set that this machine has.
 ENGINES = ["reference", *(f"cpu-{isa}" for isa in _native.available_isas())]
 CPU_ENGINES = ENGINES[1:]
-# What the lookup's own instruction sets serve; everything else would only run AVX-512's kernels again.
-OF_LOOKUPS = ("emulated", "avx512_vnni")
-LOOKUPS = ("test_nearest", "test_quantize", "test_residual", "test_pack_codebook")
+# What the instruction sets beyond AVX-512 serve themselves; everything else would only run AVX-512's kernels again.
+BEYOND = ("emulated", "avx512_vnni")
+OWN = ("test_nearest", "test_quantize", "test_residual", "test_step", "test_pack_codebook", "test_masked_conv_tiles")
 # The Triton kernels on CPU tensors: a hundred times slower, so only for tests marked `interpreted`.
 INTERPRETED = ["triton"] if _triton.interpreting() and _triton.unavailable() is None else []
 
@@ -68,7 +68,7 @@ def threads():
 
 
 def pytest_collection_modifyitems(config, items):
-    repeated = [i for i in items if any(isa in i.nodeid for isa in OF_LOOKUPS) and not i.path.name.startswith(LOOKUPS)]
+    repeated = [i for i in items if any(isa in i.nodeid for isa in BEYOND) and not i.path.name.startswith(OWN)]
     if repeated:
         config.hook.pytest_deselected(items=repeated)
         items[:] = [i for i in items if i not in set(repeated)]

@@ -164,4 +164,14 @@ void transpose(const float* src, int64_t src_row, float* dst, int64_t dst_row, i
     for (int64_t j = i < whole_rows ? whole_cols : 0; j < cols; ++j) dst[j * dst_row + i] = src[i * src_row + j];
 }
 
-const ConvKernels kernels{Lanes, MaxVectors, product, gate, gate_grad, transpose};
+// Bf16::put of elements.h, written so that a compiler makes vectors of it.
+void narrow(const float* __restrict src, uint16_t* __restrict dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, src + i, 4);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40;
+    dst[i] = static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000u ? nan : rounded);
+  }
+}
+
+const ConvKernels kernels{Lanes, MaxVectors, product, gate, gate_grad, transpose, narrow};

@@ -1,6 +1,9 @@
 // Lookup and quantization over heads, blocks of rows and threads. The work on one block is nearest_filter.h and
 // quantize_rows.h, compiled per instruction set.
+#include <optional>
+
 #include "lookup_driver.h"
+#include "statistics_table.h"
 
 namespace fastvq {
 
@@ -69,11 +72,14 @@ BoundUse bound_use(const Rows& x, const Codes& codes, Metric metric, Isa isa) {
 }
 
 QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask,
-                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads,
-                              void* kept) {
+                              const Rows& quantized, int64_t* indices, Isa isa, int n_threads, void* kept,
+                              const StatisticsOut* statistics) {
   check(x, codes);
   check_output(x, quantized);
-  if (x.n_heads * x.n_rows() == 0) return {0, 0};
+  if (x.n_heads * x.n_rows() == 0) {
+    if (statistics) code_statistics(x, indices, codes.n_codes, *statistics, isa, 1);
+    return {0, 0};
+  }
   const NearestKernels& kernels = nearest_kernels(isa, x.dim);
   const PackedHeads packed = kept && PackedHeads::is_for(kept, isa)
                                  ? PackedHeads(kernels, codes, isa, metric, fast, kept)
@@ -84,8 +90,12 @@ QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, 
   std::vector<double> sums(static_cast<size_t>(x.n_heads * n_blocks));
   std::atomic<int64_t> n_real{0};
   const size_t search_bytes = padded(static_cast<int64_t>(kernels.search_bytes(x.dim)));
-  n_threads = useful_threads(filter_work(x, codes), n_threads);
-  for_blocks(x, n_threads, search_bytes + padded(3 * 8 * x.dim),
+  const int n_lookup = useful_threads(filter_work(x, codes), n_threads);
+  // One thread meets the blocks in row order, so it can add each while it is in cache. Several do not, and sums in
+  // another order would be other sums: they read x again, all of them at once.
+  std::optional<BlockStatistics> in_blocks;
+  if (statistics && n_lookup == 1) in_blocks.emplace(x, codes.n_codes, *statistics, isa);
+  for_blocks(x, n_lookup, search_bytes + padded(3 * 8 * x.dim),
              [&](int64_t h, int64_t first, int64_t n, int64_t block, char* scratch) {
                LookupCounts counts;
                kernels.search(lookup, packed[h], h, first, n, scratch, counts);
@@ -93,7 +103,13 @@ QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, 
                sums[static_cast<size_t>(block)] = kernels.gather(lookup, quantized, h, first, n, here,
                                                                  reinterpret_cast<double*>(scratch + search_bytes));
                n_real += here;
+               if (in_blocks) in_blocks->add(h, first, first + n, indices);
              });
+  if (statistics) {
+    const DefaultFloatingPoint scope;
+    if (!in_blocks || !in_blocks->finish())
+      code_statistics(x, indices, codes.n_codes, *statistics, isa, n_threads);
+  }
   double total = 0;
   for (double s : sums) total += s;
   return {total, n_real};

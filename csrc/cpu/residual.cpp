@@ -17,8 +17,6 @@ namespace {
 constexpr int64_t kBlocks = 4;
 constexpr int64_t kColumns = 16;  // a cache line of float: what a task of the statistics reads of a row
 
-int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 Codes level_of(const Codes& levels, int64_t q) {
   Codes one = levels;
   one.data = static_cast<const char*>(levels.data) + q * levels.stride_head * element_size(levels.dtype);

@@ -19,5 +19,6 @@ struct StatisticsKernels {
 namespace statistics_generic { extern const StatisticsKernels kernels; }
 namespace statistics_avx2 { extern const StatisticsKernels kernels; }
 namespace statistics_avx512 { extern const StatisticsKernels kernels; }
+const StatisticsKernels& statistics_kernels(Isa isa);
 
 }  // namespace fastvq

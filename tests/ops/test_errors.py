@@ -4,13 +4,13 @@ import pytest
 import torch
 
 import fastvq
-from fastvq.ops import nearest, quantize
+from fastvq.ops import nearest, quantize, vq_step
 
 X, C = torch.zeros(6, 64), torch.zeros(512, 64)
 MASK = torch.ones(6, dtype=torch.bool)
 
 
-@pytest.mark.parametrize("op", [nearest, quantize])
+@pytest.mark.parametrize("op", [nearest, quantize, vq_step])
 @pytest.mark.parametrize(
     "arguments,options,error,message",
     [
@@ -37,6 +37,7 @@ def test_bad_arguments(op, arguments, options, error, message):
         op(*arguments, **options)
 
 
+@pytest.mark.parametrize("op", [quantize, vq_step])
 @pytest.mark.parametrize(
     "options,error,message",
     [
@@ -47,9 +48,9 @@ def test_bad_arguments(op, arguments, options, error, message):
         ({"mask": MASK.to("meta")}, ValueError, r"x and mask must be on one device, got cpu and meta"),
     ],
 )
-def test_bad_options_of_quantize(options, error, message):
-    with pytest.raises(error, match=message):
-        quantize(X, C, **options)
+def test_bad_options_of_quantize(op, options, error, message):
+    with pytest.raises(error, match=rf"fastvq.ops.{op.__name__}: .*{message}"):
+        op(X, C, **options)
 
 
 def test_a_named_backend_never_falls_back():

@@ -39,6 +39,14 @@ def test_nearest_and_quantize(dtype, loss):
 
 
 @EACH_DTYPE
+def test_vq_step(dtype, loss):
+    x, codebook = cuda(4, 9, 64, dtype=dtype), cuda(4, 512, 64)
+    losses = ((), loss), ((), loss)
+    step = ops.vq_step(x, codebook, mask=cuda(4, 9, dtype=torch.bool), deterministic=False)
+    holds(step, (x.shape, dtype), ((4, 9), INT), *losses, (codebook.shape, loss), ((4, 512), INT))
+
+
+@EACH_DTYPE
 def test_gradient_of_quantize(dtype, loss):
     # The op itself: autograd on a fake CUDA tensor wants the streams of a real one.
     x, codebook, scalar = cuda(4, 9, 64, dtype=dtype), cuda(512, 64), cuda(dtype=loss)

@@ -35,8 +35,8 @@ def code_statistics(
     indices = indices.contiguous()
     x, rows = _native.rows_view(x, n_heads)
     bad = _native._cpu.code_statistics(
-        rows, indices.data_ptr(), n_codes, sums.data_ptr(), sums_dtype == torch.float64, counts.data_ptr(),
-        _native.isa(), torch.get_num_threads(),
+        rows, indices.data_ptr(), n_codes, _native.statistics_view(sums, counts), _native.isa(),
+        torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
         reference.raise_bad_index("fastvq.ops.code_statistics", indices, n_codes, bad)

@@ -24,6 +24,7 @@ def quantize(
     beta: float,
     precision: str,
     layout: Tensor | None = None,  # the codebook, packed
+    statistics: tuple[Tensor, Tensor] | None = None,  # sums and counts to fill with those of ``code_statistics``
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = _heads(codebook)
     indices = torch.empty(x.shape[:-1], dtype=torch.int64)
@@ -34,6 +35,7 @@ def quantize(
         rows, _native.codes_view(codebook), _native.metric_code(metric), precision == "fast",
         0 if mask is None else mask.data_ptr(), _native.rows_of(quantized.rows), indices.data_ptr(), _native.isa(),
         torch.get_num_threads(), 0 if layout is None else layout.data_ptr(),
+        None if statistics is None else _native.statistics_view(*statistics),
     )  # fmt: skip
     mean = square / (n_rows * x.shape[-1]) if n_rows else 0.0
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,3 @@
+#include "tile_amx.h"
+#define FASTVQ_CONV_TILES conv_tiles_amx
+#include "masked_conv_tiles.h"

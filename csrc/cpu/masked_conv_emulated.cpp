@@ -1,0 +1,3 @@
+#include "tile_emulated.h"
+#define FASTVQ_CONV_TILES conv_tiles_emulated
+#include "masked_conv_tiles.h"
