@@ -52,7 +52,7 @@ int launch_shape(const Lookup& a, const Packed& p, void* stream) {
 }  // namespace
 
 int filtered_lookup(const Lookup& a, const Packed& p, void* stream) {
-  return with_shape(p, [&](auto shape) { return launch_shape<decltype(shape)>(a, p, stream); });
+  return with_shape<Rows16>(p, shared_limit(), 0, [&](auto shape) { return launch_shape<decltype(shape)>(a, p, stream); });
 }
 
 }  // namespace fastvq::cuda

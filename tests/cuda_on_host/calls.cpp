@@ -74,6 +74,17 @@ NearestCall nearest_call(Arguments& a) {
           a.address<int64_t>()};
 }
 
+struct ResidualCall {
+  Rows x;
+  Codes levels;
+  Metric metric;
+  const uint8_t* mask;
+  Rows quantized;
+  int64_t* indices;
+  double* squares;
+  void* workspace;
+};
+
 struct StatisticsCall {
   Rows x;
   const int64_t* indices;
@@ -145,6 +156,13 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
      [](Arguments& a) {
        set_shared_limit(static_cast<size_t>(a.integer()));
        return 0;
+     }},
+    {"residual_quantize",
+     [](Arguments& a) {
+       const ResidualCall c{a.vectors(), a.codebook(), a.metric(), a.address<uint8_t>(), a.vectors(),
+                            a.address<int64_t>(), a.address<double>(), a.address<void>()};
+       return cuda::residual_quantize(c.x, c.levels, c.metric, false, c.mask, c.quantized, c.indices, c.squares,
+                                      c.workspace, nullptr);
      }},
     {"code_statistics",
      [](Arguments& a) {
