@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) residual_kernel(Re
     for (int i = warp; i < S::kRows; i += kWarps) {
       const int64_t r = first + i;
       const bool real = r < N, skipped = real && a.mask && !a.mask[r];
-      const RowState state = place_row(
+      const RowState state = place_row<S::kPart>(
           [&](int d, float(&v)[4]) {
             const float4 held = *reinterpret_cast<const float4*>(residual + i * width + d);
             v[0] = held.x;

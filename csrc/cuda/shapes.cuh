@@ -7,6 +7,8 @@
 
 namespace fastvq::cuda {
 
+using Rows128Of4 = Shape<128, 4, 2, 3, 1, 2, 4>;  // dims up to 4
+using Rows128Of8 = Shape<128, 4, 2, 3, 2, 2, 8>;  // dims up to 8
 using Rows128By16 = Shape<128, 4, 2, 3, 1, 2>;  // dims up to 16
 using Rows128By32 = Shape<128, 4, 2, 3, 2, 2>;  // dims up to 32
 using Rows128 = Shape<128, 4, 2, 3, 4, 2>;
@@ -29,6 +31,8 @@ bool shape_fits(int width, size_t own) {
 template <class Smallest, class F>
 auto with_shape(const Packed& p, size_t limit, size_t own, const F& f) {
   const int width = p.n_steps * 16;
+  if (p.part == 4) return f(Rows128Of4{});
+  if (p.part == 8) return f(Rows128Of8{});
   if (p.unit == 1) return f(Rows128By16{});
   if (p.unit == 2) return f(Rows128By32{});
   if (block_bytes<Rows128>(width, own) <= limit) return f(Rows128{});

@@ -17,6 +17,7 @@
 #include "../../csrc/bind_views.h"
 #include "../../csrc/cuda/lookup.cuh"
 #include "../../csrc/fastvq_cuda.h"
+#include "scores.h"
 
 using namespace fastvq;
 
@@ -74,6 +75,11 @@ NearestCall nearest_call(Arguments& a) {
           a.address<int64_t>()};
 }
 
+struct ScoresCall {
+  Codes codes;
+  cuda::Scores scores;
+  void* workspace;
+};
 struct ResidualCall {
   Rows x;
   Codes levels;
@@ -151,6 +157,13 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
        cuda::packed_layout(c.codes, reinterpret_cast<unsigned char*>(c.workspace), &packed);
        if (const int error = cuda::pack_codes(c.codes, c.metric, c.fast != 0, packed, nullptr)) return error;
        return cuda::filtered_lookup({c.x, c.codes, c.metric, c.fast != 0, c.mask, c.indices}, packed, nullptr);
+     }},
+    {"filter_scores",
+     [](Arguments& a) {
+       const ScoresCall c{a.codebook(),
+                          {a.vectors(), a.metric(), a.address<float>(), a.address<float>(), a.address<int>(), a.address<float>()},
+                          a.address<void>()};
+       return cuda::filter_scores(c.codes, c.scores, c.workspace);
      }},
     {"shared_limit",
      [](Arguments& a) {
