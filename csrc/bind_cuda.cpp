@@ -128,6 +128,27 @@ void bind_quantize(py::module_& m) {
   });
 }
 
+void bind_residual(py::module_& m) {
+  m.def("residual_fits", [](const RowsTuple& x, const CodesTuple& c) { return cuda::residual_fits(rows(x), codes(c)); });
+  m.def("residual_workspace", [](const CodesTuple& c) { return cuda::residual_workspace(codes(c)); });
+  m.def("residual_parts", [](const RowsTuple& x, const CodesTuple& c) { return cuda::residual_parts(rows(x), codes(c)); });
+  m.def("residual_quantize", [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t mask,
+                                const RowsTuple& quantized, int64_t indices, int64_t squares, int64_t workspace,
+                                int64_t stream) {
+    py::gil_scoped_release release;
+    check(cuda::residual_quantize(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask),
+                                  rows(quantized), pointer<int64_t>(indices), pointer<double>(squares),
+                                  pointer<void>(workspace), pointer<void>(stream)));
+  });
+  m.def("residual_backward", [](const RowsTuple& x, const CodesTuple& c, int64_t indices, int64_t weights,
+                                const std::optional<RowsTuple>& g, const RowsTuple& grad_x, int64_t total, int64_t stream) {
+    const Rows incoming = g ? rows(*g) : Rows{};
+    py::gil_scoped_release release;
+    check(cuda::residual_backward(rows(x), codes(c), pointer<const int64_t>(indices), pointer<const void>(weights),
+                                  g ? &incoming : nullptr, rows(grad_x), pointer<void>(total), pointer<void>(stream)));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -175,6 +196,7 @@ PYBIND11_MODULE(_cuda, m) {
     check(cuda::replace_dead_codes(ema_buffers(b), rows(x), replacement, pointer<void>(stream)));
   });
   bind_quantize(m);
+  bind_residual(m);
   bind_masked_conv(m);
   bind_pixelcnn(m);
 }

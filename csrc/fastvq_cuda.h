@@ -70,6 +70,24 @@ struct CodesGradient {
 int quantize_rows_gradient(const RowsGradient& gradient, void* stream);
 int quantize_codes_gradient(const CodesGradient& gradient, void* stream);
 
+// ---- residual quantization (cuda/residual*.cu); levels [Q, K, D] are a codebook's heads ----
+
+// Whether one launch takes all levels: float levels, an x that is float or narrower, and a block of 32 residuals that
+// fits into shared memory beside its search (D to 768 on a card of 227 KiB a block, to 384 on one of 163).
+bool residual_fits(const Rows& x, const Codes& levels);
+size_t residual_workspace(const Codes& levels);
+// In how many parts the squares of a level come.
+int64_t residual_parts(const Rows& x, const Codes& levels);
+// r = x; for each level the index of nearest for r, then r -= its code. Residuals, and the sum of the codes until it is
+// written to quantized (of any type but double), are float. mask [N] or null: where it is zero, index -1 and a sum of
+// zero. indices [N, Q]; squares [Q, parts]: of r - c, added in double, in an order that depends on N alone.
+int residual_quantize(const Rows& x, const Codes& levels, Metric metric, bool fast, const uint8_t* mask,
+                      const Rows& quantized, int64_t* indices, double* squares, void* workspace, void* stream);
+// grad_x = g + sum of weights[q] r_{q+1}; g, weights [Q] and total [N, D], which receives the sum of the codes, may each
+// be null. weights, total and every sum are of the type of levels, float or double. Zero where masked.
+int residual_backward(const Rows& x, const Codes& levels, const int64_t* indices, const void* weights, const Rows* g,
+                      const Rows& grad_x, void* total, void* stream);
+
 // ---- statistics per code and their moving average (cuda/statistics*.cu, cuda/ema.cu) ----
 
 // Rows and codes of all heads together that the sorted statistics can number.

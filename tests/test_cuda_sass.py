@@ -16,7 +16,8 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0
 # score costs a multiply-add and a maximum, four scores a load of two biases; products come with their operands' loads
 # and what the compiler adds. The rest of a kernel, where rows are placed or near-ties settled, is not counted.
 SCORES = 64  # of a thread
-EPILOGUE_PER_SCORE, PRODUCTS_PER_SCORE = 3.0, 4.0
+PRODUCTS_PER_SCORE = 4.0
+EPILOGUE_PER_SCORE = {"lookup_kernel": 3.0, "residual_kernel": 3.1}  # the latter finds its level's tiles first
 
 
 def _disassembler() -> tuple[Path, dict[str, str]] | None:
@@ -80,8 +81,9 @@ def test_no_kernel_reads_local_memory(sm_80):
 
 def test_lookups_run_on_tensor_cores_with_asynchronous_copies(sm_80):
     lookups = [code for name, code in sm_80.items() if "lookup_kernel" in name]
-    assert len(lookups) == 6
-    for code in lookups:
+    residuals = [code for name, code in sm_80.items() if "residual_kernel" in name]
+    assert len(lookups) == 8 and len(residuals) == 7
+    for code in lookups + residuals:
         assert any(i.startswith("HMMA.16816.F32") for i in code) and any(i.startswith("LDGSTS") for i in code)
 
 
@@ -104,10 +106,27 @@ def test_definition_is_never_contracted(sm_80):
         assert "MetricE1" in name or not any(i.startswith("DFMA") for i in code)
 
 
-def test_instructions_a_score(sm_80):
-    code = next(c for name, c in sm_80.items() if "lookup_kernel" in name and "Li128ELi4ELi2ELi3ELi4ELi2" in name)
+def _after_products(code: list[str], steps: int) -> tuple[int, int]:
+    """Instructions from the first product of a tile to the last, and from there to the vote on what is near."""
     products = [at for at, i in enumerate(code) if i.startswith("HMMA")]
+    assert len(products) == SCORES // 4 * steps
     vote = next(at for at, i in enumerate(code) if at > products[-1] and i.startswith("VOTE"))
-    assert len(products) == SCORES // 4 * 4
-    assert (products[-1] - products[0] + 1) / SCORES <= PRODUCTS_PER_SCORE
-    assert (vote - products[-1]) / SCORES <= EPILOGUE_PER_SCORE
+    return products[-1] - products[0] + 1, vote - products[-1]
+
+
+@pytest.mark.parametrize("kernel", EPILOGUE_PER_SCORE)
+def test_instructions_a_score(sm_80, kernel):
+    code = next(c for name, c in sm_80.items() if kernel in name and "Li128ELi4ELi2ELi3ELi4ELi2ELi0" in name)
+    products, epilogue = _after_products(code, 4)
+    assert products / SCORES <= PRODUCTS_PER_SCORE
+    assert epilogue / SCORES <= EPILOGUE_PER_SCORE[kernel]
+
+
+def test_a_bias_in_the_product_leaves_a_maximum_a_score(sm_80):
+    """Two epilogues are there, that of tiles with biases beside their operands too; one has no multiply-adds."""
+    code = next(c for name, c in sm_80.items() if "lookup_kernel" in name and "Li128ELi4ELi2ELi3ELi2ELi2ELi8" in name)
+    products, epilogue = _after_products(code, 2)
+    last = max(at for at, i in enumerate(code) if i.startswith("HMMA"))
+    counts = collections.Counter(i.split(".")[0] for i in code[last : last + epilogue])
+    assert products / SCORES <= PRODUCTS_PER_SCORE
+    assert counts["FMNMX"] == 2 * SCORES and counts["FFMA"] <= 1.25 * SCORES

@@ -17,6 +17,25 @@
 // A code whose operand does not fit fp16 gets a zero operand: rho_k is then |c'_k|, and the bound is Cauchy's. So one
 // huge code costs the others nothing. A tile of 64 codes also has the largest reach, slope and offset of its codes.
 //
+// Up to 8 dims leave most of a step's sixteen free. There both sides are split in two fp16 numbers, v = hi + lo + rest, and
+// the bias goes in as three, each against w, a power of two that gives them the row's lift. With P = 4 or 8 dims a part
+// this is one step of 16 or two:
+//
+//   row  [x hi | x lo | x hi | w w w 0 ...]     code  [c hi | c hi | c lo | b1 b2 b3 0 ...]     v_k = inverse (row . code)
+//
+// Then rho_x and rho_k are measured against hi + lo, some 2^-22 of the operands, and
+//
+//   |v_k - t_k| <= rho_x |c^_k| + |x'| rho_k
+//                + |x lo||c lo|                          the one product that is left out. A half's rounding is at most
+//                                                       2^-11 of it or 2^-25: |x lo| <= 2^-11 |x'| + 2^-25 sqrt 8
+//                + gamma (|x hi||c hi| + |x lo||c hi| + |x hi||c lo|)     <= gamma (1 + 2^-9) |x'| (|c hi| + |c lo|)
+//                + gamma w (|b1| + |b2| + |b3|) inverse + |b1 + b2 + b3 + |c'|^2 / 2|     what the pieces lose: measured
+//                + the definition's own rounding
+//
+// so that reach is |c hi| + |c lo|, and the 2^-25 sqrt 8 are part of rho. A code whose bias does not fit three halves, or
+// that cannot win, has zeros there and its bias beside, to be added behind the product: its tile says so. A sum of
+// these steps needs nothing else but a maximum.
+//
 // Operands lie in memory as the lanes of m16n8k16 take them, so that a warp's load is 512 consecutive bytes. The order
 // of the sixteen dims of a step is free as long as both sides agree: lane l holds dims 4 (l%4) ... 4 (l%4) + 3.
 //   codes: [tile of 64][step of 16 dims][pair of eights: 4][lane: 32][2 eights x 4 dims] halves, 2 KiB ("slab") a step
@@ -34,6 +53,9 @@ constexpr float kLeast = -0x1p90f;   // below the score of any winner: see large
 constexpr int kRowExponent = 14;     // rows are lifted so that their largest element has this exponent
 // Rows further than this above the codes (in powers of two) are left to the full scan, euclidean only.
 constexpr int kFarRow = 36, kNearRow = -60;
+// Operands of two parts have bits to spare: codes and rows are lifted less, so that bias and w fit fp16 for all rows.
+constexpr int kSplitDims = 8, kNearSplitRow = 7;
+constexpr int kBiasExponent = 12;  // b1 + b2 + b3 = bias 2^-this
 constexpr int64_t kMaxFilterDim = 4096;
 
 // Written by the survey of a head's codes.
@@ -51,14 +73,17 @@ struct __align__(16) CodeBound {
 
 struct TileInfo {
   float reach, slope, offset;  // the largest of the tile's codes
-  int irregular;               // these differ so much within the tile that it is looked at code by code
+  int flags;
 };
+constexpr int kIrregular = 1;  // these differ so much within the tile that it is looked at code by code
+constexpr int kBeside = 2;     // operands in two parts: a code of the tile has its bias beside
 
 // Where things lie in the workspace, for all heads.
 struct Packed {
   int64_t n_heads, n_codes, n_tiles;
   int dim, n_steps;  // steps of 16 dims, a multiple of `unit`
   int unit;          // steps that are multiplied without a look back: 1, 2 or 4
+  int part;          // dims of a part where operands have two, 4 or 8; else 0
   HeadInfo* heads;       // [H]
   float* means;          // [H, n_steps * 16]
   unsigned char* slabs;  // [H, n_tiles, n_steps] slabs
@@ -84,6 +109,8 @@ __device__ __forceinline__ float lifted(float v, int exponent) {
 __device__ __forceinline__ double lifted(double v, int exponent) {
   return v * static_cast<double>(power_of_two(exponent / 2)) * static_cast<double>(power_of_two(exponent - exponent / 2));
 }
+// What the typical code is lifted to: halves have as much room above as below.
+__device__ __forceinline__ int typical_exponent(int part) { return part ? 4 : 8; }
 // floor(log2 v) of a positive float, also of a subnormal one.
 __device__ __forceinline__ int exponent_of(float v) {
   const uint32_t bits = __float_as_uint(v);
@@ -119,6 +146,13 @@ __device__ __forceinline__ void load_four(const void* data, DType dtype, int64_t
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) out[i] = d + i < dim ? load_float(data, dtype, at + (d + i) * stride) : 0;
+}
+
+// v rounded to fp16, and what that leaves, rounded. Returns their sum.
+__device__ __forceinline__ float split(float v, float& high, float& low) {
+  high = half_to_float(float_to_half(v));
+  low = half_to_float(float_to_half(v - high));
+  return high + low;
 }
 
 __device__ __forceinline__ uint2 as_halves(const float (&v)[4]) {

@@ -13,8 +13,8 @@ struct __align__(16) RowInfo {
 };
 
 // One warp lays out one row as row i of sixteen, the operand's steps 512 bytes apart. `load(d, out)` gives elements d ...
-// d + 3, zero beyond the last.
-template <class Load>
+// d + 3, zero beyond the last. kPart: dims of a part where operands have two, else 0.
+template <int kPart, class Load>
 __device__ __forceinline__ RowState place_row(const Load& load, bool there, Metric metric, bool fast,
                                               const HeadInfo& head, const float* mean, int dim, int width, int i,
                                               unsigned char* operand, RowInfo& info) {
@@ -36,28 +36,37 @@ __device__ __forceinline__ RowState place_row(const Load& load, bool there, Metr
   largest = warp_max(largest);
   odd = __any_sync(kWarp, odd);
   RowState state = !there ? absent : odd ? not_finite : head.only_exact ? unresolved : searched;
-  const int typical = metric == Metric::euclidean ? 8 - head.lift : -300;  // dot, cosine: a row's size is free
+  const int typical = metric == Metric::euclidean ? typical_exponent(kPart) - head.lift : -300;  // dot, cosine: a row's size is free
   int exponent = largest > 0 ? exponent_of(largest) : -300;
-  const int least = metric == Metric::euclidean && typical + kNearRow > -130 ? typical + kNearRow : -130;
+  constexpr int kNear = kPart ? kNearSplitRow : kNearRow;
+  const int least = metric == Metric::euclidean && typical + kNear > -130 ? typical + kNear : -130;
   if (exponent < least) exponent = least;
   const bool far = largest > 3e38f || (metric == Metric::euclidean && exponent > typical + kFarRow);
   if (state == searched && far) state = unresolved;
   const int up = kRowExponent - exponent;
+  constexpr int kDims = kPart ? kPart : 1;
   float kept = 0, lost = 0;
-  for (int d = 4 * lane; d < width; d += 128) {
+  for (int at = 4 * lane; at < width; at += 128) {
     float v[4] = {0, 0, 0, 0};
-    if (state == searched && d < dim) {
+    const int part = kPart ? at / kDims : 0, d = kPart ? at % kDims : at;
+    if (state == searched && d < dim && part < 3) {
       load(d, v);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         if (shifted) v[e] -= mean[d + e];
         v[e] = lifted(v[e], up);
-        const float held = half_to_float(float_to_half(v[e]));
-        kept = fmaf(v[e], v[e], kept);
-        lost = fmaf(v[e] - held, v[e] - held, lost);
+        float high = half_to_float(float_to_half(v[e])), low = 0, held = high;
+        if (kPart) held = split(v[e], high, low);
+        if (part == 0) {
+          kept = fmaf(v[e], v[e], kept);
+          lost = fmaf(v[e] - held, v[e] - held, lost);
+        }
+        if (kPart) v[e] = part == 1 ? low : high;
       }
     }
-    uint32_t* to = reinterpret_cast<uint32_t*>(operand + d / 16 * 512 + row_operand(i, d % 16 / 4));
+    if (kPart && state == searched && at == 3 * kPart && metric == Metric::euclidean)
+      v[0] = v[1] = v[2] = power_of_two(kBiasExponent + up - head.lift);
+    uint32_t* to = reinterpret_cast<uint32_t*>(operand + at / 16 * 512 + row_operand(i, at % 16 / 4));
     const uint2 halves = as_halves(v);
     to[0] = halves.x;
     to[2] = halves.y;
@@ -67,8 +76,8 @@ __device__ __forceinline__ RowState place_row(const Load& load, bool there, Metr
   constexpr float kSlack = 1 + 0x1p-9f;
   const float inverse = state != searched ? 0 : metric == Metric::euclidean ? power_of_two(head.lift - up) : 1;
   const float size = sqrtf(kept);
-  // The subtraction of the mean was rounded; squares may have been lost to underflow.
-  const float rho = (sqrtf(lost) + (shifted ? 0x1p-24f * size : 0) + 0x1p-60f) * kSlack;
+  // The subtraction of the mean was rounded; squares may have been lost to underflow; halves in two parts stop at 2^-25.
+  const float rho = (sqrtf(lost) + (shifted ? 0x1p-24f * size : 0) + (kPart ? 0x1p-22f : 0x1p-60f)) * kSlack;
   if (lane == 0) {
     const float norm = fast ? 0 : (size * kSlack + rho) * inverse;
     const bool rounds = metric == Metric::euclidean;

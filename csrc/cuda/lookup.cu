@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) lookup_kernel(Look
     const int64_t r = first + i;
     const bool real = r < N, skipped = real && a.mask && !a.mask[h * N + r];
     const int64_t at = row_offset(a.x, h, real ? r : 0);
-    const RowState state = place_row(
+    const RowState state = place_row<S::kPart>(
         [&](int d, float(&v)[4]) { load_four(a.x.data, a.x.dtype, at, a.x.stride_d, d, p.dim, v); }, real && !skipped,
         a.metric, a.fast, info, p.means + h * width, p.dim, width, i % 16,
         m.operand + i / 16 * p.n_steps * 512, m.info[i]);
@@ -66,7 +66,7 @@ int64_t lookup_blocks(const Rows& x, const Packed& p) {
 }
 
 int filtered_lookup(const Lookup& a, const Packed& p, void* stream) {
-  return with_shape(p, [&](auto shape) { return launch_shape<decltype(shape)>(a, p, stream); });
+  return with_shape<Rows16>(p, shared_limit(), 0, [&](auto shape) { return launch_shape<decltype(shape)>(a, p, stream); });
 }
 
 }  // namespace fastvq::cuda

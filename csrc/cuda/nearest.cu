@@ -10,7 +10,7 @@ namespace fastvq::cuda {
 bool filter_serves(const Rows& x, const Codes& codes) {
   if (x.dtype == DType::f64 || codes.dtype == DType::f64 || codes.dim > kMaxFilterDim) return false;
   if (codes.n_codes > 0xffffffff - kTileCodes) return false;  // candidates hold a code in 32 bits
-  return shape_fits(static_cast<int>((codes.dim + 63) / 64 * 64));
+  return shape_fits<Rows16>(static_cast<int>((codes.dim + 63) / 64 * 64), 0);
 }
 
 size_t nearest_workspace(const Rows& x, const Codes& codes) {

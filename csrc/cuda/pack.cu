@@ -104,8 +104,9 @@ __global__ void __launch_bounds__(kSurveyThreads, 2) survey_kernel(Codes codes, 
         top = e > top ? e : top;
         ++some;
       }
-    // Euclidean: the typical code to 2^8, room above and below. Dot: the largest wins, so it is the measure.
-    int lift = some == 0 ? 0 : metric == Metric::euclidean ? 8 - (sum >= 0 ? sum / some : -((some - 1 - sum) / some)) : 12 - top;
+    // Euclidean: the typical code to 2^typical, room above and below. Dot: the largest wins, so it is the measure.
+    const int typical = typical_exponent(p.part);
+    int lift = some == 0 ? 0 : metric == Metric::euclidean ? typical - (sum >= 0 ? sum / some : -((some - 1 - sum) / some)) : 12 - top;
     if (metric == Metric::cosine) lift = 14;
     p.heads[h] = {lift, centred, counted == 0,
                   centred ? static_cast<float>(lifted(root(square), lift) * kSlack) : 0};
@@ -115,6 +116,17 @@ __global__ void __launch_bounds__(kSurveyThreads, 2) survey_kernel(Codes codes, 
 struct Tile {
   float bias[kTileCodes], reach[kTileCodes], slope[kTileCodes], offset[kTileCodes];
 };
+
+// The bias as three halves. Returns their sum, which a double holds.
+__device__ __forceinline__ double split_bias(double v, float (&out)[4]) {
+  double held = 0;
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    out[i] = half_to_float(float_to_half(static_cast<float>(v - held)));
+    held += static_cast<double>(out[i]);
+  }
+  return held;
+}
 
 // Code j of a tile as the filter holds it, and its part of the bound.
 __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metric, bool fast, const Packed& p, int j,
@@ -152,40 +164,59 @@ __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metri
   const bool usable = candidate && square <= kLargestCode * kLargestCode;
   // Under the dot product such a code may well win.
   if (candidate && !usable && metric == Metric::dot && lane == 0) atomicOr(&p.heads[h].only_exact, 1);
-  const bool fits = usable && largest < 65504;
+  const double bias = metric == Metric::euclidean ? -0.5 * square : 0, piece = bias * (1.0 / (1 << kBiasExponent));
+  const bool fits = usable && largest < 65504 && (!p.part || piece > -65504);
 
-  double kept_square = 0, lost_square = 0;
-  for (int d = 4 * lane; d < width; d += 128) {
+  double kept_square = 0, low_square = 0, lost_square = 0;
+  for (int at_half = 4 * lane; at_half < width; at_half += 128) {
+    const int part = p.part ? at_half / p.part : 0, d = p.part ? at_half % p.part : at_half;
     float four[4], out[4];
-    if (fits) load_four(codes.data, codes.dtype, at, codes.stride_d, d, dim, four);
+    if (fits && part < 3) load_four(codes.data, codes.dtype, at, codes.stride_d, d, dim, four);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       out[i] = 0;
-      if (!fits || d + i >= dim) continue;
+      if (!fits || part == 3 || d + i >= dim) continue;
       const double v = lifted((static_cast<double>(four[i]) - static_cast<double>(mean[d + i])) * factor, lift);
       out[i] = static_cast<float>(v);
-      const double held = static_cast<double>(half_to_float(float_to_half(out[i])));
-      kept_square += held * held;
-      lost_square += (v - held) * (v - held);
+      float high = half_to_float(float_to_half(out[i])), low = 0;
+      if (p.part) split(out[i], high, low);
+      if (part == 0) {
+        const double left = v - static_cast<double>(high) - static_cast<double>(low);
+        kept_square += static_cast<double>(high) * static_cast<double>(high);
+        low_square += static_cast<double>(low) * static_cast<double>(low);
+        lost_square += left * left;
+      }
+      if (p.part) out[i] = part == 2 ? low : high;
     }
-    unsigned char* to = slabs + static_cast<int64_t>(d / 16) * kSlabBytes + j / 16 * 512 + code_operand(j % 16, d % 16 / 4);
+    if (p.part && at_half == 3 * p.part && fits) {
+      out[3] = 0;
+      split_bias(piece, out);
+    }
+    unsigned char* to = slabs + static_cast<int64_t>(at_half / 16) * kSlabBytes + j / 16 * 512 + code_operand(j % 16, at_half % 16 / 4);
     *reinterpret_cast<uint2*>(to) = as_halves(out);
   }
   const double kept = root(warp_sum(kept_square)), norm = root(square);
+  const double low = p.part ? root(warp_sum(low_square)) : 0;
   double lost = root(warp_sum(lost_square)) + 0x1p-50 * norm;  // v itself was rounded twice or so
   if (!fits) lost = norm;
   if (lane != 0) return;
   const double u = 0x1p-24, n = dim, gamma = (1.25 * width + 16) * 0x1p-23;
-  const double bias = metric == Metric::euclidean ? -0.5 * square : 0;
   const double rounding = metric == Metric::euclidean ? 0
                           : metric == Metric::dot     ? (n + 3) * 0x1p-53 * (norm + static_cast<double>(mean_norm))
                                                       : (2 * n + 8) * 0x1p-53 * 0x1p14;
   const double rounding_square = metric == Metric::euclidean ? (n + 3) * 0x1p-53 * square : 0;
+  double bias_error = 8 * u * -bias;
+  if (p.part && fits) {
+    float b[4];
+    const double held = split_bias(piece, b), scale = 1 << kBiasExponent;
+    const double size = fabs(static_cast<double>(b[0])) + fabs(static_cast<double>(b[1])) + fabs(static_cast<double>(b[2]));
+    bias_error += scale * (gamma * size + fabs(piece - held));
+  }
   const bool bounded = usable && !fast;
-  tile.bias[j] = usable ? static_cast<float>(bias) : kNever;
-  tile.reach[j] = bounded ? static_cast<float>(kSlack * kept) : 0;
-  tile.slope[j] = bounded ? static_cast<float>(kSlack * (lost + (gamma + 4 * u) * kept + rounding)) : 0;
-  tile.offset[j] = bounded ? static_cast<float>(kSlack * (8 * u * -bias + rounding_square) + 0x1p-100) : 0;
+  tile.bias[j] = !usable ? kNever : p.part && fits ? 0 : static_cast<float>(bias);
+  tile.reach[j] = bounded ? static_cast<float>(kSlack * (kept + low)) : 0;
+  tile.slope[j] = bounded ? static_cast<float>(kSlack * (lost + (gamma + 4 * u) * (kept + low) + 0x1p-10 * low + rounding)) : 0;
+  tile.offset[j] = bounded ? static_cast<float>(kSlack * (bias_error + rounding_square) + 0x1p-100) : 0;
 }
 
 __global__ void __launch_bounds__(kPackThreads, 4) pack_kernel(Codes codes, Metric metric, bool fast, Packed p) {
@@ -211,14 +242,16 @@ __global__ void __launch_bounds__(kPackThreads, 4) pack_kernel(Codes codes, Metr
       low[i] = fminf(low[i], v[i]);
     }
   }
-  bool irregular = false;
+  bool irregular = false, beside = false;
+  for (int j = lane; j < kTileCodes; j += 32) beside |= tile.bias[j] != 0;
+  beside = p.part && __any_sync(kWarp, beside);
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     top[i] = warp_max(top[i]);
     low[i] = -warp_max(-low[i]);
     irregular |= top[i] > 16 * low[i];
   }
-  if (lane == 0) p.tiles[index] = {top[0], top[1], top[2], irregular};
+  if (lane == 0) p.tiles[index] = {top[0], top[1], top[2], irregular * kIrregular | beside * kBeside};
 }
 
 }  // namespace
@@ -228,7 +261,8 @@ size_t packed_layout(const Codes& codes, unsigned char* base, Packed* packed) {
   p.n_heads = codes.n_heads;
   p.n_codes = codes.n_codes;
   p.dim = static_cast<int>(codes.dim);
-  const int steps = (p.dim + 15) / 16;
+  p.part = p.dim > kSplitDims ? 0 : p.dim > kSplitDims / 2 ? kSplitDims : kSplitDims / 2;
+  const int steps = p.part ? p.part / 4 : (p.dim + 15) / 16;  // 3 part + 3 halves
   p.unit = steps <= 2 ? steps : 4;
   p.n_steps = (steps + p.unit - 1) / p.unit * p.unit;
   p.n_tiles = (codes.n_codes + kTileCodes - 1) / kTileCodes;

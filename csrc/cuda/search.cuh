@@ -12,7 +12,7 @@
 //    32..63 | warp 1     |   warps)   |
 //     ...   +------------+------------+
 //
-// A tile of scores costs a multiply-add and a maximum each. Only where the largest of a row's scores in a thread could
+// A tile of scores costs a multiply-add and a maximum each; where the bias is in the product, the maximum alone. Only where the largest of a row's scores in a thread could
 // still win (largest + bound >= limit) are they looked at one by one: those that could are noted in a short list of the
 // row. limit is the best score that is certain, max_j (v_j - bound_j) so far. A list that is full is cleared of what the
 // limit has passed since; one that stays full leaves the row unresolved.
@@ -33,10 +33,12 @@ struct Candidate {
   float score;
 };
 
-template <int rows, int row_warps, int row_tiles, int stages, int unit, int blocks>
+// part: of operands in two parts (filter.cuh), or 0.
+template <int rows, int row_warps, int row_tiles, int stages, int unit, int blocks, int part = 0>
 struct Shape {
   static constexpr int kRows = rows, kRowWarps = row_warps, kCodeWarps = 4 / row_warps, kRowTiles = row_tiles;
   static constexpr int kStages = stages, kUnit = unit, kBlocks = blocks, kSlots = 2 * row_tiles;
+  static constexpr int kPart = part;
   static constexpr int kStageBytes = kCodeWarps * kStageSlabs * kStagedSlab;
   static_assert(rows == row_warps * row_tiles * 16, "each row belongs to one warp, or to one of each group of codes");
 };
@@ -187,18 +189,25 @@ struct WarpSearch {
   __device__ __forceinline__ void finish_tile(int64_t tile, const unsigned char* last) {
     const TileInfo info = head.tiles[tile];
     const float* bias = reinterpret_cast<const float*>(last + kSlabBytes) + lane % 4 * 2;
+    const bool complete = S::kPart && !(info.flags & kBeside);  // but for the row's lift
     unsigned near = 0;
 #pragma unroll
     for (int s = 0; s < S::kSlots; ++s) {
       const float inverse = m.info[row_of(s)].inverse;
       float top = kNever;
+      if (complete) {
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float2 b = *reinterpret_cast<const float2*>(bias + 8 * j);
-        float* v = &score[s / 2][j][s % 2 * 2];
-        v[0] = fmaf(v[0], inverse, b.x);
-        v[1] = fmaf(v[1], inverse, b.y);
-        top = fmaxf(top, fmaxf(v[0], v[1]));
+        for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(score[s / 2][j][s % 2 * 2], score[s / 2][j][s % 2 * 2 + 1]));
+        top *= inverse;
+      } else {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          const float2 b = *reinterpret_cast<const float2*>(bias + 8 * j);
+          float* v = &score[s / 2][j][s % 2 * 2];
+          v[0] = fmaf(v[0], inverse, b.x);
+          v[1] = fmaf(v[1], inverse, b.y);
+          top = fmaxf(top, fmaxf(v[0], v[1]));
+        }
       }
       if (!(top + tile_bound(info, s) < m.limit[group * S::kRows + row_of(s)])) near |= 1u << s;
     }
@@ -207,8 +216,8 @@ struct WarpSearch {
       for (int s = 0; s < S::kSlots; ++s)
         if (__any_sync(kWarp, near >> s & 1)) {
           float v[16];
-          take(s, v);
-          note(s, v, tile, info.irregular != 0, tile_bound(info, s));
+          take(s, v, complete ? m.info[row_of(s)].inverse : 1);
+          note(s, v, tile, info.flags & kIrregular, tile_bound(info, s));
         }
     }
     clear();
@@ -218,12 +227,12 @@ struct WarpSearch {
     return fmaf(row.rho, tile.reach, fmaf(row.norm, tile.slope, tile.offset + row.own));
   }
   // The scores of a slot that is known at run time only; registers have no addresses.
-  __device__ __forceinline__ void take(int slot, float (&v)[16]) const {
+  __device__ __forceinline__ void take(int slot, float (&v)[16], float factor) const {
 #pragma unroll
     for (int s = 0; s < S::kSlots; ++s)
       if (s == slot)
 #pragma unroll
-        for (int i = 0; i < 16; ++i) v[i] = score[s / 2][i / 2][s % 2 * 2 + i % 2];
+        for (int i = 0; i < 16; ++i) v[i] = S::kPart ? score[s / 2][i / 2][s % 2 * 2 + i % 2] * factor : score[s / 2][i / 2][s % 2 * 2 + i % 2];
   }
 
   // The next score to the front: a loop that is not unrolled, and so needs few registers, has no other way to each.

@@ -17,6 +17,7 @@
 #include "../../csrc/bind_views.h"
 #include "../../csrc/cuda/lookup.cuh"
 #include "../../csrc/fastvq_cuda.h"
+#include "scores.h"
 
 using namespace fastvq;
 
@@ -92,6 +93,22 @@ int quantize_backward(Arguments& a) {
   return cuda::quantize_codes_gradient(
       {to_rows.codes, a.codebook(), a.address<double>(), a.address<int64_t>(), to_rows.loss}, nullptr);
 }
+struct ScoresCall {
+  Codes codes;
+  cuda::Scores scores;
+  void* workspace;
+};
+struct ResidualCall {
+  Rows x;
+  Codes levels;
+  Metric metric;
+  const uint8_t* mask;
+  Rows quantized;
+  int64_t* indices;
+  double* squares;
+  void* workspace;
+};
+
 struct StatisticsCall {
   Rows x;
   const int64_t* indices;
@@ -169,10 +186,24 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
        return cuda::quantize_forward(c.x, c.codes, c.options, c.out, c.workspace, nullptr);
      }},
     {"quantize_backward", quantize_backward},
+    {"filter_scores",
+     [](Arguments& a) {
+       const ScoresCall c{a.codebook(),
+                          {a.vectors(), a.metric(), a.address<float>(), a.address<float>(), a.address<int>(), a.address<float>()},
+                          a.address<void>()};
+       return cuda::filter_scores(c.codes, c.scores, c.workspace);
+     }},
     {"shared_limit",
      [](Arguments& a) {
        set_shared_limit(static_cast<size_t>(a.integer()));
        return 0;
+     }},
+    {"residual_quantize",
+     [](Arguments& a) {
+       const ResidualCall c{a.vectors(), a.codebook(), a.metric(), a.address<uint8_t>(), a.vectors(),
+                            a.address<int64_t>(), a.address<double>(), a.address<void>()};
+       return cuda::residual_quantize(c.x, c.levels, c.metric, false, c.mask, c.quantized, c.indices, c.squares,
+                                      c.workspace, nullptr);
      }},
     {"code_statistics",
      [](Arguments& a) {

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import _native, _triton
+from fastvq import _cuda_native, _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS
-from fastvq.ops.residual import cpu, reference
+from fastvq.ops.residual import cpu, cuda, reference
 
 __all__ = ["ResidualQuantized", "residual_quantize"]
 
@@ -25,6 +25,7 @@ FORWARD = {
     "triton": Implementation(
         _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize"), NEAREST["triton"].refuse
     ),
+    "cuda": Implementation(cuda.residual_quantize, NEAREST["cuda"].refuse),
     "reference": Implementation(reference.residual_quantize, lambda *_: None),
 }
 BACKWARD = {
@@ -32,6 +33,7 @@ BACKWARD = {
     "triton": Implementation(
         _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize_backward"), _triton.refuse
     ),
+    "cuda": Implementation(cuda.residual_quantize_backward, _cuda_native.refuse),
     "reference": Implementation(reference.residual_quantize_backward, lambda *_: None),
 }
 

@@ -1,0 +1,171 @@
+"""Residual quantization by the CUDA C++ kernels: residuals stay in shared memory through all levels.
+
+One launch does it (csrc/cuda/residual.cu) where x and the codebooks are float32 or narrower and a block of 32
+residuals fits into shared memory: D to 768 on cards that give a block 227 KiB, to 384 where it is 163. Elsewhere a
+lookup is launched for each level, and torch subtracts its codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastvq import _cuda_native, _native
+from fastvq._rows import Output
+from fastvq.ops.ema.cuda import code_statistics
+from fastvq.ops.nearest.cuda import nearest
+from fastvq.ops.quantize import reference as one_level
+from fastvq.ops.residual import reference
+
+__all__ = ["residual_quantize", "residual_quantize_backward"]
+
+
+def residual_quantize(
+    x: Tensor,  # [..., D]
+    codebooks: Tensor,  # [Q, K, D]
+    mask: Tensor | None,  # [...] bool
+    metric: str,
+    beta: float,
+    statistics: bool,
+    precision: str,
+) -> tuple[Tensor, ...]:
+    """Same arguments and result as the reference's."""
+    n_levels, n_codes, dim = codebooks.shape
+    levels = codebooks.to(reference.residual_dtype(x, codebooks))
+    view, rows = _native.rows_view(x, None)
+    codes = _native.codes_view(levels)
+    with _cuda_native.on_device_of(x):
+        if _cuda_native._cuda.residual_fits(rows, codes):
+            out = Output(x, None)
+            indices = torch.empty(*x.shape[:-1], n_levels, dtype=torch.int64, device=x.device)
+            parts = _cuda_native._cuda.residual_parts(rows, codes)
+            squares = torch.empty(n_levels, parts, dtype=torch.float64, device=x.device)
+            real = None if mask is None else mask.contiguous()
+            room = _cuda_native.workspace(x, _cuda_native._cuda.residual_workspace(codes))
+            _cuda_native._cuda.residual_quantize(
+                rows, codes, _native.metric_code(metric), precision == "fast", 0 if real is None else real.data_ptr(),
+                _native.rows_of(out.rows), indices.data_ptr(), squares.data_ptr(), room.data_ptr(),
+                _cuda_native.stream(x),
+            )  # fmt: skip
+            quantized, square = out.tensor(), squares.sum(1)
+        else:
+            quantized, indices, square = _level_by_level(x, levels, mask, metric, precision)
+        sums = levels.new_empty((n_levels, n_codes, dim) if statistics else (0,))
+        counts = indices.new_empty((n_levels, n_codes) if statistics else (0,))
+        if statistics:
+            for q, residual in enumerate(_residuals(x, levels, indices)):
+                sums[q], counts[q] = code_statistics(residual, indices[..., q], n_codes, None)
+    del view  # it had to live until here
+    mean = square / _elements(indices, mask, dim)
+    loss = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return quantized, indices, (beta * mean).to(loss), mean.to(loss), sums, counts
+
+
+def _level_by_level(
+    x: Tensor,  # [..., D]
+    levels: Tensor,  # [Q, K, D] float32 or float64
+    mask: Tensor | None,  # [...] bool
+    metric: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(quantized, indices, [Q] sums of squares) with a launch a level."""
+    residual = x.to(levels.dtype)
+    total, indices, squares = torch.zeros_like(residual), [], []
+    for codes in levels:
+        found = nearest(residual, codes, metric, precision)
+        chosen = one_level.gather(codes, found)
+        gap = residual.double() - chosen.double()
+        if mask is not None:
+            found = torch.where(mask, found, -1)
+            chosen, gap = (torch.where(mask[..., None], t, 0) for t in (chosen, gap))
+        indices.append(found)
+        squares.append(gap.square().sum())
+        total, residual = total + chosen, residual - chosen
+    return torch.empty_like(x).copy_(total), torch.stack(indices, dim=-1), torch.stack(squares)
+
+
+def _residuals(
+    x: Tensor,  # [..., D]
+    levels: Tensor,  # [Q, K, D] float32 or float64
+    indices: Tensor,  # [..., Q]
+) -> Iterator[Tensor]:  # [..., D]
+    """What each level quantized; of masked rows anything."""
+    residual = x.to(levels.dtype)
+    for codes, chosen in zip(levels, indices.unbind(-1), strict=True):
+        yield residual
+        residual = residual - one_level.gather(codes, chosen)
+
+
+def _elements(
+    indices: Tensor,  # [..., Q], -1 where masked
+    mask: Tensor | None,  # [...] bool
+    dim: int,
+) -> Tensor | int:
+    """How many elements a mean is over, at least 1. On the device, where a mask has to be counted."""
+    if mask is None:
+        return max(1, indices[..., 0].numel()) * dim
+    return mask.sum().clamp(min=1) * dim
+
+
+def residual_quantize_backward(
+    x: Tensor,  # [..., D]
+    codebooks: Tensor,  # [Q, K, D]
+    indices: Tensor,  # [..., Q], -1 where masked
+    grad_quantized: Tensor | None,  # as x
+    grad_commitment: Tensor | None,  # [Q]
+    grad_codebook: Tensor | None,  # [Q]
+    estimator: str,
+    beta: float,
+    need_x: bool,
+    need_codebooks: bool,
+) -> tuple[Tensor, Tensor]:
+    """Same arguments and result as the reference's."""
+    levels = codebooks.to(reference.residual_dtype(x, codebooks))
+    indices = indices.contiguous()
+    real = indices[..., 0] >= 0
+    scale = 2 / (real.sum().clamp(min=1).double() * x.shape[-1])
+    grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
+    with _cuda_native.on_device_of(x):
+        if need_x:
+            weights = None if grad_commitment is None else (grad_commitment * (beta * scale)).to(levels.dtype)
+            g = None if estimator == "none" else grad_quantized
+            grad_x = _pull(x, levels, indices, weights, g, estimator == "rotation", real)
+        if need_codebooks:
+            grad_codebooks = torch.zeros_like(codebooks)
+        if need_codebooks and grad_codebook is not None:
+            # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
+            for q, residual in enumerate(_residuals(x, levels, indices)):
+                sums, counts = code_statistics(
+                    residual, indices[..., q], levels.shape[1], None, sums_dtype=torch.float64
+                )
+                pull = torch.where(counts[:, None] > 0, counts[:, None] * levels[q].double() - sums, 0)
+                grad_codebooks[q] = pull * (grad_codebook[q].double() * scale)
+    return grad_x, grad_codebooks
+
+
+def _pull(
+    x: Tensor,  # [..., D]
+    levels: Tensor,  # [Q, K, D] float32 or float64
+    indices: Tensor,  # [..., Q], -1 where masked
+    weights: Tensor | None,  # [Q], as levels
+    g: Tensor | None,  # as x
+    rotation: bool,
+    real: Tensor,  # [...] bool
+) -> Tensor:  # as x
+    """The estimator's gradient and the weighted residuals."""
+    turned = g if rotation else None
+    out = Output(x if turned is None else x.to(levels.dtype), None)
+    total = None if turned is None else levels.new_empty(x.shape)
+    view, rows = _native.rows_view(x, None)
+    incoming, straight = (None, None) if rotation or g is None else _native.rows_view(g, None)
+    _cuda_native._cuda.residual_backward(
+        rows, _native.codes_view(levels), indices.data_ptr(), 0 if weights is None else weights.data_ptr(), straight,
+        _native.rows_of(out.rows), 0 if total is None else total.data_ptr(), _cuda_native.stream(x),
+    )  # fmt: skip
+    del view, incoming  # they had to live until here
+    if turned is None or total is None:
+        return out.tensor()
+    turned = one_level.rotate_back(turned.to(levels.dtype), x.to(levels.dtype), total)
+    return torch.empty_like(x).copy_(torch.where(real[..., None], out.tensor() + turned, 0))
