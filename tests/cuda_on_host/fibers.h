@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -79,7 +80,7 @@ struct Block {
 };
 
 struct Machine {
-  std::vector<Block*> blocks;  // one, or those that run together
+  std::vector<std::unique_ptr<Block>> blocks;  // one, or those that run together
   unsigned n_threads, n_blocks, live, n_resumed, n_idle;
   Fiber* current;
   jmp_buf jump;
@@ -225,6 +226,16 @@ ON_HOST_HIDDEN inline void end_block(Block& block) {
   munmap(block.stacks, machine.n_threads * kStack);
 }
 
+ON_HOST_HIDDEN inline const char* why_stuck() {
+  for (const std::unique_ptr<Block>& block : machine.blocks) {
+    bool some[3] = {};
+    for (unsigned i = 0; i < machine.n_threads; ++i) some[block->fibers[i].state] = true;
+    if (some[waiting] && some[done]) return "threads wait for others that have returned";
+    if (some[waiting] && !some[running]) return "threads wait for one another in different places";
+  }
+  return "threads wait for memory that none of the others is left to change";
+}
+
 // Until all threads of machine.blocks have returned.
 ON_HOST_HIDDEN inline void run_fibers() {
   const unsigned n = machine.n_threads, total = n * static_cast<unsigned>(machine.blocks.size());
@@ -240,10 +251,8 @@ ON_HOST_HIDDEN inline void run_fibers() {
       ++machine.n_resumed;
       resume(f);
     }
-    if (machine.n_resumed == 0)
-      fail(machine.live < total ? "threads wait for others that have returned" : "threads wait for one another in different places");
     stuck = machine.n_resumed == machine.n_idle ? stuck + 1 : 0;
-    if (stuck == 3) fail("threads wait for memory that none of the others is left to change");
+    if (stuck == 3 || machine.n_resumed == 0) fail(why_stuck());
   }
 }
 
@@ -262,15 +271,13 @@ ON_HOST_HIDDEN inline void run_grid(unsigned n_blocks, unsigned n_threads, size_
 #endif
   std::vector<void*> kept;
   const unsigned at_once = together ? n_blocks : 1;
-  while (machine.blocks.size() > at_once) {
-    delete machine.blocks.back();
-    machine.blocks.pop_back();
-  }
-  while (machine.blocks.size() < at_once) machine.blocks.push_back(new Block());
+  machine.blocks.resize(at_once);
+  for (std::unique_ptr<Block>& block : machine.blocks)
+    if (!block) block.reset(new Block());
   for (unsigned b = 0; b < n_blocks; b += at_once) {
     for (unsigned i = 0; i < at_once; ++i) begin_block(*machine.blocks[i], b + i, shared);
     run_fibers();
-    for (Block* block : machine.blocks) {
+    for (const std::unique_ptr<Block>& block : machine.blocks) {
       end_block(*block);
       kept.push_back(block->keys);
       kept.push_back(block->shared);
