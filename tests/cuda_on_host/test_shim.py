@@ -1,4 +1,4 @@
-"""The kernels are trusted as far as cuda_on_host catches what can be wrong with one: it must catch seven seeded bugs."""
+"""The kernels are trusted as far as cuda_on_host finds what can be wrong with one: it must find seven seeded bugs."""
 
 import pytest
 

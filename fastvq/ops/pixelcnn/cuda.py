@@ -83,8 +83,9 @@ def prepare(
 
 
 def _positions(
-    ids: Tensor, weights: Sequence[Tensor], cache: Tensor, condition: Tensor | None, n_layers: int, first: int, count: int,
-    logits: Tensor | None, uniforms: Tensor | None, wanted: Tensor | None, temperature: float, top_k: int, top_p: float,
+    ids: Tensor, weights: Sequence[Tensor], cache: Tensor, condition: Tensor | None, n_layers: int, first: int,
+    count: int, logits: Tensor | None, uniforms: Tensor | None, wanted: Tensor | None, temperature: float, top_k: int,
+    top_p: float,
 ) -> None:  # fmt: skip
     embedding, packed, table = weights
     given = (0, 1, 1) if condition is None else (condition.data_ptr(), *condition.shape[2:4])

@@ -25,7 +25,7 @@ def pixelcnn_draw_(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> None:
-    """Draws the ids of ``count`` positions from ``first`` on, in raster order, each from those before it, in one launch.
+    """Draws the ids of ``count`` positions from ``first`` on, in raster order, each from those before it: one launch.
 
     At a position, with the logits l of ``pixelcnn_step`` and w_k = exp(l_k / T - max l / T),
 
@@ -33,9 +33,10 @@ def pixelcnn_draw_(
         id = \\min \\{k : w_k > 0,\\ w_0 + .. + w_k > u \\textstyle\\sum_j w_j\\}
 
     in float64; T = 0: the lowest id of the largest logit. ``top_k`` leaves the k largest w (ties: lower ids first), and
-    then ``top_p`` each before which, largest first, less than p of the sum lies; other w become 0. Where a logit is NaN
-    the id is 0. An image whose ``wanted`` is False at a position keeps the id that it has there. Nothing is random here:
-    u comes with the call, so equal uniforms give equal ids, on any card. Nothing waits for the device.
+    then ``top_p`` each before which, largest first, less than p of the sum lies; other w become 0. Where a logit is
+    NaN the id is 0. An image whose ``wanted`` is False at a position keeps the id that it has there. Nothing is random
+    here: u comes with the call, and sums have one order, so equal uniforms give equal ids in any batch. Nothing waits
+    for the device.
 
     Calls go on where the last one ended, as those of ``pixelcnn_step``; ``count`` None goes to the end of the map.
 
