@@ -69,22 +69,25 @@ void bind_masked_conv(py::module_& m) {
   });
 }
 
-// (ids, B, H, W), (embedding, K, C), (weights, kernel sizes, layers), (cache, floats an image), (condition, h, w)
+// (ids, B, H, W), (embedding, K, C), (weights, table, layers), (cache, floats an image), (condition, h, w),
+// (first position, number of positions); then the logits, or (uniforms, wanted) and how to choose.
 void bind_pixelcnn(py::module_& m) {
-  m.def("pixelcnn_fits", &cuda::pixelcnn_fits);
-  m.def("pixelcnn_step", [](const std::array<int64_t, 4>& ids, const std::array<int64_t, 3>& embedding,
-                            const std::array<int64_t, 3>& layers, const std::array<int64_t, 2>& cache,
-                            const std::array<int64_t, 3>& condition, int64_t logits, int64_t row, int64_t column,
-                            int64_t stream) {
-    const cuda::SamplerStep call{pointer<const int64_t>(ids[0]), ids[1], ids[2], ids[3],
-                                 pointer<const float>(embedding[0]), embedding[1], embedding[2],
-                                 pointer<const float>(layers[0]), pointer<const int64_t>(layers[1]), layers[2],
-                                 pointer<float>(cache[0]), cache[1],
-                                 pointer<const float>(condition[0]), condition[1], condition[2],
-                                 pointer<float>(logits), row, column};
-    py::gil_scoped_release release;
-    check(cuda::pixelcnn_step(call, pointer<void>(stream)));
-  });
+  m.def("pixelcnn_positions",
+        [](const std::array<int64_t, 4>& ids, const std::array<int64_t, 3>& embedding, const std::array<int64_t, 3>& layers,
+           const std::array<int64_t, 2>& cache, const std::array<int64_t, 3>& condition,
+           const std::array<int64_t, 2>& positions, int64_t arrived, int64_t logits, const std::array<int64_t, 2>& drawn,
+           double temperature, int64_t top_k, double top_p, int64_t stream) {
+          const cuda::SamplerCall call{pointer<int64_t>(ids[0]), ids[1], ids[2], ids[3],
+                                       pointer<const float>(embedding[0]), embedding[1], embedding[2],
+                                       pointer<const float>(layers[0]), pointer<const int64_t>(layers[1]), layers[2],
+                                       pointer<float>(cache[0]), cache[1],
+                                       pointer<const float>(condition[0]), condition[1], condition[2],
+                                       positions[0], positions[1], pointer<unsigned>(arrived), pointer<float>(logits),
+                                       pointer<const double>(drawn[0]), pointer<const uint8_t>(drawn[1]),
+                                       {temperature, top_k, top_p}, 0};
+          py::gil_scoped_release release;
+          check(cuda::pixelcnn_positions(call, pointer<void>(stream)));
+        });
 }
 
 // (metric, fast, mask, beta, deterministic), (indices, commitment loss, codebook loss, sums or 0, counts)

@@ -146,26 +146,35 @@ int masked_conv_weight_grad(const Image& x, const Image& grad_out, const ConvWei
 // The gradient at the pre-activations, grad_ab [B, 2C, H, W], from the saved factors.
 int gate_backward(const Image& grad, const Image& tanh_a, const Image& sigmoid_b, const Image& grad_ab, void* stream);
 
-// ---- one position of a gated PixelCNN (cuda/pixelcnn.cu, where weights and cache are described), float32 ----
+// ---- positions of a gated PixelCNN (cuda/pixelcnn.cu, where weights, cache and table are described), float32 ----
 
-struct SamplerStep {
-  const int64_t* ids;  // [B, H, W]; those before (row, column) are read
+// How an id is drawn (cuda/choose_id.cuh). temperature 0: the likeliest; top_k 0 and top_p 0: all ids.
+struct SamplerChoice {
+  double temperature;
+  int64_t top_k;
+  double top_p;
+};
+struct SamplerCall {
+  int64_t* ids;  // [B, H, W]; those before a position are read, at it written where it is wanted
   int64_t batch, height, width;
   const float* embedding;  // [K, C]
   int64_t n_codes, channels;
-  const float* weights;         // packed
-  const int64_t* kernel_sizes;  // [n_layers], on the device
+  const float* weights;  // packed
+  const int64_t* table;  // on the device, as weights and all else
   int64_t n_layers;
-  float* cache;
-  int64_t cache_per_image;  // floats
-  const float* condition;   // [n_layers, B, h, w, 4C] or null
+  float* cache;              // aligned to 8 bytes
+  int64_t cache_per_image;   // floats, an even number
+  const float* condition;    // [n_layers, B, h, w, 4C] or null
   int64_t condition_height, condition_width;
-  float* logits;  // [B, K], or null where they are not wanted
-  int64_t row, column;
+  int64_t first, n_positions;  // row * W + column
+  unsigned* arrived;           // [B], zero
+  float* logits;               // [B, K], for one position, and no id is drawn; or null, and then:
+  const double* uniforms;      // [B, H, W]
+  const uint8_t* wanted;       // [B, H, W]: where an id is drawn
+  SamplerChoice choice;
+  unsigned team_size;  // set by the launcher
 };
-// Whether a block can hold what a position of this many channels takes.
-bool pixelcnn_fits(int64_t channels);
-// Positions come in raster order, from (0, 0); the call at column 0 also does the row's vertical stack.
-int pixelcnn_step(const SamplerStep& call, void* stream);
+// Positions come in raster order, from 0; the one that begins a row also does the row's vertical stack.
+int pixelcnn_positions(const SamplerCall& call, void* stream);
 
 }  // namespace fastvq::cuda

@@ -8,6 +8,7 @@ import torch
 
 import fastvq
 from fastvq._backends import BACKENDS
+from fastvq.models import PixelCNN
 from fastvq.nn import VectorQuantizer
 from fastvq.ops import (
     code_statistics,
@@ -168,3 +169,21 @@ def test_masked_convolution(mask, dtype, backend):
     for got, want, size in zip(run("cuda", dtype, backend), expected, magnitudes(), strict=True):
         bound = gamma(terms, torch.float32) * size + torch.finfo(dtype).eps * want.abs()
         assert_within(got.cpu(), want, bound)
+
+
+@pytest.mark.parametrize("channels,batch", [(20, 1), (20, 9), (128, 18)])
+def test_samples_are_those_of_the_uncached_network(channels, batch, backend):
+    torch.manual_seed(9)
+    model = PixelCNN(300, channels, 4, n_classes=3).cuda()
+    shape, labels = (batch, 5, 7), torch.arange(batch, device="cuda") % 3
+    known, keep = torch.randint(300, shape, device="cuda"), torch.rand(shape, device="cuda") < 0.3
+    keep[:, 2, 1:] = True
+    for options in (dict(), dict(temperature=0.0), dict(top_k=40, top_p=0.8, temperature=0.7)):
+
+        def sample(name, cached, options=options):
+            with fastvq.use_backend(name):
+                return model.sample(shape, labels, known=known, keep=keep, cached=cached,
+                                    generator=torch.Generator("cuda").manual_seed(5), **options)  # fmt: skip
+
+        drawn = sample(backend, True)
+        assert torch.equal(drawn, sample(backend, True)) and torch.equal(drawn, sample("reference", False))

@@ -1,8 +1,7 @@
-"""What only a card can tell of correctness: the tests marked needs_gpu, the sanitizer, the tensor cores' rounding."""
+"""What only a card can tell of correctness: the tests marked needs_gpu, the tensor cores' rounding."""
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,25 +17,11 @@ TAIL = 4000  # characters of a failed run that are kept
 def tests(device: torch.device, out: Path, rehearse: bool) -> list[Row]:
     """pytest over every test that runs on a card; a rehearsal only collects them."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "needs_gpu", "-p", "no:cacheprovider", "tests"]
-    return [_run("tests on the card", [*command, *(["--collect-only"] if rehearse else [])], out / "tests.log")]
+    return [run_tool("tests on the card", [*command, *(["--collect-only"] if rehearse else [])], out / "tests.log")]
 
 
-def sanitizer(device: torch.device, out: Path, rehearse: bool) -> list[Row]:
-    """compute-sanitizer over the CUDA C++ kernels' tests, where both are there."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None or rehearse:
-        return [Row("sanitizer", "", "", 0, "compute-sanitizer", note="not installed" if tool is None else "rehearsal")]
-    rows = []
-    for check in ("memcheck", "racecheck", "synccheck"):
-        command = [
-            tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
-            "-m", "needs_gpu", "-k", "sanitized", "-p", "no:cacheprovider", "tests",
-        ]  # fmt: skip
-        rows.append(_run(check, command, out / f"{check}.log"))
-    return rows
-
-
-def _run(name: str, command: list[str], log: Path) -> Row:
+def run_tool(name: str, command: list[str], log: Path) -> Row:
+    """A row that says how a command ended and what it said last; its output goes to ``log``."""
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     log.write_text((run.stdout + run.stderr)[-TAIL:])
     lines = [line for line in run.stdout.splitlines() if line.strip()]

@@ -17,6 +17,8 @@ from gpu.lookup import ours, under
 from gpu.timing import captured, rows_of, timed
 from harness import Row
 
+CHECKED_MAP = (5, 3, 6)
+CHECKED_IDS = 5 * 3 * 6
 PEERS = {"dense": dense, "cropped": cropped, "one crop": one_crop}
 
 
@@ -82,25 +84,42 @@ def _call(kind, backend, peer, x, weight, bias, grad):  # type: ignore[no-untype
 
 def sampling(device: torch.device, out: Path, rehearse: bool) -> list[Row]:
     """A whole map, every position once, against the network anew for each position: eager, and as one graph each."""
-    side, layers, channels, codes, batch = (4, 2, 8, 16, 2) if rehearse else (32, 15, 128, 512, 16)
+    side, layers, channels, codes = (4, 2, 8, 16) if rehearse else (32, 15, 128, 512)
     torch.manual_seed(0)
     model = PixelCNN(codes, channels, layers).to(device).eval()
-    ids = torch.randint(codes, (batch, side, side), device=device)
-    position = (side // 2, side // 2)
-    with torch.no_grad():
-        calls = {f"fastvq {b}, cached": under(b, lambda: model.sample((batch, side, side))) for b in ours(device)}
-        calls["one forward pass"] = lambda: model(ids)
+    rows = []
+    for batch in (2, 1) if rehearse else (16, 1):
+        rows += _sampled(model, batch, side, device, 0.1 if rehearse else 4.0)
+    differing = {f"fastvq {b}, cached": _differing(model, b, device) for b in ours(device)}
+    for row in rows:
+        if row.provider in differing:
+            row.differing, row.compared = differing[row.provider], CHECKED_IDS
+            row.note = f"{(row.p50_ms or 0) * 1e3 / side**2:.0f} us a position"
+    return rows
 
-        def anew() -> Tensor:
-            return recompute(model, ids, *position, rows_only=False)
 
-        graphed, note = captured(lambda: model(ids), device)
-        calls["recompute a position, eager"] = anew
-        calls["recompute a position, graph"] = graphed
-        times = timed(calls, device, 0.1 if rehearse else 8.0)
+@torch.no_grad()
+def _sampled(model: PixelCNN, batch: int, side: int, device: torch.device, seconds: float) -> list[Row]:
+    ids = torch.randint(model.n_codes, (batch, side, side), device=device)
+    calls = {f"fastvq {b}, cached": under(b, lambda: model.sample((batch, side, side))) for b in ours(device)}
+    calls["one forward pass"] = lambda: model(ids)
+    graphed, note = captured(lambda: model(ids), device)
+    calls["recompute a position, eager"] = lambda: recompute(model, ids, side // 2, side // 2, rows_only=False)
+    calls["recompute a position, graph"] = graphed
+    times = timed(calls, device, seconds)
     # A position's time stands for the whole map's: there are side * side of them.
     for name in ("recompute a position, eager", "recompute a position, graph"):
         times[name].calls = [t * side * side for t in times[name].calls]
         times[name].rounds = [t * side * side for t in times[name].rounds]
     notes = {"recompute a position, graph": note}
-    return rows_of("sampling", f"{batch}x{side}x{side}, {layers} layers", "float32", times, notes, next(iter(calls)))
+    shape = f"{batch}x{side}x{side}, {len(model.layers)} layers"
+    return rows_of("sampling", shape, "float32", times, notes, next(iter(calls)))
+
+
+def _differing(model: PixelCNN, backend: str, device: torch.device) -> int:
+    """Ids of a small map that are not those of the same uniforms through the whole network, position by position."""
+    draws = []
+    for name, cached in ((backend, True), ("reference", False)):
+        generator = torch.Generator(device).manual_seed(1)
+        draws.append(under(name, lambda g=generator, c=cached: model.sample(CHECKED_MAP, generator=g, cached=c))())  # type: ignore[misc]
+    return int((draws[0] != draws[1]).sum())

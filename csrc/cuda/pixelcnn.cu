@@ -1,260 +1,345 @@
-// One position of a gated PixelCNN in one launch: all layers, and at column 0 the vertical stack of the row before.
+// Positions of a gated PixelCNN, any number of them in one launch: the vertical stack at the start of a row, then for each
+// position all layers, the head, and the id that is drawn. Or one position, and its logits.
 //
-//   ids [B, H, W] -> logits [B, K]
+//   ids [B, H, W], uniforms [B, H, W], wanted [B, H, W] -> ids where wanted
 //
-// Images share nothing but weights, so a block has one image and no block ever waits for another. The weights are read
-// once a position and image, and stay in the second-level cache. A linear map is made by all threads of the block:
+// A team of blocks has up to kVectors images of its own (more, where the card is too small for another team), and no team
+// waits for another. Its warps share the outputs of a layer; between what makes activations and what reads them the team
+// waits: 2 n_layers + 3 times a position, n_layers + 1 a row. Weights are read once a position and team, from the
+// second-level cache, where they stay. Who waits must run: a launch has no more blocks than the card keeps together, and
+// where it keeps none together a team is one block, which waits for nobody.
 //
-//     thread (quad, part):  four outputs, a part of the input channels, P pixels: 4 P sums in registers
-//     parts are added in order, in shared memory, so results depend on the sizes alone
+// A linear map: a warp makes four outputs of P vectors (pixels of a row, or images at a position).
 //
-// P is 1 for a position, 8 for the row of the vertical stack, where it saves seven of eight readings of the weights.
+//     lane: every 32nd input of each vector, 4 P sums in registers; lanes are then added in one order, whatever P
 //
-// weights, floats, rows padded to n = 4 ceil(outputs / 4); k the kernel size, R = k / 2; the first layer sees neither
-// its own row nor its own position. Per layer:
-//   V [R + 1 rows (first layer R), k, C, n], its bias [n]; L [C, n], bias [n] (the horizontal's added);
-//   H [R + 1 columns (first layer R), C, n]; O [C, n] (residual, skip; the last layer: skip alone), bias [n]
-// then W_1 [C, n], bias [n], W_2 [C, n], bias [n].
+// so an output depends on its own inputs and the sizes alone: not on the batch, the card or how images are shared out.
 //
-// cache, per image, per layer: above [R + 1, W, C], inputs of V, a ring of rows; left [W, C], inputs of H in this row;
-// link [W, 2C], what the vertical stack adds to the horizontal gate. Then the vertical stack's end [W, C].
+// weights, floats: matrices [outputs / 4, segments, C, 4], biases [outputs], outputs filled up with zeros to whole fours.
+// The outputs of V, L and H are a and b of the gate in turn: a_0, b_0, a_1, .. Of layer l, k its kernel size, R = k / 2:
+//   V of R + 1 rows of k (first layer R), bias; L of one, bias (the horizontal's added); H of R + 1 columns (first
+//   layer R); O of one (residual, then skip; the last layer: skip alone), bias. Then W_1, bias, W_2, bias.
+// cache, per image: mass [K] doubles, logits [K], gated, skip, hidden [C]; per layer but the first: above [R + 1, W, C],
+//   inputs of V, a ring of rows, and left [W, C], inputs of H in this row; per layer: link [W, 2C], what the vertical
+//   stack adds to the horizontal gate; then the vertical stack's end [W, C].
+// table, int64 [n_layers + 1, 11]: k, where V and its bias, L and its bias, H, O and its bias lie in the weights, where
+//   above, left and link lie in the cache; last W_1, bias, W_2, bias, then end, mass, logits, gated, skip and hidden.
 //
-// Shared bytes: 4 (256 x 4 x 8 + 8 n + 3 C), n for 2C outputs.
-#include "../fastvq_cuda.h"
-#include "primitives.cuh"
+// Shared bytes: 8 for each warp.
+#include "choose_id.cuh"
 
 namespace fastvq::cuda {
 namespace {
 
-constexpr int kThreads = 256, kPixels = 8;
+constexpr int kThreads = 128, kWarps = kThreads / kLanes, kVectors = 4;
+constexpr size_t kShared = sizeof(double) * kWarps;
+constexpr int64_t kEntries = 11;
 
-__host__ __device__ inline int64_t padded(int64_t n) { return (n + 3) / 4 * 4; }
+struct Layer {
+  int64_t size, v, v_bias, link, link_bias, h, out, out_bias, above, left, links;
+};
+struct Ends {
+  int64_t w_1, b_1, w_2, b_2, end, mass, logits, gated, skip, hidden, unused;
+};
+static_assert(sizeof(Layer) == kEntries * sizeof(int64_t) && sizeof(Ends) == sizeof(Layer), "one row of the table");
 
-size_t shared_bytes(int64_t channels) {
-  return sizeof(float) * static_cast<size_t>(kThreads * 4 * kPixels + kPixels * padded(2 * channels) + 3 * channels);
-}
+struct Team {
+  int64_t first, n_images;  // images
+  unsigned rank, size;      // blocks
+  unsigned* arrived;
+  unsigned target;
 
-// out[p][o] = bias[o] + sum over segments s and c of segment(s, p)[c] w[s][c][o], for o < n_out and P pixels; a segment
-// may be null, for zeros. partial [256 x 4 x P] is shared; out is shared or not.
-template <int P, class Segment>
-__device__ void linear(const Segment& segment, int64_t n_segments, int64_t C, const float* w, const float* bias,
-                       int64_t n_out, float* partial, float* out, int64_t out_pitch) {
-  const int tid = threadIdx.x;
-  const int64_t n = padded(n_out), quads = n / 4;
-  const int wide = static_cast<int>(quads < kThreads ? quads : kThreads), parts = kThreads / wide;
-  const int mine = tid % wide, part = tid / wide;
-  for (int64_t base = 0; base < quads; base += wide) {
-    const int64_t quad = base + mine;
-    if (part < parts && quad < quads) {
-      float sums[P][4];
-#pragma unroll
-      for (int p = 0; p < P; ++p)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[p][e] = 0;
-      const int64_t first = C * part / parts, last = C * (part + 1) / parts;
-      for (int64_t s = 0; s < n_segments; ++s) {
-        const float* inputs[P];
-#pragma unroll
-        for (int p = 0; p < P; ++p) inputs[p] = segment(s, p);
-#pragma unroll 4
-        for (int64_t c = first; c < last; ++c) {
-          const float4 four = *reinterpret_cast<const float4*>(w + (s * C + c) * n + quad * 4);
-#pragma unroll
-          for (int p = 0; p < P; ++p) {
-            const float v = inputs[p] ? inputs[p][c] : 0.0f;
-            sums[p][0] = __fmaf_rn(v, four.x, sums[p][0]);
-            sums[p][1] = __fmaf_rn(v, four.y, sums[p][1]);
-            sums[p][2] = __fmaf_rn(v, four.z, sums[p][2]);
-            sums[p][3] = __fmaf_rn(v, four.w, sums[p][3]);
-          }
-        }
-      }
-#pragma unroll
-      for (int p = 0; p < P; ++p)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) partial[((part * P + p) * wide + mine) * 4 + e] = sums[p][e];
+  __device__ explicit Team(const SamplerCall& c) : rank(blockIdx.x % c.team_size), size(c.team_size), target(0) {
+    const int64_t n_teams = gridDim.x / c.team_size, team = blockIdx.x / c.team_size;
+    first = c.batch * team / n_teams;
+    n_images = c.batch * (team + 1) / n_teams - first;
+    arrived = c.arrived + team;
+  }
+  __device__ int64_t warp() const { return static_cast<int64_t>(rank) * kWarps + threadIdx.x / kLanes; }
+
+  // What any thread of the team did before is there for all of them after.
+  __device__ void wait() {
+    __syncthreads();
+    if (size == 1) return;
+    if (threadIdx.x == 0) {
+      target += size;
+      add_release(arrived, 1);
+      while (static_cast<int>(load_acquire(arrived) - target) < 0) relax();
     }
     __syncthreads();
-    for (int i = tid; i < P * wide * 4; i += kThreads) {
-      const int p = i / (wide * 4);
-      const int64_t o = base * 4 + i % (wide * 4);
-      if (o >= n_out) continue;
-      float sum = bias ? bias[o] : 0.0f;
-      for (int q = 0; q < parts; ++q) sum += partial[q * (P * wide * 4) + i];
-      out[p * out_pitch + o] = sum;
+  }
+};
+
+// Sums over lanes: lane l gets value l / (32 / n) of n. In one order for any n: lanes 16 apart first.
+template <int n, int mask = kLanes / 2>
+__device__ __forceinline__ float over_lanes(float* sums) {
+  if constexpr (n > 1) {
+    const bool upper = threadIdx.x & mask;
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+      const float kept = upper ? sums[i + n / 2] : sums[i], given = upper ? sums[i] : sums[i + n / 2];
+      sums[i] = kept + __shfl_xor_sync(kWarp, given, mask);
     }
-    __syncthreads();
+    return over_lanes<n / 2, mask / 2>(sums);
+  } else {
+    float sum = sums[0];
+#pragma unroll
+    for (int m = mask; m > 0; m /= 2) sum += __shfl_xor_sync(kWarp, sum, m);
+    return sum;
   }
 }
 
 __device__ __forceinline__ float gate(float a, float b) { return tanhf(a) / (1 + expf(-b)); }
+__device__ __forceinline__ float relu(float v) { return v < 0 ? 0.0f : v; }  // NaN stays
 
-// What a layer reads and keeps, found by walking the layers before it.
-struct Layer {
-  int64_t size, reach, seen;  // kernel size; rows and columns that are seen
-  const float *v, *v_bias, *link, *link_bias, *h, *out, *out_bias;
-  float *above, *left, *link_out;  // of the block's image
-};
+enum Kind { vertical_gate, link, horizontal_gate, output, hidden, logits };
 
-struct Walk {
-  const SamplerStep& c;
-  const float* weights;
-  float* cache;
-  __device__ explicit Walk(const SamplerStep& call)
-      : c(call), weights(call.weights), cache(call.cache + static_cast<int64_t>(blockIdx.x) * call.cache_per_image) {}
+// One linear map and what becomes of it, for vectors that are the pixels of a row (vertical_gate, link) or the images at
+// a position (all else).
+struct Stage {
+  Kind kind;
+  int64_t l, row, column;
+  Layer layer;
+  int64_t n_out;
+  int n_segments;
+  const float *w, *bias;   // bias: or null
+  int64_t from, to, skip;  // in the cache
 
-  __device__ const float* matrix(int64_t depth, int64_t n_out) {
-    const float* at = weights;
-    weights += depth * padded(n_out);
-    return at;
-  }
-  __device__ float* room(int64_t n) {
-    float* at = cache;
-    cache += n;
-    return at;
-  }
-  __device__ Layer layer(int64_t l) {
-    Layer y;
-    const int64_t C = c.channels;
-    y.size = c.kernel_sizes[l];
-    y.reach = y.size / 2;
-    y.seen = l == 0 ? y.reach : y.reach + 1;
-    y.v = matrix(y.seen * y.size * C, 2 * C);
-    y.v_bias = matrix(1, 2 * C);
-    y.link = matrix(C, 2 * C);
-    y.link_bias = matrix(1, 2 * C);
-    y.h = matrix(y.seen * C, 2 * C);
-    const int64_t n_out = l + 1 < c.n_layers ? 2 * C : C;
-    y.out = matrix(C, n_out);
-    y.out_bias = matrix(1, n_out);
-    y.above = room((y.reach + 1) * c.width * C);
-    y.left = room(c.width * C);
-    y.link_out = room(c.width * 2 * C);
-    return y;
-  }
-};
+  __device__ bool of_row() const { return kind == vertical_gate || kind == link; }
 
-struct OneImage {
-  const SamplerStep& c;
-  int64_t b;
-
-  __device__ const float* embedded(int64_t row, int64_t column) const {
-    const int64_t id = c.ids[(b * c.height + row) * c.width + column];
-    return id >= 0 && id < c.n_codes ? c.embedding + id * c.channels : nullptr;
-  }
-  // c^v, and 2C further c^h, at a position of the row; null where there is no condition.
-  __device__ const float* condition(int64_t l, int64_t column) const {
-    if (!c.condition) return nullptr;
-    const int64_t y = c.row / (c.height / c.condition_height), x = column / (c.width / c.condition_width);
-    return c.condition + (((l * c.batch + b) * c.condition_height + y) * c.condition_width + x) * 4 * c.channels;
-  }
-};
-
-__device__ void vertical(const SamplerStep& c, const OneImage& image, float* partial, float* out) {
-  const int64_t C = c.channels, W = c.width, pitch = padded(2 * C);
-  const int tid = threadIdx.x;
-  Walk walk(c);
-  Layer y = walk.layer(0);
-  for (int64_t l = 0; l < c.n_layers; ++l) {
-    const Layer here = y;
-    float* end;
-    int64_t rings = 1;
-    if (l + 1 < c.n_layers) {
-      y = walk.layer(l + 1);
-      end = y.above;
-      rings = y.reach + 1;
+  __device__ Stage(const SamplerCall& c, int64_t number, int64_t y, int64_t x)
+      : row(y), column(x), n_out(2 * c.channels), n_segments(1) {
+    const Ends ends = reinterpret_cast<const Ends*>(c.table)[c.n_layers];
+    const bool in_row = number < 2 * c.n_layers;
+    const int64_t in_stack = in_row ? number : number - 2 * c.n_layers;
+    l = in_stack / 2;
+    const bool first = l == 0, last = l + 1 == c.n_layers;
+    if (l == c.n_layers) {
+      kind = in_stack % 2 ? logits : hidden;
+      n_out = kind == logits ? c.n_codes : c.channels;
+      w = c.weights + (kind == logits ? ends.w_2 : ends.w_1);
+      bias = c.weights + (kind == logits ? ends.b_2 : ends.b_1);
+      from = kind == logits ? ends.hidden : ends.skip;
+      to = kind == logits ? ends.logits : ends.hidden;
+      return;
+    }
+    layer = reinterpret_cast<const Layer*>(c.table)[l];
+    const Layer next = reinterpret_cast<const Layer*>(c.table)[last ? l : l + 1];
+    const int size = static_cast<int>(layer.size), seen = first ? size / 2 : size / 2 + 1;
+    if (in_row) {
+      const int64_t end = last ? ends.end : next.above + row % (next.size / 2 + 1) * c.width * c.channels;
+      kind = in_stack % 2 ? link : vertical_gate;
+      w = c.weights + (kind == link ? layer.link : layer.v);
+      bias = c.weights + (kind == link ? layer.link_bias : layer.v_bias);
+      if (kind == vertical_gate) n_segments = seen * size;
+      from = kind == link ? end : layer.above;
+      to = kind == link ? layer.links : end;
+    } else if (in_stack % 2 == 0) {
+      kind = horizontal_gate;
+      w = c.weights + layer.h;
+      bias = nullptr;
+      n_segments = seen;
+      from = layer.left;
+      to = ends.gated;
     } else {
-      end = walk.room(W * C);
+      kind = output;
+      w = c.weights + layer.out;
+      bias = c.weights + layer.out_bias;
+      if (last) n_out = c.channels;
+      from = ends.gated;
+      to = last ? -1 : next.left;
+      skip = ends.skip;
     }
-    end += c.row % rings * W * C;
-    const auto input = [&](int64_t row, int64_t column) -> const float* {
-      if (row < 0 || column < 0 || column >= W) return nullptr;
-      return l == 0 ? image.embedded(row, column) : here.above + (row % (here.reach + 1) * W + column) * C;
-    };
-    for (int64_t x0 = 0; x0 < W; x0 += kPixels) {
-      const auto seen = [&](int64_t s, int p) {
-        return input(c.row - here.reach + s / here.size, x0 + p + s % here.size - here.reach);
-      };
-      linear<kPixels>(seen, here.seen * here.size, C, here.v, here.v_bias, 2 * C, partial, out, pitch);
-      for (int64_t i = tid; i < kPixels * C; i += kThreads) {
-        const int64_t p = i / C, k = i % C, x = x0 + p;
-        if (x >= W) continue;
-        float a = out[p * pitch + k], b = out[p * pitch + C + k];
-        if (const float* add = image.condition(l, x)) {
-          a += add[k];
-          b += add[C + k];
+  }
+};
+
+// P vectors of a stage: pixels x0, .. of image b0, or images b0, .. at x0.
+template <int P>
+struct Vectors {
+  const SamplerCall& c;
+  const Stage& stage;
+  int64_t b0, x0, b_end, x_end;
+
+  __device__ Vectors(const SamplerCall& call, const Stage& of, const Team& team, int64_t group)
+      : c(call), stage(of), b0(team.first), x0(of.column), b_end(team.first + team.n_images), x_end(call.width) {
+    if (of.of_row()) {
+      const int64_t a_row = (c.width + P - 1) / P, image = group / a_row;
+      b0 += image;
+      x0 = (group - image * a_row) * P;
+    } else {
+      b0 += group * P;
+    }
+  }
+  static __device__ int64_t groups(const SamplerCall& c, const Stage& of, const Team& team) {
+    return of.of_row() ? team.n_images * ((c.width + P - 1) / P) : (team.n_images + P - 1) / P;
+  }
+  __device__ int64_t image(int p) const { return stage.of_row() ? b0 : b0 + p; }
+  __device__ int64_t column(int p) const { return stage.of_row() ? x0 + p : x0; }
+  __device__ bool there(int p) const { return image(p) < b_end && column(p) < x_end; }
+  __device__ float* cache(int p) const { return c.cache + image(p) * c.cache_per_image; }
+
+  // A vector of the layer's inputs, or null outside the map.
+  __device__ const float* source(int p, int64_t y, int64_t x) const {
+    if (y < 0 || x < 0 || x >= x_end) return nullptr;
+    if (stage.l == 0) {
+      const int64_t id = c.ids[(image(p) * c.height + y) * c.width + x];
+      return id >= 0 && id < c.n_codes ? c.embedding + id * c.channels : nullptr;
+    }
+    const int64_t line = stage.kind == vertical_gate ? y % (stage.layer.size / 2 + 1) : 0;
+    return cache(p) + stage.from + (line * c.width + x) * c.channels;
+  }
+  __device__ const float* input(int s, int p) const {
+    if (!there(p)) return nullptr;
+    if (stage.kind == link) return cache(p) + stage.from + column(p) * c.channels;
+    if (stage.kind != vertical_gate && stage.kind != horizontal_gate) return cache(p) + stage.from;
+    const int size = static_cast<int>(stage.layer.size), reach = size / 2;
+    return source(p, stage.kind == vertical_gate ? stage.row - reach + s / size : stage.row, column(p) + s % size - reach);
+  }
+  // c^v, and 2C further c^h; null where there is no condition.
+  __device__ const float* condition(int p) const {
+    if (!c.condition) return nullptr;
+    const int64_t y = stage.row / (c.height / c.condition_height), x = column(p) / (c.width / c.condition_width);
+    return c.condition + (((stage.l * c.batch + image(p)) * c.condition_height + y) * c.condition_width + x) * 4 * c.channels;
+  }
+  // Output o, and the one after it: a gate's b where o is its a.
+  __device__ void use(int p, int64_t o, float y, float next) const {
+    if (!there(p)) return;
+    const int64_t C = c.channels, half = o / 2, odd = o % 2;
+    float* mine = cache(p);
+    switch (stage.kind) {
+      case vertical_gate: {
+        if (odd) return;
+        if (const float* add = condition(p)) {
+          y += add[half];
+          next += add[C + half];
         }
-        end[x * C + k] = gate(a, b) + (l == 0 ? 0.0f : input(c.row, x)[k]);
+        const float before = stage.l == 0 ? 0.0f : source(p, stage.row, column(p))[half];
+        mine[stage.to + column(p) * C + half] = gate(y, next) + before;
+        return;
       }
-      __syncthreads();
-      linear<kPixels>([&](int64_t, int p) -> const float* { return x0 + p < W ? end + (x0 + p) * C : nullptr; }, 1, C,
-                      here.link, here.link_bias, 2 * C, partial, out, pitch);
-      for (int64_t i = tid; i < kPixels * 2 * C; i += kThreads) {
-        const int64_t p = i / (2 * C), k = i % (2 * C), x = x0 + p;
-        if (x >= W) continue;
-        const float* add = image.condition(l, x);
-        here.link_out[x * 2 * C + k] = out[p * pitch + k] + (add ? add[2 * C + k] : 0.0f);
+      case link: {
+        const float* add = condition(p);
+        mine[stage.to + column(p) * 2 * C + o] = y + (add ? add[(2 + odd) * C + half] : 0.0f);
+        return;
       }
-      __syncthreads();
+      case horizontal_gate: {
+        const float* of_link = mine + stage.layer.links + column(p) * 2 * C + o;
+        if (!odd) mine[stage.to + half] = gate(y + of_link[0], next + of_link[1]);
+        return;
+      }
+      case output: {
+        const bool last = stage.to < 0;
+        if (!last && o < C) {
+          mine[stage.to + column(p) * C + o] = y + (stage.l == 0 ? 0.0f : mine[stage.layer.left + column(p) * C + o]);
+          return;
+        }
+        float& skip = mine[stage.skip + (last ? o : o - C)];
+        y += stage.l == 0 ? 0.0f : skip;
+        skip = last ? relu(y) : y;
+        return;
+      }
+      case hidden:
+        mine[stage.to + o] = relu(y);
+        return;
+      case logits:
+        if (c.logits)
+          c.logits[image(p) * c.n_codes + o] = y;
+        else
+          mine[stage.to + o] = y;
     }
+  }
+};
+
+template <int P>
+__device__ void run(const SamplerCall& c, const Stage& stage, const Team& team) {
+  const int lane = threadIdx.x % kLanes;
+  constexpr int kSame = kLanes / (4 * P);  // lanes that get the same sum
+  const int64_t n_groups = Vectors<P>::groups(c, stage, team), items = (stage.n_out + 3) / 4 * n_groups;
+  const int64_t n_warps = static_cast<int64_t>(team.size) * kWarps, me = team.warp();
+  for (int64_t item = items * me / n_warps; item < items * (me + 1) / n_warps; ++item) {
+    const int64_t quad = item / n_groups;
+    const Vectors<P> vectors(c, stage, team, item - quad * n_groups);
+    float sums[4 * P];
+#pragma unroll
+    for (int i = 0; i < 4 * P; ++i) sums[i] = 0;
+    for (int s = 0; s < stage.n_segments; ++s) {
+      const float* inputs[P];
+#pragma unroll
+      for (int p = 0; p < P; ++p) inputs[p] = vectors.input(s, p);
+      const float* rows = stage.w + (quad * stage.n_segments + s) * c.channels * 4;
+#pragma unroll 4
+      for (int64_t k = lane; k < c.channels; k += kLanes) {
+        const float4 four = __ldg(reinterpret_cast<const float4*>(rows + k * 4));
+#pragma unroll
+        for (int p = 0; p < P; ++p) {
+          const float x = inputs[p] ? inputs[p][k] : 0.0f;
+          sums[4 * p] = __fmaf_rn(x, four.x, sums[4 * p]);
+          sums[4 * p + 1] = __fmaf_rn(x, four.y, sums[4 * p + 1]);
+          sums[4 * p + 2] = __fmaf_rn(x, four.z, sums[4 * p + 2]);
+          sums[4 * p + 3] = __fmaf_rn(x, four.w, sums[4 * p + 3]);
+        }
+      }
+    }
+    const int mine = lane / kSame;
+    const int64_t o = quad * 4 + mine % 4;
+    float y = over_lanes<4 * P>(sums);
+    if (stage.bias) y += __ldg(stage.bias + o);
+    const float next = __shfl_xor_sync(kWarp, y, kSame);
+    if (lane % kSame == 0 && o < stage.n_out) vectors.use(mine / 4, o, y, next);
   }
 }
 
-__global__ void __launch_bounds__(kThreads) step_kernel(SamplerStep c) {
-  const int tid = threadIdx.x;
-  const int64_t C = c.channels, j = c.column, pitch = padded(2 * C);
-  float* partial = reinterpret_cast<float*>(shared_memory());
-  float* out = partial + kThreads * 4 * kPixels;
-  float *gated = out + kPixels * pitch, *skip = gated + C, *hidden = skip + C;
-  const OneImage image{c, static_cast<int64_t>(blockIdx.x)};
-  if (j == 0) vertical(c, image, partial, out);
+// Whether some image of the team has an id to be drawn here.
+__device__ bool any_wanted(const SamplerCall& c, const Team& team, int64_t position) {
+  bool any = false;
+  for (int64_t b = team.first; b < team.first + team.n_images; ++b)
+    any = any || c.wanted[b * c.height * c.width + position];
+  return any;
+}
 
-  for (int64_t k = tid; k < C; k += kThreads) skip[k] = 0;
-  Walk walk(c);
-  Layer y = walk.layer(0);
-  for (int64_t l = 0; l < c.n_layers; ++l) {
-    const Layer here = y;
-    const bool more = l + 1 < c.n_layers;
-    if (more) y = walk.layer(l + 1);
-    linear<1>([&](int64_t s, int) -> const float* {
-                const int64_t x = j - here.reach + s;
-                if (x < 0) return nullptr;
-                return l == 0 ? image.embedded(c.row, x) : here.left + x * C;
-              },
-              here.seen, C, here.h, nullptr, 2 * C, partial, out, pitch);
-    for (int64_t k = tid; k < C; k += kThreads) {
-      const float* link = here.link_out + j * 2 * C;
-      gated[k] = gate(out[k] + link[k], out[C + k] + link[C + k]);
-    }
-    __syncthreads();
-    linear<1>([&](int64_t, int) -> const float* { return gated; }, 1, C, here.out, here.out_bias, more ? 2 * C : C,
-              partial, out, pitch);
-    for (int64_t k = tid; k < C; k += kThreads) {
-      if (more) y.left[j * C + k] = out[k] + (l == 0 ? 0.0f : here.left[j * C + k]);
-      skip[k] += out[more ? C + k : k];
-    }
-    __syncthreads();
+__device__ void draw(const SamplerCall& c, const Team& team, int64_t position) {
+  const Ends ends = reinterpret_cast<const Ends*>(c.table)[c.n_layers];
+  for (int64_t b = team.first + team.rank; b < team.first + team.n_images; b += team.size) {
+    const int64_t at = b * c.height * c.width + position;
+    if (!c.wanted[at]) continue;
+    float* cache = c.cache + b * c.cache_per_image;
+    const int64_t id = choose_id(cache + ends.logits, c.n_codes, c.uniforms[at], c.choice,
+                                 reinterpret_cast<double*>(cache + ends.mass), shared_memory());
+    if (threadIdx.x == 0) c.ids[at] = id;
   }
-  if (!c.logits) return;
-  for (int64_t k = tid; k < C; k += kThreads) gated[k] = fmaxf(skip[k], 0.0f);
-  __syncthreads();
-  const float* w_1 = walk.matrix(C, C);
-  const float* b_1 = walk.matrix(1, C);
-  linear<1>([&](int64_t, int) -> const float* { return gated; }, 1, C, w_1, b_1, C, partial, hidden, C);
-  for (int64_t k = tid; k < C; k += kThreads) hidden[k] = fmaxf(hidden[k], 0.0f);
-  __syncthreads();
-  const float* w_2 = walk.matrix(C, c.n_codes);
-  const float* b_2 = walk.matrix(1, c.n_codes);
-  linear<1>([&](int64_t, int) -> const float* { return hidden; }, 1, C, w_2, b_2, c.n_codes, partial,
-            c.logits + image.b * c.n_codes, c.n_codes);
+}
+
+__global__ void __launch_bounds__(kThreads, 1) sampler_kernel(const __grid_constant__ SamplerCall c) {
+  Team team(c);
+  const int64_t in_row = 2 * c.n_layers, of_position = 2 * in_row;  // stages; then two of the head
+  for (int64_t position = c.first; position < c.first + c.n_positions; ++position) {
+    const int64_t row = position / c.width, column = position - row * c.width;
+    const bool ends_here = !c.logits && !any_wanted(c, team, position);
+    for (int64_t number = column == 0 ? 0 : in_row; number < of_position + (ends_here ? 0 : 2); ++number) {
+      const Stage stage(c, number, row, column);
+      if (!stage.of_row() && team.n_images == 1)
+        run<1>(c, stage, team);
+      else
+        run<kVectors>(c, stage, team);
+      // The next layer's vertical gate reads what the link read.
+      if (stage.kind != link || number + 1 == in_row) team.wait();
+    }
+    if (c.logits || ends_here) continue;
+    draw(c, team, position);
+    team.wait();
+  }
 }
 
 }  // namespace
 
-bool pixelcnn_fits(int64_t channels) { return shared_bytes(channels) <= shared_limit(); }
-
-int pixelcnn_step(const SamplerStep& call, void* stream) {
-  return launch(step_kernel, call.batch, kThreads, shared_bytes(call.channels), stream, call);
+int pixelcnn_positions(const SamplerCall& call, void* stream) {
+  const int64_t needed = ((2 * call.channels + 3) / 4 + kWarps - 1) / kWarps;  // a warp for each four of 2C outputs
+  const int64_t resident = resident_blocks(sampler_kernel, kThreads, kShared);
+  SamplerCall c = call;
+  c.team_size = static_cast<unsigned>(needed < resident ? needed : resident > 0 ? resident : 1);
+  if (c.team_size == 1) return launch(sampler_kernel, c.batch, kThreads, kShared, stream, c);
+  const int64_t wished = (c.batch + kVectors - 1) / kVectors, room = resident / c.team_size;
+  return launch_together(sampler_kernel, (wished < room ? wished : room) * c.team_size, kThreads, kShared, stream, c);
 }
 
 }  // namespace fastvq::cuda

@@ -31,6 +31,29 @@ int launch(void (*kernel)(P...), int64_t grid, int block, size_t shared, void* s
   return cudaGetLastError();
 }
 
+// Blocks of the kernel that the current device runs at a time; 0 where it cannot launch them together.
+template <class Kernel>
+int64_t resident_blocks(Kernel kernel, int block, size_t shared) {
+  int device = 0, together = 0, n = 1, each = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device);
+  cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device);
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, block, shared) != cudaSuccess) return 0;
+  return together ? static_cast<int64_t>(n) * each : 0;
+}
+
+// As launch, but that all blocks are on the device at the same time, so that they may wait for one another; an error
+// where they do not fit.
+template <class... P, class... A>
+int launch_together(void (*kernel)(P...), int64_t grid, int block, size_t shared, void* stream, A... args) {
+  if (grid <= 0) return 0;
+  if (grid > 0x7fffffff) return cudaErrorInvalidConfiguration;
+  void* arguments[] = {&args...};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(grid)),
+                                     dim3(static_cast<unsigned>(block)), arguments, shared,
+                                     static_cast<cudaStream_t>(stream));
+}
+
 // Bytes of shared memory that one block may ask for on the current device.
 inline size_t shared_limit() {
   int device = 0, bytes = 0;
@@ -49,6 +72,19 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char fastvq_shared[];
   return fastvq_shared;
 }
+
+// What one block did before an addition, all that is ordered before it by a barrier included, is there for whom reads the
+// sum, and for what is ordered after the reading.
+__device__ __forceinline__ void add_release(unsigned* p, unsigned v) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(p)), "r"(v) : "memory");
+}
+__device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
+  unsigned v;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
+  return v;
+}
+// Between two looks at what another block changes: the processor's threads take turns there.
+__device__ __forceinline__ void relax() {}
 
 // 16 bytes from global to shared memory, both aligned to 16, without passing through registers. A group of copies is
 // there once wait<n> has returned, n later groups at most being still under way, and a barrier has followed.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq.ops import PixelCNNState, PixelCNNSteps, pixelcnn_start
+from fastvq.ops import DRAWING_BACKENDS, PixelCNNState, PixelCNNSteps, pixelcnn_draw_, pixelcnn_start
 
 if TYPE_CHECKING:
     from fastvq.models.pixelcnn import PixelCNN
@@ -121,7 +121,7 @@ def sample(
     ids = torch.zeros(shape, dtype=torch.int64, device=device)
     if known is not None and keep is not None:
         ids = torch.where(keep.to(device), known.to(device), ids).contiguous()
-    free = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else ~keep.to(device)
+    free = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else ~keep.to(device).contiguous()
     drawn = free.any(0).cpu()  # positions that some image needs
     last = int(drawn.flatten().nonzero().max()) if drawn.any() else -1
 
@@ -135,7 +135,17 @@ def sample(
             chosen = torch.where(may, choose_ids(logits, u, choice), held)
             ids.flatten(1).index_copy_(1, position, chosen[:, None])
 
-        step = PixelCNNSteps(start(model, shape, labels, condition), ids, draw) if cached else None
+        state = start(model, shape, labels, condition) if cached else None
+        if state is not None and state.backend in DRAWING_BACKENDS:
+            at_once = shape[2] if progress else max(last + 1, 1)  # positions a launch; a bar has to see some happen
+            for at in range(0, last + 1, at_once):
+                count = min(at_once, last + 1 - at)
+                pixelcnn_draw_(state, ids, uniforms, free, at, count, **choice._asdict())
+                if progress:
+                    ids[0, 0, 0].item()  # waits for it
+                advance(count)
+            return ids
+        step = None if state is None else PixelCNNSteps(state, ids, draw)
         for at, wanted in enumerate(drawn.flatten()[: last + 1].tolist()):
             if step is not None:
                 step(wanted)
@@ -147,9 +157,9 @@ def sample(
 
 
 @contextmanager
-def _bar(total: int, wanted: bool) -> Iterator[Callable[[], object]]:
+def _bar(total: int, wanted: bool) -> Iterator[Callable[..., object]]:
     if not wanted:
-        yield lambda: None
+        yield lambda n=1: None
         return
     try:
         from rich.console import Console
@@ -158,4 +168,4 @@ def _bar(total: int, wanted: bool) -> Iterator[Callable[[], object]]:
         raise ImportError(f"{OP}: progress=True needs the package rich; install it or pass progress=False") from None
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("sampling", total=total)
-        yield lambda: bar.advance(task)
+        yield lambda n=1: bar.advance(task, n)

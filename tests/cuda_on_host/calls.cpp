@@ -22,6 +22,7 @@
 using namespace fastvq;
 
 extern "C" void set_shared_limit(size_t n_bytes);
+extern "C" void set_resident(int64_t n_blocks);
 
 namespace {
 
@@ -150,14 +151,19 @@ struct ConvGradCall {
 struct GateGradCall {
   Image grad, tanh_a, sigmoid_b, grad_ab;
 };
-// Every position of a map in turn; logits [H, W, B, K].
+// A map: its ids drawn in one launch, or a launch a position, logits [H, W, B, K].
 int pixelcnn_map(Arguments& a) {
-  cuda::SamplerStep c{a.address<int64_t>(), a.integer(), a.integer(), a.integer(), a.address<float>(), a.integer(),
+  cuda::SamplerCall c{a.address<int64_t>(), a.integer(), a.integer(), a.integer(), a.address<float>(), a.integer(),
                       a.integer(), a.address<float>(), a.address<int64_t>(), a.integer(), a.address<float>(),
-                      a.integer(), a.address<float>(), a.integer(), a.integer(), a.address<float>(), 0, 0};
-  for (c.row = 0; c.row < c.height; ++c.row)
-    for (c.column = 0; c.column < c.width; ++c.column, c.logits += c.batch * c.n_codes)
-      if (const int error = cuda::pixelcnn_step(c, nullptr)) return error;
+                      a.integer(), a.address<float>(), a.integer(), a.integer(), 0, 0, nullptr, a.address<float>(),
+                      a.address<double>(), a.address<uint8_t>(), {a.real(), a.integer(), a.real()}, 0};
+  const int64_t n_positions = c.height * c.width, n_launches = c.logits ? n_positions : 1;
+  for (c.n_positions = n_positions / n_launches; c.first < n_positions; c.first += c.n_positions) {
+    std::vector<unsigned> arrived(static_cast<size_t>(c.batch));
+    c.arrived = arrived.data();
+    if (const int error = cuda::pixelcnn_positions(c, nullptr)) return error;
+    if (c.logits) c.logits += c.batch * c.n_codes;
+  }
   return 0;
 }
 
@@ -204,6 +210,10 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
                             a.address<int64_t>(), a.address<double>(), a.address<void>()};
        return cuda::residual_quantize(c.x, c.levels, c.metric, false, c.mask, c.quantized, c.indices, c.squares,
                                       c.workspace, nullptr);
+    {"resident_blocks",
+     [](Arguments& a) {
+       set_resident(a.integer());
+       return 0;
      }},
     {"code_statistics",
      [](Arguments& a) {

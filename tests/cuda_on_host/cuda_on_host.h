@@ -14,6 +14,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 
@@ -21,7 +22,7 @@ struct dim3 {
   unsigned x, y, z;
 };
 #define threadIdx (dim3{on_host::machine.current->thread, 0, 0})
-#define blockIdx (dim3{on_host::machine.index, 0, 0})
+#define blockIdx (dim3{on_host::machine.current->block->index, 0, 0})
 #define blockDim (dim3{on_host::machine.n_threads, 1, 1})
 #define gridDim (dim3{on_host::machine.n_blocks, 1, 1})
 
@@ -59,8 +60,9 @@ T from_bits(uint64_t bits) {
 ON_HOST_HIDDEN inline uint64_t* hand_over(uint64_t bits, unsigned mask, const char* where) {
   if (mask != kAll) fail("warp operations are written for the whole warp");
   const unsigned thread = machine.current->thread;
-  if (machine.warps[thread / kLanes].size != kLanes) fail("a warp operation in a block that is no multiple of 32");
-  Exchange* exchange = machine.exchange[thread / kLanes];
+  Block& block = *machine.current->block;
+  if (block.warps[thread / kLanes].size != kLanes) fail("a warp operation in a block that is no multiple of 32");
+  Exchange* exchange = block.exchange[thread / kLanes];
   exchange[machine.current->meetings[1] & 1].value[thread % kLanes] = bits;
   const unsigned turn = meet(1, where);
   return exchange[turn].value;
@@ -138,6 +140,8 @@ inline double rsqrt(double a) { return 1 / std::sqrt(a); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __uint_as_float(uint32_t bits) { return on_host::from_bits<float>(bits); }
 inline uint32_t __float_as_uint(float f) { return static_cast<uint32_t>(on_host::as_bits(f)); }
+inline int64_t __double_as_longlong(double v) { return static_cast<int64_t>(on_host::as_bits(v)); }
+inline double __longlong_as_double(int64_t bits) { return on_host::from_bits<double>(static_cast<uint64_t>(bits)); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __ffs(int v) { return __builtin_ffs(v); }
 template <class T>
@@ -158,17 +162,37 @@ inline size_t shared_limit_here = size_t{227} << 10;
 inline size_t shared_limit() { return shared_limit_here; }
 inline int multiprocessors() { return 3; }
 
+// Of a kernel at a time; 0 is a card that cannot keep blocks together.
+inline int64_t resident_here = 5;
+template <class Kernel>
+int64_t resident_blocks(Kernel, int, size_t) {
+  return resident_here;
+}
+
 template <class... P, class... A>
-int launch(void (*kernel)(P...), int64_t grid, int block, size_t shared, void*, A... args) {
+int launch_as(bool together, void (*kernel)(P...), int64_t grid, int block, size_t shared, A... args) {
   if (grid <= 0) return 0;
-  if (grid > 0x7fffffff || shared > shared_limit()) on_host::fail("a launch beyond the limits of the card");
+  if (grid > 0x7fffffff || shared > shared_limit() || (together && grid > resident_here))
+    on_host::fail("a launch beyond the limits of the card");
   auto call = [&] { kernel(args...); };
-  on_host::run_grid(static_cast<unsigned>(grid), static_cast<unsigned>(block), shared,
+  on_host::run_grid(static_cast<unsigned>(grid), static_cast<unsigned>(block), shared, together,
                     [](void* p) { (*static_cast<decltype(call)*>(p))(); }, &call);
   return 0;
 }
+template <class... P, class... A>
+int launch(void (*kernel)(P...), int64_t grid, int block, size_t shared, void*, A... args) {
+  return launch_as(false, kernel, grid, block, shared, args...);
+}
+template <class... P, class... A>
+int launch_together(void (*kernel)(P...), int64_t grid, int block, size_t shared, void*, A... args) {
+  return launch_as(true, kernel, grid, block, shared, args...);
+}
 
-inline unsigned char* shared_memory() { return on_host::machine.shared; }
+inline void add_release(unsigned* p, unsigned v) { __atomic_fetch_add(p, v, __ATOMIC_RELEASE); }
+inline unsigned load_acquire(const unsigned* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+inline void relax() { on_host::relax(); }
+
+inline unsigned char* shared_memory() { return on_host::machine.current->block->shared; }
 
 inline void copy_async(void* shared, const void* global) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 || reinterpret_cast<uintptr_t>(global) % 16)
@@ -213,7 +237,7 @@ ON_HOST_HIDDEN inline float multiply_add_step(float sum, const float* a, const f
 template <fastvq::DType kType>
 ON_HOST_HIDDEN void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   const unsigned thread = machine.current->thread, row = lane() / 4, pair = lane() % 4;
-  Exchange* exchange = machine.exchange[thread / kLanes];
+  Exchange* exchange = machine.current->block->exchange[thread / kLanes];
   Exchange& mine = exchange[machine.current->meetings[1] & 1];
   for (unsigned i = 0; i < 2; ++i)
     for (unsigned k = 0; k < 2; ++k)

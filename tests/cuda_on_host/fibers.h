@@ -1,6 +1,7 @@
-// One fiber per CUDA thread, blocks one after another, on one processor thread. Threads run until they meet: at a barrier
-// of the block or at an operation of the warp. A thread that waits there for one that has returned, or for one that
-// waits elsewhere, ends the program with a message: on a GPU that hangs or does worse.
+// One fiber per CUDA thread on one processor thread, blocks one after another, or all together where a launch asks for
+// that. Threads run until they meet, at a barrier of the block or at an operation of the warp, or let others run. A
+// thread that waits there for one that has returned, for one that waits elsewhere, or for memory that nobody is left to
+// change, ends the program with a message: on a GPU that hangs or does worse.
 //
 // Under ThreadSanitizer each fiber is a thread of its own, and only barriers and atomics order them: what a schedule
 // happens to get right is still reported. Blocks of a launch are ordered by nothing.
@@ -12,6 +13,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -40,8 +42,11 @@ struct PendingCopy {
   unsigned group;
 };
 
+struct Block;
+
 struct Fiber {
   ucontext_t context;
+  Block* block;
   jmp_buf jump;
   bool started;
   State state;
@@ -56,7 +61,7 @@ struct Fiber {
 struct Meeting {
   unsigned size, arrived;
   const char* where;
-  char keys[2];
+  char* keys;
 };
 
 // What lanes hand to one another; two buffers in turn, as a lane may be one operation ahead.
@@ -65,23 +70,28 @@ struct Exchange {
   float a[16][16], b[8][16];
 };
 
-struct Machine {
+struct Block {
   Fiber fibers[kMostThreads];
-  Meeting block, warps[kMostThreads / kLanes];
+  Meeting all, warps[kMostThreads / kLanes];
   Exchange exchange[kMostThreads / kLanes][2];
-  unsigned n_threads, live, index, n_blocks;
+  unsigned index;
+  unsigned char* shared;
+  char *stacks, *keys;
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Block>> blocks;  // one, or those that run together
+  unsigned n_threads, n_blocks, live, n_resumed, n_idle;
   Fiber* current;
   jmp_buf jump;
   ucontext_t context;
   const void* stack;
   size_t stack_size;
   void* sanitizer;
-  unsigned char* shared;
   void (*body)(void*);
   void* arguments;
   unsigned random;
   char start, end;
-  char* stacks;
 };
 inline Machine machine;
 
@@ -143,7 +153,7 @@ ON_HOST_HIDDEN inline void resume(Fiber& f) {
 ON_HOST_HIDDEN inline unsigned meet(int kind, const char* where) {
   Fiber& me = *machine.current;
   const unsigned warp = me.thread / kLanes;
-  Meeting& m = kind == 0 ? machine.block : machine.warps[warp];
+  Meeting& m = kind == 0 ? me.block->all : me.block->warps[warp];
   const unsigned turn = me.meetings[kind]++ & 1;
   if (m.arrived == 0) m.where = where;
   if (m.where != where) fail("threads wait for one another in different places (divergent barrier or warp operation)");
@@ -153,7 +163,7 @@ ON_HOST_HIDDEN inline unsigned meet(int kind, const char* where) {
   if (++m.arrived == m.size) {
     m.arrived = 0;
     const unsigned first = kind == 0 ? 0 : warp * kLanes;
-    for (unsigned i = first; i < first + m.size; ++i) machine.fibers[i].state = running;
+    for (unsigned i = first; i < first + m.size; ++i) me.block->fibers[i].state = running;
   } else {
     me.state = waiting;
     leave(false);
@@ -164,9 +174,15 @@ ON_HOST_HIDDEN inline unsigned meet(int kind, const char* where) {
   return turn;
 }
 
+// Lets others run: for a thread that waits for memory to change.
+ON_HOST_HIDDEN inline void relax() {
+  ++machine.n_idle;
+  leave(false);
+}
+
 ON_HOST_HIDDEN inline void make_fiber(Fiber& f) {
   getcontext(&f.context);
-  f.context.uc_stack.ss_sp = machine.stacks + f.thread * kStack;
+  f.context.uc_stack.ss_sp = f.block->stacks + f.thread * kStack;
   f.context.uc_stack.ss_size = kStack;
   f.context.uc_link = nullptr;
   makecontext(&f.context, entry, 0);
@@ -175,17 +191,22 @@ ON_HOST_HIDDEN inline void make_fiber(Fiber& f) {
 #endif
 }
 
-ON_HOST_HIDDEN inline void run_block() {
+ON_HOST_HIDDEN inline void begin_block(Block& block, unsigned index, size_t shared) {
   const unsigned n = machine.n_threads;
-  machine.live = n;
-  // Mapped anew for each block: ThreadSanitizer then knows that it is not the last block's.
+  block.index = index;
+  block.shared = static_cast<unsigned char*>(std::malloc(shared));  // aligned to 16
+  for (size_t i = 0; i < shared; ++i) block.shared[i] = 0xff;
+  // Mapped anew for each block: ThreadSanitizer then knows that it is not the last block's. So are the keys.
   void* stacks = mmap(nullptr, n * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (stacks == MAP_FAILED) fail("no memory for the threads' stacks");
-  machine.stacks = static_cast<char*>(stacks);
-  machine.block = {n, 0, nullptr, {}};
-  for (unsigned w = 0; w * kLanes < n; ++w) machine.warps[w] = {n - w * kLanes < kLanes ? n - w * kLanes : kLanes, 0, nullptr, {}};
+  block.stacks = static_cast<char*>(stacks);
+  block.keys = static_cast<char*>(std::malloc(2 + 2 * kMostThreads / kLanes));
+  block.all = {n, 0, nullptr, block.keys};
+  for (unsigned w = 0; w * kLanes < n; ++w)
+    block.warps[w] = {n - w * kLanes < kLanes ? n - w * kLanes : kLanes, 0, nullptr, block.keys + 2 + 2 * w};
   for (unsigned i = 0; i < n; ++i) {
-    Fiber& f = machine.fibers[i];
+    Fiber& f = block.fibers[i];
+    f.block = &block;
     f.started = false;
     f.state = running;
     f.thread = i;
@@ -193,29 +214,52 @@ ON_HOST_HIDDEN inline void run_block() {
     f.sanitizer = nullptr;
     make_fiber(f);
   }
-  while (machine.live) {
-    bool moved = false;
-    const unsigned first = (machine.random = machine.random * 1664525u + 1013904223u) >> 8;
-    for (unsigned j = 0; j < n; ++j) {
-      Fiber& f = machine.fibers[(first + j) % n];
-      if (f.state != running) continue;
-      moved = true;
-      resume(f);
-    }
-    if (!moved) fail(machine.live < n ? "threads wait for others that have returned" : "threads wait for one another in different places");
-  }
-  for (unsigned i = 0; i < n; ++i) {
-    if (machine.fibers[i].n_copies) fail("a thread returned before its asynchronous copies were waited for");
+}
+
+ON_HOST_HIDDEN inline void end_block(Block& block) {
+  for (unsigned i = 0; i < machine.n_threads; ++i) {
+    if (block.fibers[i].n_copies) fail("a thread returned before its asynchronous copies were waited for");
 #if ON_HOST_TSAN
-    __tsan_destroy_fiber(machine.fibers[i].sanitizer);
+    __tsan_destroy_fiber(block.fibers[i].sanitizer);
 #endif
   }
-  munmap(stacks, n * kStack);
+  munmap(block.stacks, machine.n_threads * kStack);
+}
+
+ON_HOST_HIDDEN inline const char* why_stuck() {
+  for (const std::unique_ptr<Block>& block : machine.blocks) {
+    bool some[3] = {};
+    for (unsigned i = 0; i < machine.n_threads; ++i) some[block->fibers[i].state] = true;
+    if (some[waiting] && some[done]) return "threads wait for others that have returned";
+    if (some[waiting] && !some[running]) return "threads wait for one another in different places";
+  }
+  return "threads wait for memory that none of the others is left to change";
+}
+
+// Until all threads of machine.blocks have returned.
+ON_HOST_HIDDEN inline void run_fibers() {
+  const unsigned n = machine.n_threads, total = n * static_cast<unsigned>(machine.blocks.size());
+  machine.live = total;
+  unsigned stuck = 0;
+  while (machine.live) {
+    machine.n_resumed = machine.n_idle = 0;
+    const unsigned first = (machine.random = machine.random * 1664525u + 1013904223u) >> 8;
+    for (unsigned j = 0; j < total; ++j) {
+      const unsigned i = (first + j) % total;
+      Fiber& f = machine.blocks[i / n]->fibers[i % n];
+      if (f.state != running) continue;
+      ++machine.n_resumed;
+      resume(f);
+    }
+    stuck = machine.n_resumed == machine.n_idle ? stuck + 1 : 0;
+    if (stuck == 3 || machine.n_resumed == 0) fail(why_stuck());
+  }
 }
 
 // Runs `body` as every thread of every block. Shared memory has exactly the size asked for and is full of NaN; it is
 // kept until the end of the launch, so that the memory of one block is never that of another.
-ON_HOST_HIDDEN inline void run_grid(unsigned n_blocks, unsigned n_threads, size_t shared, void (*body)(void*), void* arguments) {
+ON_HOST_HIDDEN inline void run_grid(unsigned n_blocks, unsigned n_threads, size_t shared, bool together, void (*body)(void*),
+                                    void* arguments) {
   if (n_threads == 0 || n_threads > kMostThreads) fail("a block must have 1 to 256 threads");
   machine.n_threads = n_threads;
   machine.n_blocks = n_blocks;
@@ -225,23 +269,28 @@ ON_HOST_HIDDEN inline void run_grid(unsigned n_blocks, unsigned n_threads, size_
   machine.sanitizer = __tsan_get_current_fiber();
   __tsan_release(&machine.start);
 #endif
-  std::vector<unsigned char*> kept;
-  for (unsigned b = 0; b < n_blocks; ++b) {
-    machine.index = b;
-    machine.shared = static_cast<unsigned char*>(std::malloc(shared));  // aligned to 16
-    for (size_t i = 0; i < shared; ++i) machine.shared[i] = 0xff;
-#if ON_HOST_TSAN
-    kept.push_back(machine.shared);
-#endif
-    run_block();
+  std::vector<void*> kept;
+  const unsigned at_once = together ? n_blocks : 1;
+  machine.blocks.resize(at_once);
+  for (std::unique_ptr<Block>& block : machine.blocks)
+    if (!block) block.reset(new Block());
+  for (unsigned b = 0; b < n_blocks; b += at_once) {
+    for (unsigned i = 0; i < at_once; ++i) begin_block(*machine.blocks[i], b + i, shared);
+    run_fibers();
+    for (const std::unique_ptr<Block>& block : machine.blocks) {
+      end_block(*block);
+      kept.push_back(block->keys);
+      kept.push_back(block->shared);
+    }
 #if !ON_HOST_TSAN
-    std::free(machine.shared);
+    for (void* memory : kept) std::free(memory);
+    kept.clear();
 #endif
   }
 #if ON_HOST_TSAN
   __tsan_acquire(&machine.end);
 #endif
-  for (unsigned char* memory : kept) std::free(memory);
+  for (void* memory : kept) std::free(memory);
 }
 
 }  // namespace on_host

@@ -34,7 +34,7 @@ FLAGS = {
     "address": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
-SHARED_LIMIT = 227 << 10  # of cuda_on_host.h
+SHARED_LIMIT, RESIDENT = 227 << 10, 5  # of cuda_on_host.h
 SANITIZERS = ("address", "thread")
 
 
@@ -90,16 +90,25 @@ def module():
     return made
 
 
-@contextlib.contextmanager
 def shared_limit(n_bytes: int):
     """Within the block ``module()`` has a card whose blocks get this much shared memory."""
-    set_limit = ctypes.CDLL(module().__file__).set_shared_limit
-    set_limit.argtypes = [ctypes.c_size_t]
-    set_limit(n_bytes)
+    return _card("set_shared_limit", ctypes.c_size_t, n_bytes, SHARED_LIMIT)
+
+
+def resident_blocks(n: int):
+    """Within the block ``module()`` has a card that keeps n blocks of a kernel together; 0: none."""
+    return _card("set_resident", ctypes.c_int64, n, RESIDENT)
+
+
+@contextlib.contextmanager
+def _card(name: str, kind: type, value: int, otherwise: int):
+    set_value = ctypes.CDLL(module().__file__)[name]
+    set_value.argtypes = [kind]
+    set_value(value)
     try:
         yield
     finally:
-        set_limit(SHARED_LIMIT)
+        set_value(otherwise)
 
 
 def program(name: str, kind: str) -> Path:

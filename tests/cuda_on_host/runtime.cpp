@@ -6,6 +6,10 @@
 extern "C" __attribute__((visibility("default"))) void set_shared_limit(size_t n_bytes) {
   fastvq::cuda::shared_limit_here = n_bytes;
 }
+// How many blocks of a kernel are on the card at a time.
+extern "C" __attribute__((visibility("default"))) void set_resident(int64_t n_blocks) {
+  fastvq::cuda::resident_here = n_blocks;
+}
 
 namespace fastvq::cuda {
 

@@ -1,26 +1,33 @@
-"""The CUDA kernel of the sampler's step, compiled for the processor: the logits of the network, in this process and
-under sanitizers."""
+"""The CUDA kernel of the sampler, compiled for the processor: the logits of the network and the samples of the
+reference, in this process and under sanitizers."""
 
 import numpy as np
 import pytest
 import torch
 
 from fastvq import use_backend
-from fastvq.models.sampling import start
+from fastvq.models.sampling import Choice, choose_ids, start
+from fastvq.ops import pixelcnn_draw_, pixelcnn_start
 from tests.cases import generator
 from tests.cuda_on_host import host
 from tests.models import test_sampling as plain
 from tests.models.test_sampling import make
 from tests.tolerance import assert_within
 
-# Rows wider than the pixels that are made together, more codes than threads have quads, kernels wider than the map.
+# A block alone, a team of three, a team for one image, two teams of two; rows that do not come in whole groups of
+# pixels, more codes than threads, kernels wider than the map.
 MODELS = {
     "both conditions": (dict(n_layers=2, n_classes=3, condition_channels=2, channels=17), (2, 2, 2), 2),
     "one layer": (dict(n_layers=1, channels=3, n_codes=35), (1, 3, 2), 1),
     "no left": (dict(n_layers=2, channels=4, first_kernel_size=1), (3, 1, 2), 1),
-    "wide": (dict(n_layers=3, channels=6, n_codes=1100), (1, 3, 9), 1),
+    "wide": (dict(n_layers=3, channels=6, n_codes=300), (1, 3, 9), 1),
     "wide kernels": (dict(n_layers=2, first_kernel_size=7, channels=9), (1, 3, 2), 1),
+    "teams": (dict(n_layers=2, channels=10, n_codes=7, kernel_size=5), (6, 2, 3), 1),
 }
+CHOICES = (
+    dict(), dict(temperature=0.5), dict(temperature=0.0), dict(top_k=3), dict(top_p=0.7),
+    dict(top_k=5, top_p=0.5, temperature=2.0),
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -35,55 +42,133 @@ def test_step_gives_the_logits_of_forward(name, cuda_on_host):
         plain.check_step(*MODELS[name], "cuda")
 
 
-def test_samples_are_those_of_the_uncached_reference(cuda_on_host):
-    model, shape = make(n_layers=2, channels=8), (2, 2, 3)
+@pytest.mark.parametrize("options", CHOICES, ids=str)
+def test_samples_are_those_of_the_uncached_reference(options, cuda_on_host):
+    """Some positions kept in all images, some in one, and the last ones, which are then not computed."""
+    for name in ("both conditions", "teams"):
+        made, shape, scale = MODELS[name]
+        model = make(**made)
+        given = plain.conditions(model, *shape, scale)
+        keep = torch.rand(shape, generator=generator(10)) < 0.3
+        keep[:, 0, 1] = keep[:, -1, -1] = True
+        known = torch.randint(0, model.n_codes, shape, generator=generator(9))
+        given |= dict(known=known, keep=keep.mT.contiguous().mT, **options)
+        with use_backend("cuda"):
+            ours = model.sample(shape, **given, generator=generator(5))
+        with use_backend("reference"):
+            assert torch.equal(ours, model.sample(shape, **given, generator=generator(5), cached=False))
+
+
+@torch.no_grad()
+def test_cards_and_batches_give_the_same_bits(cuda_on_host):
+    """However many blocks run together, and whoever else is drawn."""
+    options, shape, _ = MODELS["teams"]
+    model = make(**options)
+    ids = torch.randint(0, 7, shape, generator=generator(4))
+    results = []
     with use_backend("cuda"):
-        ours = model.sample(shape, generator=generator(5))
+        for n in (5, 3, 1, 0):
+            with host.resident_blocks(n):
+                results.append(plain.every_logit(model, ids, dict(labels=None, condition=None))[0])
+        results += [plain.every_logit(model, ids[:1], dict(labels=None, condition=None))[0]]
+    assert all(torch.equal(results[0][: len(r)], r) for r in results[1:])
+
+
+def draw(logits, uniforms, **options):
+    """An id an image from a network whose logits are these, whatever it is given."""
+    n, k = len(uniforms), len(logits)
+    sizes = [(k, 1), (2, 1, 1, 1), (2,), (2, 1, 1, 1), (2,), (2, 1, 1, 1), (2,), (1, 1, 1, 1), (1,), (1, 1, 1, 1), (1,)]
+    weights = [*map(torch.zeros, sizes), torch.zeros(k, 1, 1, 1), logits]
+    state = pixelcnn_start(weights, [1], (n, 1, 1))
+    ids = torch.full((n, 1, 1), -1)
+    pixelcnn_draw_(state, ids, uniforms.view(n, 1, 1), torch.ones(n, 1, 1, dtype=torch.bool), **options)
+    return ids.view(n)
+
+
+def test_choice_is_that_of_choose_ids(cuda_on_host):
+    g = generator(6)
+    uniforms = torch.cat([torch.rand(6, generator=g, dtype=torch.float64), torch.tensor([0.0, 1 - 2.0**-53]).double()])
+    ties = torch.randn(200, generator=g).mul(2).round()
+    gaps = torch.randn(129, generator=g).mul(30)
+    gaps[::3] = -torch.inf
+    with use_backend("cuda"):
+        for logits in (torch.zeros(1), torch.randn(3, generator=g), ties, gaps, torch.full((131,), -1e30)):
+            for options in (*CHOICES, dict(top_k=1), dict(top_k=len(logits) + 1), dict(top_k=70, top_p=0.999)):
+                expected = choose_ids(logits.expand(len(uniforms), -1), uniforms, Choice(**options))
+                assert torch.equal(draw(logits, uniforms, **options), expected), (logits, options)
+        for bad in (torch.nan, torch.inf):
+            logits = torch.tensor([1.0, bad, 2.0])
+            assert not draw(logits, uniforms).any() and draw(logits, uniforms, temperature=0.0).max() < 3
+
+
+def test_what_it_cannot_add_or_draw_is_refused(cuda_on_host):
+    with use_backend("cuda"):
+        with pytest.raises(ValueError, match="cuda: it computes in float32, a weight is"):
+            start(make(n_layers=1, channels=4).double(), (1, 2, 2), None, None)
+        state = start(make(n_layers=1, channels=4), (1, 2, 2), None, None)
+    ids, u, wanted = torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).double(), torch.ones(1, 2, 2).bool()
+    for arguments, message in (
+        ((ids, u.float(), wanted), "uniforms must be torch.float64"),
+        ((ids, u, wanted[:, :1]), "wanted must be torch.bool"),
+        ((ids, u.mT, wanted), "contiguous"),
+        ((ids, u, wanted, 3, 2), "positions must lie in 0 .. 4, got 2 from 3 on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pixelcnn_draw_(state, *arguments)
     with use_backend("reference"):
-        assert torch.equal(ours, model.sample(shape, generator=generator(5), cached=False))
+        state = start(make(n_layers=1, channels=4), (1, 2, 2), None, None)
+    with pytest.raises(ValueError, match="a backend that draws ids itself, cuda, got reference"):
+        pixelcnn_draw_(state, ids, u, wanted)
 
 
-def test_what_it_cannot_hold_or_add_is_refused(cuda_on_host):
-    with (
-        pytest.raises(ValueError, match="cuda: it computes in float32, a weight is"),
-        use_backend("cuda"),
-    ):
-        start(make(n_layers=1, channels=4).double(), (1, 2, 2), None, None)
-    with (
-        host.shared_limit(33 << 10),
-        pytest.raises(ValueError, match="cuda: 40 channels are more than a block's shared memory holds"),
-        use_backend("cuda"),
-    ):
-        start(make(n_layers=1, channels=40), (1, 2, 2), None, None)
+def whole_map(calls, state, ids, uniforms, wanted, logits, **options):
+    """Adds a call that draws all ids of a map in one launch, or one that leaves the logits of each position."""
+    embedding, packed, table = state.weights
+    condition = torch.zeros(0) if state.condition is None else state.condition
+    tall, wide = (1, 1) if state.condition is None else condition.shape[2:4]
+    choice = Choice(**options)
+    calls.add(
+        "pixelcnn_map",
+        [*map(host.as_bytes, (ids, embedding, packed, table)), np.full(state.cache.nbytes, 0xFF, np.uint8),
+         *map(host.as_bytes, (condition, logits, uniforms, wanted))],
+        [host.Buffer(0), *ids.shape, host.Buffer(1), *embedding.shape, host.Buffer(2), host.Buffer(3),
+         len(state.kernel_sizes), host.Buffer(4), state.cache.shape[1],
+         host.NOTHING if state.condition is None else host.Buffer(5), tall, wide,
+         host.Buffer(6) if logits.numel() else host.NOTHING, host.Buffer(7), host.Buffer(8), float(choice.temperature),
+         choice.top_k or 0, float(choice.top_p or 0)],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", host.SANITIZERS)
 @torch.no_grad()
 def test_under_sanitizers(kind, tmp_path, cuda_on_host):
     calls, expected = host.Calls(), []
-    for name in MODELS:
-        options, (b, h, w), scale = MODELS[name]
+    # Under ThreadSanitizer, which takes its time, blocks that wait for one another and a map that ends a row.
+    for i, name in enumerate(MODELS if kind == "address" else ["both conditions", "teams"]):
+        options, shape, scale = MODELS[name]
         model = make(**options)
-        given = plain.conditions(model, b, h, w, scale)
-        ids = torch.randint(0, model.n_codes, (b, h, w), generator=generator(4))
+        given = plain.conditions(model, *shape, scale)
+        uniforms = torch.rand(shape, generator=generator(i), dtype=torch.float64)
+        wanted = torch.rand(shape, generator=generator(i)) < 0.8
+        choice = CHOICES[-1 - i % len(CHOICES)]
         with use_backend("cuda"):
-            state = start(model, (b, h, w), **given)
-        embedding, packed, sizes = state.weights
-        condition = torch.zeros(0) if state.condition is None else state.condition
-        tall, wide = (1, 1) if state.condition is None else condition.shape[2:4]
-        calls.add(
-            "pixelcnn_map",
-            [*map(host.as_bytes, (ids, embedding, packed, sizes)), np.full(state.cache.nbytes, 0xFF, np.uint8),
-             host.as_bytes(condition), np.full(h * w * b * model.n_codes * 4, 0xFF, np.uint8)],
-            [host.Buffer(0), b, h, w, host.Buffer(1), *embedding.shape, host.Buffer(2), host.Buffer(3), len(sizes),
-             host.Buffer(4), state.cache.shape[1],
-             host.NOTHING if state.condition is None else host.Buffer(5), tall, wide, host.Buffer(6)],
-        )  # fmt: skip
+            state = start(model, shape, **given)
+            drawn = torch.randint(0, model.n_codes, shape, generator=generator(4))
+            whole_map(calls, state, drawn, uniforms, wanted, torch.zeros(0), **choice)
+            pixelcnn_draw_(state, drawn, uniforms, wanted, **choice)
+        b, h, w = shape
+        logits = torch.full((h, w, b, model.n_codes), torch.nan)
+        if kind == "address":
+            whole_map(calls, state, drawn, uniforms, wanted, logits)
         with use_backend("reference"):
             maps = None if given["condition"] is None else given["condition"].double()
-            expected.append(model.double()(ids, given["labels"], maps))
-    for results, logits in zip(calls.run(kind, tmp_path), expected, strict=True):
-        b, k, h, w = logits.shape
-        got = torch.frombuffer(bytearray(results[6]), dtype=torch.float32).view(h, w, b, k).permute(2, 3, 0, 1)
-        # The bound of check_step.
-        assert_within(got, logits, 2.0**-24 * 500 * (1 + logits.abs().amax()))
+            expected.append((drawn, model.double()(drawn, given["labels"], maps).permute(2, 3, 0, 1)))
+    results = calls.run(kind, tmp_path)
+    n = len(results) // len(expected)
+    for (drawn, logits), of_ids, of_logits in zip(expected, results[::n], results[n - 1 :: n], strict=True):
+        # One order of sums whatever runs where: the bits of this process.
+        assert torch.equal(torch.frombuffer(bytearray(of_ids[0]), dtype=torch.int64).view(drawn.shape), drawn)
+        if n == 2:
+            got = torch.frombuffer(bytearray(of_logits[6]), dtype=torch.float32).view(logits.shape)
+            # The bound of check_step.
+            assert_within(got, logits, 2.0**-24 * 500 * (1 + logits.abs().amax()))

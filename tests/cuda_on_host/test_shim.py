@@ -1,4 +1,4 @@
-"""The kernels are trusted as far as cuda_on_host catches what can be wrong with one: it must catch five seeded bugs."""
+"""The kernels are trusted as far as cuda_on_host finds what can be wrong with one: it must find seven seeded bugs."""
 
 import pytest
 
@@ -22,6 +22,8 @@ def test_the_right_kernel_passes(kind):
         pytest.param(3, "thread", "data race", id="missing_barrier"),
         pytest.param(4, "plain", "threads wait for others that have returned", id="barrier_after_return"),
         pytest.param(5, "thread", "data race", id="plain_counter"),
+        pytest.param(6, "thread", "data race", id="missing_wait"),
+        pytest.param(7, "plain", "threads wait for memory", id="missing_arrival"),
     ],
 )
 def test_a_seeded_bug_is_caught(variant, kind, message):
