@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq import _triton
 from fastvq.ops import PixelCNNState, PixelCNNSteps, pixelcnn_start
+from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
 
 if TYPE_CHECKING:
     from fastvq.models.pixelcnn import PixelCNN
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "choose_ids", "sample", "start"]
 
 OP = "fastvq.models.PixelCNN.sample"
+_CHOICE = "fastvq.ops.pixelcnn.triton_choice"
 
 
 class Choice(NamedTuple):
@@ -121,7 +124,7 @@ def sample(
     ids = torch.zeros(shape, dtype=torch.int64, device=device)
     if known is not None and keep is not None:
         ids = torch.where(keep.to(device), known.to(device), ids).contiguous()
-    free = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else ~keep.to(device)
+    free = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else ~keep.to(device).contiguous()
     drawn = free.any(0).cpu()  # positions that some image needs
     last = int(drawn.flatten().nonzero().max()) if drawn.any() else -1
 
@@ -135,7 +138,14 @@ def sample(
             chosen = torch.where(may, choose_ids(logits, u, choice), held)
             ids.flatten(1).index_copy_(1, position, chosen[:, None])
 
-        step = PixelCNNSteps(start(model, shape, labels, condition), ids, draw) if cached else None
+        def draw_at_once(logits: Tensor, position: Tensor) -> None:
+            _triton.lazily(_CHOICE, "choose_")(logits, uniforms, free, ids, position, *choice)
+
+        step = None
+        if cached:
+            state = start(model, shape, labels, condition)
+            at_once = state.backend == "triton" and model.n_codes <= WIDEST_CHOICE
+            step = PixelCNNSteps(state, ids, draw_at_once if at_once else draw)
         for at, wanted in enumerate(drawn.flatten()[: last + 1].tolist()):
             if step is not None:
                 step(wanted)
