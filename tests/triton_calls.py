@@ -93,7 +93,7 @@ CALLS["pixelcnn_step float32"] = pixelcnn_steps(F32)
 CALLS["pixelcnn_step bfloat16"] = pixelcnn_steps(BF16)
 CALLS["pixelcnn_step of few channels"] = pixelcnn_steps(F16, 48, (3,))
 CALLS["pixelcnn_step tuned"] = pixelcnn_steps(F32, 128, (3,), tuned=True)
-for n_codes in (512, 2048, 4096):  # every tile, with the options that take most registers
+for n_codes in (1024, 2048, 4096):  # every tile, with the options that take most registers
     CALLS[f"choice of {n_codes}"] = choice(n_codes, 1.0, 5, 0.9)
 CALLS["choice of the likeliest"] = choice(4096, 0.0, None, None)
 CALLS["choice without options"] = choice(4096, 1.0, None, None)

@@ -19,8 +19,8 @@ __all__ = ["horizontal", "prepare", "step", "vertical"]
 ANY = 2**31  # width of a row that serves every number of channels
 
 
-def _tile(m: int, c: int, o: int) -> dict[str, int]:
-    return {"BLOCK_M": m, "BLOCK_C": c, "BLOCK_O": o, "num_warps": 4, "num_stages": 3}
+def _tile(m: int, c: int, o: int, warps: int = 4) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_C": c, "BLOCK_O": o, "num_warps": warps, "num_stages": 3}
 
 
 def _tiles(*rows: tuple[int, dict[str, int]]) -> list[Tile]:
@@ -31,7 +31,7 @@ def _tiles(*rows: tuple[int, dict[str, int]]) -> list[Tile]:
 # By the channels, the last of a width for FASTVQ_AUTOTUNE alone. All: not measured on a GPU. A position has few vectors
 # and reads all weights: narrow blocks spread them over the card.
 POSITION = _tiles((64, _tile(16, 32, 16)), (ANY, _tile(16, 64, 16)), (ANY, _tile(16, 64, 32)))
-ROW = _tiles((64, _tile(32, 32, 32)), (ANY, _tile(32, 32, 32)), (ANY, _tile(64, 32, 32)))
+ROW = _tiles((64, _tile(32, 32, 32)), (ANY, _tile(32, 32, 32)), (ANY, _tile(64, 32, 32, 8)))
 PACKED = 7  # tensors of a layer: vertical and bias, link and bias, horizontal, out and bias
 
 

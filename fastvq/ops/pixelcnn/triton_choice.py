@@ -28,12 +28,11 @@ from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
 __all__ = ["choose_"]
 
 BITS = tl.constexpr(62)  # of a probability, which is at most 1: 0x3FF << 52
-# By the number of ids, all of which a program holds at once. A limit on registers is one that the assembler may use up:
-# without, it takes fewer and spills one, for more programs side by side than there are images.
+# By the number of ids, all of which a program holds at once.
 TILES = [
-    _tiles.Tile(80, 1024, torch.float64, {"num_warps": 4, "maxnreg": 128}),
-    _tiles.Tile(80, 2048, torch.float64, {"num_warps": 8, "maxnreg": 128}),
-    _tiles.Tile(80, WIDEST_CHOICE, torch.float64, {"num_warps": 16, "maxnreg": 128}),
+    _tiles.Tile(80, 1024, torch.float64, {"num_warps": 4}),
+    _tiles.Tile(80, 2048, torch.float64, {"num_warps": 8}),
+    _tiles.Tile(80, WIDEST_CHOICE, torch.float64, {"num_warps": 16}),
 ]
 
 
