@@ -91,8 +91,9 @@ CALLS["masked_conv of more than 2^31 pixels"] = masked_conv(BF16, 64, side=2**16
 CALLS["gated_masked_conv of a vector"] = gated_masked_conv(F16, 128, "vector")
 CALLS["pixelcnn_step float32"] = pixelcnn_steps(F32)
 CALLS["pixelcnn_step bfloat16"] = pixelcnn_steps(BF16)
-CALLS["pixelcnn_step of few channels"] = pixelcnn_steps(F16, 48, (3,))
-CALLS["pixelcnn_step tuned"] = pixelcnn_steps(F32, 128, (3,), tuned=True)
+for dtype in (F16, F32):
+    CALLS[f"pixelcnn_step of few channels {dtype}"] = pixelcnn_steps(dtype, 48, (3,))
+    CALLS[f"pixelcnn_step tuned {dtype}"] = pixelcnn_steps(dtype, 128, (3,), tuned=True)
 for n_codes in (1024, 2048, 4096):  # every tile, with the options that take most registers
     CALLS[f"choice of {n_codes}"] = choice(n_codes, 1.0, 5, 0.9)
 CALLS["choice of the likeliest"] = choice(4096, 0.0, None, None)

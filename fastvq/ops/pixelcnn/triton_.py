@@ -31,7 +31,7 @@ def _tiles(*rows: tuple[int, dict[str, int]]) -> list[Tile]:
 # By the channels, the last of a width for FASTVQ_AUTOTUNE alone. All: not measured on a GPU. A position has few vectors
 # and reads all weights: narrow blocks spread them over the card.
 POSITION = _tiles((64, _tile(16, 32, 16)), (ANY, _tile(16, 64, 16)), (ANY, _tile(16, 64, 32)))
-ROW = _tiles((64, _tile(32, 32, 32)), (ANY, _tile(32, 32, 32)), (ANY, _tile(64, 32, 32, 8)))
+ROW = _tiles((64, _tile(32, 32, 32)), (ANY, _tile(32, 32, 32)), (ANY, _tile(64, 16, 32, 8)))
 PACKED = 7  # tensors of a layer: vertical and bias, link and bias, horizontal, out and bias
 
 
