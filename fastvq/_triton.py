@@ -13,6 +13,7 @@ import os
 import struct
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 __all__ = ["capability", "float64_bits", "interpreting", "lazily", "refuse", "refuse_rows", "unavailable"]
 
+OLDEST_TRITON = (3, 6)
 OLDEST = 80  # compute capability times ten: the first with bf16 tensor cores and asynchronous copies
 MOST_ROWS = 2**31 - 2**16  # a last block that reaches over the end is still numbered in 32 bits
 
@@ -29,10 +31,26 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def _version(package: str) -> tuple[int, int] | None:
+    """Of an installed package, unless it is one that was built without saying so."""
+    try:
+        major, minor = version(package).split(".")[:2]
+        return int(major), int(minor)
+    except (PackageNotFoundError, ValueError):
+        return None
+
+
 @cache
 def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; pip install triton"
+    found, numpy = _version("triton"), _version("numpy")
+    told = "" if found is None else f"{found[0]}.{found[1]}"
+    if found is not None and found < OLDEST_TRITON:
+        return f"it needs Triton 3.6 or later, got {told}; pip install -U triton"
+    # A bound of a loop that is no constant is an array there, which that NumPy makes no index of.
+    if interpreting() and found is not None and found < (3, 7) and numpy is not None and numpy >= (2, 4):
+        return f"the interpreter of Triton {told} needs NumPy below 2.4; pip install -U triton, or 'numpy<2.4'"
     return None
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import _cuda_native, _native
+from fastvq import _cuda_native, _native, _triton
 from fastvq._env import VARIABLES
 
 ROOT = Path(__file__).parent.parent
@@ -100,3 +100,19 @@ def test_a_missing_compiler_gives_one_readable_line(tmp_path):
     assert run.returncode != 0
     assert "fastvq needs a C++17 compiler and found none" in run.stderr and "apt install g++" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "reason"),
+    [
+        ("3.5.1", "2.3.0", "needs Triton 3.6 or later, got 3.5; pip install -U triton"),
+        ("3.6.0", "2.4.1", "the interpreter of Triton 3.6 needs NumPy below 2.4"),
+        ("3.6.0+git1", "2.3.5", None), ("3.7.1", "2.4.1", None), ("3.10.0", "2.5.0", None), ("nightly", "2.4.0", None),
+    ],
+)  # fmt: skip
+def test_which_triton_serves(triton, numpy, reason, monkeypatch):
+    monkeypatch.setattr(_triton, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setattr(_triton.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_triton, "interpreting", lambda: True)
+    found = _triton._missing.__wrapped__()
+    assert found is reason if reason is None else reason in found

@@ -1,12 +1,14 @@
 """The launches that ``tests.triton_offline`` compiles: every launcher, once at least for each tile and dtype."""
 
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 
 from fastvq.ops.masked_conv import triton_ as conv
 from fastvq.ops.nearest import triton_ as lookup
 from fastvq.ops.pixelcnn import triton_ as pixelcnn
+from fastvq.ops.pixelcnn.triton_choice import choose_
 from fastvq.ops.residual import triton_ as residual
 from tests import triton_calls_learning
 
@@ -41,23 +43,38 @@ def gated_masked_conv(dtype: torch.dtype, channels: int, condition: str = "map")
     return call
 
 
-def pixelcnn_steps(dtype: torch.dtype) -> Callable[[], object]:
-    """A row's vertical stack and a position, of a model with a condition."""
+def pixelcnn_steps(
+    dtype: torch.dtype, channels: int = 128, kernel_sizes: tuple[int, ...] = (5, 3, 3), tuned: bool = False
+) -> Callable[[], object]:
+    """A row's vertical stack and a position, of a model with a condition; ``tuned``: by the last tile that fits."""
+
+    def last(kernel, table, device, dim, dtype, launch):
+        return [t for t in table if t.dim >= dim and t.dtype == dtype][-1].meta
 
     def call():
-        channels, kernel_sizes, shape = 128, (5, 3, 3), (16, 32, 32)
+        shape = (16, 32, 32)
         weights = [torch.empty(512, channels, dtype=dtype)]
         for i, k in enumerate(kernel_sizes):
-            outputs = channels if i == 2 else 2 * channels
+            outputs = channels if i + 1 == len(kernel_sizes) else 2 * channels
             for size in ((k, k), (1, 1), (1, k), (1, 1)):
                 n = outputs if len(weights) % 8 == 7 else 2 * channels
                 weights += [torch.empty(n, channels, *size, dtype=dtype), torch.empty(n, dtype=dtype)]
         for n in (channels, 512):
             weights += [torch.empty(n, channels, 1, 1, dtype=dtype), torch.empty(n, dtype=dtype)]
         packed, cache = pixelcnn.prepare(weights, kernel_sizes, *shape, 0)
-        condition = torch.empty(3, 16, 8, 8, 4 * channels, dtype=dtype)
+        condition = torch.empty(len(kernel_sizes), 16, 8, 8, 4 * channels, dtype=dtype)
         ids = torch.empty(shape, dtype=torch.int64)
-        pixelcnn.step(ids, packed, cache, condition, kernel_sizes, 1, 0, 0)
+        with mock.patch.object(pixelcnn, "pick", last if tuned else pixelcnn.pick):
+            pixelcnn.step(ids, packed, cache, condition, kernel_sizes, 1, 0, 0)
+
+    return call
+
+
+def choice(n_codes: int, temperature: float, top_k: int | None, top_p: float | None) -> Callable[[], object]:
+    def call():
+        uniforms, free = (torch.empty(16, 32, 32, dtype=dtype) for dtype in (F64, torch.bool))
+        ids, position = torch.empty(16, 32, 32, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+        choose_(torch.empty(16, n_codes), uniforms, free, ids, position, temperature, top_k, top_p)
 
     return call
 
@@ -74,6 +91,13 @@ CALLS["masked_conv of more than 2^31 pixels"] = masked_conv(BF16, 64, side=2**16
 CALLS["gated_masked_conv of a vector"] = gated_masked_conv(F16, 128, "vector")
 CALLS["pixelcnn_step float32"] = pixelcnn_steps(F32)
 CALLS["pixelcnn_step bfloat16"] = pixelcnn_steps(BF16)
+for dtype in (F16, F32):
+    CALLS[f"pixelcnn_step of few channels {dtype}"] = pixelcnn_steps(dtype, 48, (3,))
+    CALLS[f"pixelcnn_step tuned {dtype}"] = pixelcnn_steps(dtype, 128, (3,), tuned=True)
+for n_codes in (1024, 2048, 4096):  # every tile, with the options that take most registers
+    CALLS[f"choice of {n_codes}"] = choice(n_codes, 1.0, 5, 0.9)
+CALLS["choice of the likeliest"] = choice(4096, 0.0, None, None)
+CALLS["choice without options"] = choice(4096, 1.0, None, None)
 TENSOR_CORES |= {"masked_conv", "masked_conv_weight_grad"}
 CALLS.update(triton_calls_learning.CALLS)
 

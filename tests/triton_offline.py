@@ -2,8 +2,8 @@
 
 Each call of ``tests.triton_calls.CALLS`` runs an op's own launcher on fake CUDA tensors. A launch compiles its kernel
 for ARCH (80, 90 or 100) instead of running it, and what the compiler made of it is printed as one line of JSON:
-registers, stack, shared memory and how often each telling instruction occurs. So the very arguments, tiles and
-constants that ship are what is compiled. Must not run under TRITON_INTERPRET.
+registers, stack, shared memory and how often each instruction of the tensor cores occurs. So the very arguments, tiles
+and constants that ship are what is compiled. Must not run under TRITON_INTERPRET.
 """
 
 import json
@@ -24,8 +24,9 @@ from triton.runtime.jit import JITFunction, MockTensor
 from fastvq import _triton
 
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Tensor cores of each generation; LDL and STL are spills; asynchronous copies; FFMA is what runs without tensor cores.
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA", "DFMA", "LDL", "STL", "LDGSTS", "UTMALDG")
+# Tensor cores of each generation, as PTX names them: the assembler translates them one to one, and reading what it made
+# of them would take as long as compiling.
+PRODUCTS = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")
 
 
 class OfflineDriver:
@@ -47,18 +48,14 @@ class OfflineDriver:
         return torch.device("cuda", 0)
 
 
-def disassemble(cubin: bytes) -> dict[str, object]:
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, and bytes of local memory: what a kernel spills lies there."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    used = dict(re.findall(r"(REG|STACK):(\d+)", usage.stdout + usage.stderr))
-    return {
-        "registers": int(used["REG"]),
-        "stack": int(used["STACK"]),
-        "instructions": {name: n for name in INSTRUCTIONS if (n := len(re.findall(rf"\b{name}\b", sass)))},
-    }
+    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout + usage.stderr))
+    return {"registers": int(used["REG"]), "stack": int(used["STACK"]) + int(used["LOCAL"])}
 
 
 def main(arch: int) -> None:
@@ -83,7 +80,8 @@ def main(arch: int) -> None:
                 "shared": kernel.metadata.shared,
                 "warps": kernel.metadata.num_warps,
                 "stages": kernel.metadata.num_stages,
-                **disassemble(kernel.asm["cubin"]),
+                **resources(kernel.asm["cubin"]),
+                "products": {name: n for name in PRODUCTS if (n := kernel.asm["ptx"].count(name))},
                 "constants": {k: v for k, v in kwargs.items() if isinstance(v, (int, str, bool))},
             }
             print(json.dumps(line), flush=True)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq import _triton
 from fastvq.ops import DRAWING_BACKENDS, PixelCNNState, PixelCNNSteps, pixelcnn_draw_, pixelcnn_start
+from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
 
 if TYPE_CHECKING:
     from fastvq.models.pixelcnn import PixelCNN
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Choice", "choose_ids", "sample", "start"]
 
 OP = "fastvq.models.PixelCNN.sample"
+_CHOICE = "fastvq.ops.pixelcnn.triton_choice"
 
 
 class Choice(NamedTuple):
@@ -135,6 +138,9 @@ def sample(
             chosen = torch.where(may, choose_ids(logits, u, choice), held)
             ids.flatten(1).index_copy_(1, position, chosen[:, None])
 
+        def draw_at_once(logits: Tensor, position: Tensor) -> None:
+            _triton.lazily(_CHOICE, "choose_")(logits, uniforms, free, ids, position, *choice)
+
         state = start(model, shape, labels, condition) if cached else None
         if state is not None and state.backend in DRAWING_BACKENDS:
             at_once = shape[2] if progress else max(last + 1, 1)  # positions a launch; a bar has to see some happen
@@ -145,7 +151,10 @@ def sample(
                     ids[0, 0, 0].item()  # waits for it
                 advance(count)
             return ids
-        step = None if state is None else PixelCNNSteps(state, ids, draw)
+        step = None
+        if state is not None:
+            one_launch = state.backend == "triton" and model.n_codes <= WIDEST_CHOICE
+            step = PixelCNNSteps(state, ids, draw_at_once if one_launch else draw)
         for at, wanted in enumerate(drawn.flatten()[: last + 1].tolist()):
             if step is not None:
                 step(wanted)

@@ -210,6 +210,7 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
                             a.address<int64_t>(), a.address<double>(), a.address<void>()};
        return cuda::residual_quantize(c.x, c.levels, c.metric, false, c.mask, c.quantized, c.indices, c.squares,
                                       c.workspace, nullptr);
+     }},
     {"resident_blocks",
      [](Arguments& a) {
        set_resident(a.integer());

@@ -1,11 +1,14 @@
 """The sampler by the Triton kernels: in the interpreter on small maps; captured in CUDA graphs where there is a GPU."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs the package triton")
 from fastvq import _triton, use_backend
-from fastvq.models.sampling import start
+from fastvq.models.sampling import Choice, choose_ids, start
 from fastvq.ops import PixelCNNSteps, pixelcnn_step
 from tests.cases import generator
 from tests.models import test_sampling as plain
@@ -63,6 +66,65 @@ def test_samples_are_those_of_the_uncached_reference():
         ours = model.sample(shape, **given, generator=generator(5))
     with use_backend("reference"):
         assert torch.equal(ours, model.sample(shape, **given, generator=generator(5), cached=False))
+
+
+BOTH = dict(top_k=5, top_p=0.5, temperature=2.0)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "n_codes,options",
+    [(35, dict()), (35, dict(temperature=0.0)), (35, dict(top_p=0.7)), (35, BOTH), (1, dict())],
+    ids=str,
+)
+def test_the_choice_in_one_launch_is_that_of_torch(n_codes, options):
+    """Ties, ids without probability, the ends of [0, 1), positions that are not free, NaN and infinity."""
+    from fastvq.ops.pixelcnn.triton_choice import choose_
+
+    g = generator(n_codes)
+    logits = 3 * torch.randn(9, n_codes, generator=g)
+    logits[::2] = logits[::2].round()
+    logits[1], logits[2] = 0, -torch.inf
+    logits[2, n_codes // 2 :: 9] = 1
+    logits[3, n_codes // 3], logits[4, n_codes // 2] = torch.nan, torch.inf
+    uniforms = torch.rand(9, 2, 2, dtype=torch.float64, generator=g)
+    uniforms[::4], uniforms[1::4] = 1 - 2.0**-53, 0
+    free = torch.arange(9)[:, None, None].expand(9, 2, 2) != 7
+    ids, position, choice = torch.full((9, 2, 2), -5), torch.tensor([2]), Choice(**options)
+    expected = ids.clone()
+    expected[:, 1, 0] = torch.where(free[:, 1, 0], choose_ids(logits, uniforms[:, 1, 0], choice), -5)
+    choose_(logits, uniforms, free.contiguous(), ids, position, *choice)
+    assert torch.equal(ids, expected)
+
+
+class _NoKernel:
+    def __getitem__(self, grid):
+        return lambda *args, **constants: None
+
+
+def test_a_position_runs_no_torch_kernel_but_its_counter(monkeypatch):
+    """Every launch of torch would be one more node of the CUDA graph that is replayed at every position."""
+    from fastvq.ops.pixelcnn import triton_choice, triton_kernels
+
+    for module, name in ((triton_kernels, "gate_step"), (triton_kernels, "linear_step"), (triton_choice, "_choose")):
+        monkeypatch.setattr(module, name, _NoKernel())
+    launched, used = [], PixelCNNSteps._used
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            launched.append(op.overloadpacket.__name__)
+            return op(*args, **(kwargs or {}))
+
+    def recorded(self):
+        with Recorder():
+            used(self)
+
+    monkeypatch.setattr(PixelCNNSteps, "_used", recorded)
+    model = make(n_layers=2, channels=4)
+    with use_backend("triton") if _triton.interpreting() else nullcontext():
+        model.to("cpu" if _triton.interpreting() else "cuda").sample((2, 1, 1), top_k=3)
+    views_and_allocations = {"new_empty", "view", "split", "split_with_sizes", "select", "detach"}
+    assert [name for name in launched if name not in views_and_allocations] == ["add_"]
 
 
 @torch.no_grad()

@@ -32,6 +32,9 @@ WIDEST = 1 << 30
 KEPT = 256
 SURVIVORS = {"BM": 64, "num_warps": 4}  # few rows come here: half the tile wastes less
 WIDE_SURVIVORS = {"BM": 64, "num_warps": 8, "num_stages": 2}  # rows in pieces take more registers
+# Registers: left to itself the assembler of some versions of Triton takes few, for more programs side by side than a
+# launch this small has, and spills one.
+UNHURRIED = 128
 ROWS_A_SLAB = 1 << 18
 SCRATCH = 1 << 25  # elements of 16 bits that a slab's rows may take
 WIDEST_FILTERED = 1 << 14  # gamma, and so the share of rows that the filter proves, grows with D
@@ -129,8 +132,9 @@ def pack(codebook: Tensor, metric: int, brain: bool, centred: bool, meta: Mappin
     norms, factors = torch.empty(2, n_heads, padded, dtype=torch.float32, device=device)
     strides = (_stride_h(codebook), *codebook.stride()[1:])
     _survey[(n_heads,)](
-        codebook, *strides, n_codes, dim, mean, info, flags, METRIC=metric, CENTRE=centred, BD=8, num_warps=8
-    )
+        codebook, *strides, n_codes, dim, mean, info, flags, METRIC=metric, CENTRE=centred, BD=8, num_warps=8,
+        maxnreg=UNHURRIED,
+    )  # fmt: skip
     bk = meta["BN"] if _triton.interpreting() else 32
     _pack_codes[(padded // bk, n_heads)](
         codebook, *strides, n_codes, dim, mean, info, flags, codes, columns, norms, factors, padded,

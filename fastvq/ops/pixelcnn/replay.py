@@ -10,10 +10,11 @@ from torch import Tensor
 from fastvq import _triton
 from fastvq.ops.pixelcnn import PixelCNNState, check_ids, pixelcnn_step
 
-__all__ = ["PixelCNNSteps"]
+__all__ = ["WIDEST_CHOICE", "PixelCNNSteps"]
 
 OP = "fastvq.ops.PixelCNNSteps"
 _KERNELS = "fastvq.ops.pixelcnn.triton_"
+WIDEST_CHOICE = 4096  # ids that triton_choice.py chooses from: a program holds all of them
 
 
 class PixelCNNSteps:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,14 +10,28 @@ import triton
 from torch import Tensor
 
 from fastvq import _triton
+from fastvq._tiles import Tile, pick
 from fastvq.ops.pixelcnn import triton_kernels as kernels
 from fastvq.ops.pixelcnn.reference import PER_LAYER
 
 __all__ = ["horizontal", "prepare", "step", "vertical"]
 
-# Not measured on a GPU. A position has few vectors and reads all weights: narrow blocks spread them over the card.
-POSITION = {"BLOCK_M": 16, "BLOCK_C": 64, "BLOCK_O": 16, "num_warps": 4, "num_stages": 3}
-ROW = {"BLOCK_M": 32, "BLOCK_C": 32, "BLOCK_O": 32, "num_warps": 4, "num_stages": 3}
+ANY = 2**31  # width of a row that serves every number of channels
+
+
+def _tile(m: int, c: int, o: int, warps: int = 4) -> dict[str, int]:
+    return {"BLOCK_M": m, "BLOCK_C": c, "BLOCK_O": o, "num_warps": warps, "num_stages": 3}
+
+
+def _tiles(*rows: tuple[int, dict[str, int]]) -> list[Tile]:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return [Tile(80, width, dtype, tile) for dtype in dtypes for width, tile in rows]
+
+
+# By the channels, the last of a width for FASTVQ_AUTOTUNE alone. All: not measured on a GPU. A position has few vectors
+# and reads all weights: narrow blocks spread them over the card.
+POSITION = _tiles((64, _tile(16, 32, 16)), (ANY, _tile(16, 64, 16)), (ANY, _tile(16, 64, 32)))
+ROW = _tiles((64, _tile(32, 32, 32)), (ANY, _tile(32, 32, 32)), (ANY, _tile(64, 16, 32, 8)))
 PACKED = 7  # tensors of a layer: vertical and bias, link and bias, horizontal, out and bias
 
 
@@ -84,30 +98,45 @@ class _Call:
     def layer(self, i: int) -> Sequence[Tensor]:
         return self.weights[1 + PACKED * i : 1 + PACKED * (i + 1)]
 
+    def tile(self, name: str, table: list[Tile], launch: Callable[[Mapping[str, int]], None]) -> Mapping[str, int]:
+        weight = self.weights[0]
+        return pick(f"pixelcnn_step, {name}", table, weight.device, self.channels, weight.dtype, launch)
+
     def gate(
         self, i: int, kernel_size: int, source: Tensor, weight: Tensor, bias: Tensor | None, link: Tensor | None,
         out: Tensor, row: bool,
     ) -> None:  # fmt: skip
-        tile, n = (ROW, self.batch * self.width) if row else (POSITION, self.batch)
+        n = self.batch * self.width if row else self.batch
         given = self.condition[i] if row and self.condition is not None else None
-        kernels.gate_step[triton.cdiv(n, tile["BLOCK_M"]), triton.cdiv(self.channels, tile["BLOCK_O"])](
-            self.weights[0] if i == 0 else source, self.ids, weight, bias, link, given, out, self.position, n,
-            self.height, self.width, self.channels, self.n_codes, weight.shape[:-2].numel(), *self.condition_map,
-            RINGS=source.shape[1] if row else 1, OUT_RINGS=out.shape[1] if row else 1, KW=kernel_size,
-            REACH=kernel_size // 2, ROW=row, FIRST=i == 0, **self.constants, **tile,
-        )  # fmt: skip
+
+        def launch(tile: Mapping[str, int]) -> None:
+            kernels.gate_step[triton.cdiv(n, tile["BLOCK_M"]), triton.cdiv(self.channels, tile["BLOCK_O"])](
+                self.weights[0] if i == 0 else source, self.ids, weight, bias, link, given, out, self.position, n,
+                self.height, self.width, self.channels, self.n_codes, weight.shape[:-2].numel(), *self.condition_map,
+                RINGS=source.shape[1] if row else 1, OUT_RINGS=out.shape[1] if row else 1, KW=kernel_size,
+                REACH=kernel_size // 2, ROW=row, FIRST=i == 0, **self.constants, **tile,
+            )  # fmt: skip
+
+        launch(self.tile("gate of a row" if row else "gate", ROW if row else POSITION, launch))
 
     def linear(
         self, kind: str, source: Tensor, weight: Tensor, bias: Tensor, out: Tensor, *, condition: Tensor | None = None,
         before: Tensor | None = None, skip: Tensor | None = None, first: bool = False,
     ) -> None:  # fmt: skip
-        tile, n = (ROW, self.batch * self.width) if kind == "link" else (POSITION, self.batch)
+        n = self.batch * self.width if kind == "link" else self.batch
         n_out = weight.shape[1]
-        kernels.linear_step[triton.cdiv(n, tile["BLOCK_M"]), triton.cdiv(n_out, tile["BLOCK_O"])](
-            source, weight, bias, condition, before, out, skip, self.position, n, self.width, self.channels, n_out,
-            *self.condition_map, RINGS=source.shape[1] if kind == "link" else 1, KIND=kind, FIRST=first,
-            **self.constants, **tile,
-        )  # fmt: skip
+
+        def launch(tile: Mapping[str, int], skip: Tensor | None) -> None:
+            kernels.linear_step[triton.cdiv(n, tile["BLOCK_M"]), triton.cdiv(n_out, tile["BLOCK_O"])](
+                source, weight, bias, condition, before, out, skip, self.position, n, self.width, self.channels, n_out,
+                *self.condition_map, RINGS=source.shape[1] if kind == "link" else 1, KIND=kind, FIRST=first,
+                **self.constants, **tile,
+            )  # fmt: skip
+
+        def tune(tile: Mapping[str, int]) -> None:
+            launch(tile, None if skip is None else skip.clone())  # it is added to, which must happen once
+
+        launch(self.tile(kind, ROW if kind == "link" else POSITION, tune), skip)
 
 
 def vertical(
