@@ -1,0 +1,337 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
+"""All levels of residual quantization in one launch: a program keeps its rows' residual in registers.
+
+                        for each level q
+  residual [BM, D']     1. rounded to 16 bits with the columns of its bound (triton_rows.py), into shared memory
+  (kept)                2. upper bounds of all codes, BN at a time (triton_filter.py): in each lane the two best groups
+                           with their block numbers, and the third best, so what is not named is still bounded
+                        3. the best group in float32: the index proved, or a threshold
+                        4. rows not proved: the groups that reach the threshold, by the definition in float64; every
+                           code where more than CAP do, where an unnamed one may, or where the row is not the filter's
+                        5. residual -= code; the squares of the difference, in float64
+  at the end            the codes are gathered once more, in order, and their sum is written
+
+The codebooks are packed before, as heads of one codebook, in two launches. Step 4 stays in the program, which writes
+the residuals of those rows alone to where their sum of codes goes later, and lists them in scratch of its own: 36 bytes
+a row. Memory else: the row read once, its sum and its indices written once, whatever the number of levels. The filter
+keeps its bound, and the rows that it does not prove their definition, so the indices are those of one launch a level.
+
+``served`` is the rule when this kernel is used; elsewhere triton_.py makes a launch a level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastvq import _triton
+from fastvq._tiles import Tile, pick
+from fastvq.ops.nearest import triton_ as lookup
+from fastvq.ops.nearest.triton_exact import best_noted, best_of_all
+from fastvq.ops.nearest.triton_filter import CAP, LOWEST, ROOM, told_apart, upper_bounds
+from fastvq.ops.nearest.triton_pack import FIRST, WIDTH
+from fastvq.ops.nearest.triton_rows import columns_of, norms_of, round_piece, row_scale
+
+__all__ = ["TILES", "as_work", "residual_quantize", "served"]
+
+WIDEST = 256  # elements of a row whose residual the registers hold
+
+
+def _rows(capability: int, dim: int, **meta: int) -> Tile:
+    return Tile(capability, dim, torch.float16, meta)
+
+
+# fmt: off
+TILES = [
+    _rows(80, 64, BM=64, BN=128, GROUP=8, num_warps=8, num_stages=3),
+    _rows(80, 128, BM=64, BN=128, GROUP=8, num_warps=8, num_stages=2),
+    _rows(80, 256, BM=64, BN=64, GROUP=8, num_warps=8, num_stages=2),
+]
+# fmt: on
+
+
+@triton.jit
+def as_work(v, WORK: tl.constexpr):
+    """Exact in WORK, float32 or float64. By way of float32: the interpreter converts bfloat16 to nothing else."""
+    return v if v.dtype == WORK else v.to(tl.float32).to(WORK)
+
+
+@triton.jit
+def best_groups(
+    tile, columns, codes, code_columns, first_code, n_blocks,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, BITS: tl.constexpr,
+    DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The largest upper bounds of groups in each lane, [BM, BN / GROUP]: two with block numbers, and the next."""
+    LANES: tl.constexpr = BN // GROUP
+    MASK: tl.constexpr = (1 << BITS) - 1
+    best = tl.full((BM, LANES), LOWEST, tl.float32)
+    second = tl.full((BM, LANES), LOWEST, tl.float32)
+    third = tl.full((BM, LANES), LOWEST, tl.float32)
+    for b in range(0, n_blocks):
+        upper = upper_bounds(tile, columns, codes, 0, codes, code_columns, first_code + b * BN,
+                             INTERPRETED, NARROW, True, DP, BM, BN, DP)  # fmt: skip
+        top = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1)
+        top = ((top.to(tl.int32, bitcast=True) & ~MASK) | b).to(tl.float32, bitcast=True)
+        lesser = tl.minimum(best, top)
+        best = tl.maximum(best, top)
+        third = tl.maximum(third, tl.minimum(second, lesser))
+        second = tl.maximum(second, lesser)
+    return best, second, third
+
+
+@triton.jit
+def scores_of(f, group, codebook, stride_k, stride_d, mean, norms, factors, d, dim,
+              METRIC: tl.constexpr, SHIFT: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr,
+              BM: tl.constexpr):  # fmt: skip
+    """Scores in float32 of the codes of each row's group, [BM, GROUP], lowest for those that cannot win."""
+    column = (d >= 0) & (d < dim)
+    member = tl.arange(0, GROUP)[None, :]
+    score = tl.full((BM, GROUP), LOWEST, tl.float32)
+    for j in range(0, GROUP):
+        k = group + j * LANES
+        held = tl.load(norms + k) >= 0
+        inside = held[:, None] & column[None, :]
+        from_code = codebook + k.to(tl.int64)[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
+        c = as_work(tl.load(from_code, mask=inside, other=0.0), tl.float32)
+        if SHIFT:
+            c = tl.where(inside, c - tl.load(mean + d, mask=column, other=0.0)[None, :], 0.0)
+        c = c * tl.load(factors + k)[:, None]
+        if METRIC == 0:
+            found = tl.sum(c * (f - 0.5 * c), axis=1)
+        else:
+            found = tl.sum(c * f, axis=1)
+        score = tl.where((member == j) & held[:, None], found[:, None], score)
+    return score
+
+
+@triton.jit
+def lifted(v, packing):
+    """No less than the bound that ``v`` was before a block number took its low bits."""
+    return v + tl.abs(v) * packing
+
+
+@triton.jit
+def note(
+    best, second, third, least, packing, finite, open_row, listed, noted, noted_counts,
+    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Lists the open rows: from the front those with their candidates, from the back those to scan. Numbers of both."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    first = lifted(best, packing) >= least[:, None]
+    then = lifted(second, packing) >= least[:, None]
+    n_first = tl.sum(first.to(tl.int32), axis=1)
+    n = n_first + tl.sum(then.to(tl.int32), axis=1)
+    few = open_row & finite & (n <= ROOM) & (tl.max(lifted(third, packing), axis=1) < least)
+    scanned = open_row & ~few
+    at = tl.cumsum(few.to(tl.int32)) - 1
+    r = tl.arange(0, BM)
+    tl.store(listed + at, r, mask=few)
+    tl.store(listed + BM - tl.cumsum(scanned.to(tl.int32)), r, mask=scanned)
+    tl.store(noted_counts + at, n, mask=few)
+    lane = tl.arange(0, LANES)[None, :]
+    line = noted + at[:, None] * ROOM
+    place = tl.cumsum(first.to(tl.int32), axis=1) - 1
+    tl.store(line + place, (best.to(tl.int32, bitcast=True) & MASK) * BN + lane, mask=first & few[:, None])
+    place = n_first[:, None] + tl.cumsum(then.to(tl.int32), axis=1) - 1
+    tl.store(line + place, (second.to(tl.int32, bitcast=True) & MASK) * BN + lane, mask=then & few[:, None])
+    return tl.sum(few.to(tl.int32)), tl.sum(scanned.to(tl.int32))
+
+
+@triton.jit
+def settle(
+    n_few, n_scanned, listed, noted, noted_counts, rest, dim, codebook, stride_k, stride_d, n_codes, indices, stride_i,
+    METRIC: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, BM: tl.constexpr, FEW: tl.constexpr,
+    SCANNED: tl.constexpr, SCAN_N: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """The indices of the rows that ``note`` listed, by the definition."""
+    j = tl.arange(0, ROOM * GROUP)
+    for t in range(0, n_few, FEW):
+        i = t + tl.arange(0, FEW)
+        there = i < n_few
+        r = tl.load(listed + i, mask=there, other=0).to(tl.int64)
+        n = tl.load(noted_counts + i, mask=there, other=0)
+        chosen = there[:, None] & ((j // GROUP)[None, :] < n[:, None])
+        k = tl.load(noted + i[:, None] * ROOM + (j // GROUP)[None, :], mask=chosen, other=0)
+        k = k.to(tl.int64) + ((j % GROUP) * LANES)[None, :]
+        index = best_noted(rest + r * dim, 1, there, codebook, stride_k, stride_d, k, chosen & (k < n_codes),
+                           n_codes, dim, METRIC, UNROLL)  # fmt: skip
+        tl.store(indices + r * stride_i, index, mask=there)
+    for t in range(0, n_scanned, SCANNED):
+        i = t + tl.arange(0, SCANNED)
+        there = i < n_scanned
+        r = tl.load(listed + BM - 1 - i, mask=there, other=0).to(tl.int64)
+        index = best_of_all(rest + r * dim, 1, there, codebook, stride_k, stride_d, n_codes, dim,
+                            METRIC, SCANNED, SCAN_N, UNROLL)  # fmt: skip
+        tl.store(indices + r * stride_i, index, mask=there)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_levels", "n_blocks"])
+def _levels(
+    x, x_stride_n, x_stride_d, n_rows, dim,  # [N, D]
+    codebooks, stride_q, stride_k, stride_d, n_codes, n_levels,  # [Q, K, D]
+    mean, info, flags, codes, code_columns, norms, factors, n_blocks,  # of triton_pack.py, a head a level
+    mask, indices, total, squares, n_programs,  # [N], [N, Q], [N, D], [Q, programs]
+    listed, noted, noted_counts, packing, sum_error,  # scratch, BM rows a program
+    METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, GROUP: tl.constexpr, FEW: tl.constexpr, SCANNED: tl.constexpr, SCAN_N: tl.constexpr,
+    UNROLL: tl.constexpr,
+):  # fmt: skip
+    LANES: tl.constexpr = BN // GROUP
+    MASK: tl.constexpr = (1 << BITS) - 1
+    padded = n_blocks.to(tl.int64) * BN
+    base = tl.program_id(0).to(tl.int64) * BM
+    r = base + tl.arange(0, BM)
+    there = r < n_rows
+    real = there
+    if MASKED:
+        real = there & (tl.load(mask + r, mask=there, other=0) != 0)
+    d = tl.arange(0, DP)
+    if NARROW:  # as the columns hold the row
+        d = d - FIRST
+    column = (d >= 0) & (d < dim)
+    inside = real[:, None] & column[None, :]
+    from_x = x + r[:, None] * x_stride_n + d.to(tl.int64)[None, :] * x_stride_d
+    residual = as_work(tl.load(from_x, mask=inside, other=0.0), tl.float32)
+    at = r[:, None] * dim + d[None, :]
+    indices += base * n_levels
+    own = indices + tl.arange(0, BM) * n_levels
+    listed += base
+    noted += base * ROOM
+    noted_counts += base
+    lanes = tl.arange(0, LANES)[None, :]
+    level = codebooks
+    for q in range(0, n_levels):
+        f = residual
+        if SHIFT_X:
+            f = tl.where(inside, f - tl.load(mean + d, mask=column, other=0.0)[None, :], 0.0)
+        factor = row_scale(tl.max(tl.abs(f), axis=1), tl.load(info), METRIC)
+        f = f * factor[:, None]
+        rounded = round_piece(f, False)
+        gap = f - rounded.to(tl.float32)
+        length, off = norms_of(tl.sum(f * f, axis=1), tl.sum(gap * gap, axis=1), tl.max(tl.abs(f), axis=1),
+                               flags, dim, METRIC, SHIFT_X)  # fmt: skip
+        columns = columns_of(length, off, f, False, NARROW)
+        best, second, third = best_groups(rounded, columns, codes, code_columns, padded * 0, n_blocks,
+                                          INTERPRETED, NARROW, BITS, DP, BM, BN, GROUP)  # fmt: skip
+        highest = tl.max(best, axis=1)
+        lane = tl.min(tl.where(best == highest[:, None], lanes, LANES - 1), axis=1)
+        group = (highest.to(tl.int32, bitcast=True) & MASK) * BN + lane
+        score = scores_of(f, group, level, stride_k, stride_d, mean, norms, factors, d, dim,
+                          METRIC, SHIFT_C, GROUP, LANES, BM)  # fmt: skip
+        k = group[:, None] + (tl.arange(0, GROUP) * LANES)[None, :]
+        norm = tl.load(norms + k)
+        finite = real & (length >= 0)
+        if FAST:
+            winner = score == tl.max(score, axis=1)[:, None]
+            certain = finite & (tl.max(norm, axis=1) >= 0)
+            least = tl.full((BM,), float("inf"), tl.float32)
+            finite = certain  # the others name no candidates
+        else:
+            winner, least = told_apart(score, norm, length, tl.load(info + 1), dim, sum_error, METRIC)
+            runner_up = tl.max(tl.where(lanes == lane[:, None], second, best), axis=1)
+            certain = finite & (tl.sum(winner.to(tl.int32), axis=1) == 1) & (lifted(runner_up, packing) < least)
+        index = tl.min(tl.where(winner, k, n_blocks * BN), axis=1).to(tl.int64)
+        tl.store(own + q, tl.where(real, index, -1), mask=there & (certain | ~real))
+        open_row = real & ~certain
+        if tl.sum(open_row.to(tl.int32)) > 0:
+            tl.store(total + at, residual, mask=open_row[:, None] & column[None, :])
+            n_few, n_scanned = note(best, second, third, least, packing, finite, open_row,
+                                    listed, noted, noted_counts, BITS, BM, BN, LANES)  # fmt: skip
+            tl.debug_barrier()  # what the threads wrote, others read
+            settle(n_few, n_scanned, listed, noted, noted_counts, total + base * dim, dim, level, stride_k, stride_d,
+                   n_codes, indices + q, n_levels,
+                   METRIC, GROUP, LANES, BM, FEW, SCANNED, SCAN_N, UNROLL)  # fmt: skip
+        tl.debug_barrier()
+        chosen = tl.load(own + q, mask=real, other=0)
+        from_code = level + chosen[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
+        code = as_work(tl.load(from_code, mask=inside, other=0.0), tl.float32)
+        apart = residual.to(tl.float64) - code.to(tl.float64)
+        tl.store(squares + tl.program_id(0), tl.sum(tl.sum(apart * apart, axis=1)))
+        residual -= code
+        level += stride_q
+        mean += dim
+        info += 2
+        flags += 3
+        codes += padded * DP
+        code_columns += padded * WIDTH
+        norms += padded
+        factors += padded
+        squares += n_programs
+    added = tl.zeros((BM, DP), tl.float32)
+    for q in range(0, n_levels):
+        chosen = tl.load(own + q, mask=real, other=0)
+        from_code = codebooks + chosen[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
+        added += as_work(tl.load(from_code, mask=inside, other=0.0), tl.float32)
+        codebooks += stride_q
+    tl.store(total + at, added, mask=there[:, None] & column[None, :])
+
+
+def served(x: Tensor, codebooks: Tensor) -> bool:
+    """Whether the levels run in one launch: two levels and more, of float32 and narrower, D up to WIDEST.
+
+    One level gains nothing; float64 residuals take twice the registers; and codebooks that the lookup does not pack
+    (up to FEW_SCORES elements) go to the definition, level by level.
+    """
+    n_levels, n_codes, dim = codebooks.shape
+    return (
+        n_levels > 1 and dim <= WIDEST and n_codes * dim > lookup.FEW_SCORES and x.numel() > 0
+        and torch.float64 not in (x.dtype, codebooks.dtype)
+    )  # fmt: skip
+
+
+def _launch(
+    x: Tensor,  # [N, D], any strides
+    codebooks: Tensor,  # [Q, K, D]
+    mask: Tensor | None,  # [N] bool
+    metric: int,
+    fast: bool,
+    meta: Mapping[str, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    (n, dim), (n_levels, n_codes, _) = x.shape, codebooks.shape
+    packed = lookup.pack(codebooks, metric, False, metric != 1, {**meta, "BD": WIDEST})
+    bm, programs = meta["BM"], triton.cdiv(n, meta["BM"])
+    n_blocks = packed.columns.shape[1] // meta["BN"]
+    bits = max(1, (n_blocks - 1).bit_length())
+    total = x.new_empty(n, dim, dtype=torch.float32)
+    indices = torch.empty(n, n_levels, dtype=torch.int64, device=x.device)
+    squares = torch.empty(n_levels, programs, dtype=torch.float64, device=x.device)
+    listed, noted_counts = torch.empty(2, programs * bm, dtype=torch.int32, device=x.device)
+    noted = torch.empty(programs * bm, CAP, dtype=torch.int32, device=x.device)
+    if _triton.interpreting():
+        definition = {"FEW": 128, "SCANNED": 128, "SCAN_N": 1024, "UNROLL": 3}
+    else:
+        definition = {"FEW": 8, "SCANNED": 4, "SCAN_N": 256, "UNROLL": 8}
+    _levels[(programs,)](
+        x, *x.stride(), n, dim, codebooks, *codebooks.stride(), n_codes, n_levels,
+        packed.mean, packed.info, packed.flags, packed.codes, packed.columns, packed.norms, packed.factors, n_blocks,
+        indices if mask is None else mask, indices, total, squares, programs, listed, noted, noted_counts,
+        2.0 ** (bits - 22), (dim + 14) * 2.0**-24 * (1 + 2.0**-6),
+        METRIC=metric, SHIFT_X=metric == 0, SHIFT_C=metric != 1, MASKED=mask is not None, FAST=fast,
+        INTERPRETED=_triton.interpreting(), NARROW=packed.narrow, BITS=bits, DP=packed.width,
+        **meta, **definition, enable_fp_fusion=False,
+    )  # fmt: skip
+    return total, indices, squares
+
+
+def residual_quantize(
+    x: Tensor,  # [N, D], any strides
+    codebooks: Tensor,  # [Q, K, D]
+    mask: Tensor | None,  # [N] bool
+    metric: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the codes [N, D] float32, the indices [N, Q], and the squares of the differences [Q, programs]."""
+    code, fast = lookup.METRICS[metric], precision == "fast"
+
+    def launch(meta: Mapping[str, int]) -> None:  # for tuning: a slab at most
+        part = slice(0, lookup.ROWS_A_SLAB)
+        _launch(x[part], codebooks, None if mask is None else mask[part], code, fast, meta)
+
+    meta = pick("residual_quantize", TILES, x.device, codebooks.shape[-1], torch.float16, launch)
+    return _launch(x, codebooks, mask, code, fast, meta)
