@@ -99,7 +99,7 @@ def scores_of(f, group, codebook, stride_k, stride_d, mean, norms, factors, d, d
         from_code = codebook + k.to(tl.int64)[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
         c = as_work(tl.load(from_code, mask=inside, other=0.0), tl.float32)
         if SHIFT:
-            c = tl.where(inside, c - tl.load(mean + d, mask=column, other=0.0)[None, :], 0.0)
+            c = c - tl.load(mean + d, mask=column, other=0.0)[None, :]
         c = c * tl.load(factors + k)[:, None]
         if METRIC == 0:
             found = tl.sum(c * (f - 0.5 * c), axis=1)
@@ -186,30 +186,31 @@ def _levels(
     MASK: tl.constexpr = (1 << BITS) - 1
     padded = n_blocks.to(tl.int64) * BN
     base = tl.program_id(0).to(tl.int64) * BM
-    r = base + tl.arange(0, BM)
-    there = r < n_rows
+    r = tl.arange(0, BM)
+    there = r < n_rows - base
     real = there
     if MASKED:
-        real = there & (tl.load(mask + r, mask=there, other=0) != 0)
+        real = there & (tl.load(mask + base + r, mask=there, other=0) != 0)
     d = tl.arange(0, DP)
     if NARROW:  # as the columns hold the row
         d = d - FIRST
     column = (d >= 0) & (d < dim)
     inside = real[:, None] & column[None, :]
-    from_x = x + r[:, None] * x_stride_n + d.to(tl.int64)[None, :] * x_stride_d
+    from_x = x + (base + r)[:, None] * x_stride_n + d.to(tl.int64)[None, :] * x_stride_d
     residual = as_work(tl.load(from_x, mask=inside, other=0.0), tl.float32)
-    at = r[:, None] * dim + d[None, :]
+    total += base * dim
     indices += base * n_levels
-    own = indices + tl.arange(0, BM) * n_levels
+    own = indices + r * n_levels
     listed += base
     noted += base * ROOM
     noted_counts += base
     lanes = tl.arange(0, LANES)[None, :]
     level = codebooks
-    for q in range(0, n_levels):
+    # Hoisted out of this loop, the addresses of all that goes through shared memory in it would spill.
+    for q in tl.range(0, n_levels, disable_licm=True):
         f = residual
         if SHIFT_X:
-            f = tl.where(inside, f - tl.load(mean + d, mask=column, other=0.0)[None, :], 0.0)
+            f = f - tl.load(mean + d, mask=column, other=0.0)[None, :]
         factor = row_scale(tl.max(tl.abs(f), axis=1), tl.load(info), METRIC)
         f = f * factor[:, None]
         rounded = round_piece(f, False)
@@ -240,11 +241,11 @@ def _levels(
         tl.store(own + q, tl.where(real, index, -1), mask=there & (certain | ~real))
         open_row = real & ~certain
         if tl.sum(open_row.to(tl.int32)) > 0:
-            tl.store(total + at, residual, mask=open_row[:, None] & column[None, :])
+            tl.store(total + r[:, None] * dim + d[None, :], residual, mask=open_row[:, None] & column[None, :])
             n_few, n_scanned = note(best, second, third, least, packing, finite, open_row,
                                     listed, noted, noted_counts, BITS, BM, BN, LANES)  # fmt: skip
             tl.debug_barrier()  # what the threads wrote, others read
-            settle(n_few, n_scanned, listed, noted, noted_counts, total + base * dim, dim, level, stride_k, stride_d,
+            settle(n_few, n_scanned, listed, noted, noted_counts, total, dim, level, stride_k, stride_d,
                    n_codes, indices + q, n_levels,
                    METRIC, GROUP, LANES, BM, FEW, SCANNED, SCAN_N, UNROLL)  # fmt: skip
         tl.debug_barrier()
@@ -269,7 +270,7 @@ def _levels(
         from_code = codebooks + chosen[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
         added += as_work(tl.load(from_code, mask=inside, other=0.0), tl.float32)
         codebooks += stride_q
-    tl.store(total + at, added, mask=there[:, None] & column[None, :])
+    tl.store(total + r[:, None] * dim + d[None, :], added, mask=there[:, None] & column[None, :])
 
 
 def served(x: Tensor, codebooks: Tensor) -> bool:
