@@ -36,7 +36,10 @@ def distance(total, square, odd, METRIC: tl.constexpr):
 @triton.jit
 def best_noted(row, row_step, there, codes, stride_k, code_step, k, noted, n_codes, dim,
                METRIC: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
-    """The nearest of the noted codes ``k`` [rows, codes]; UNROLL: elements loaded before the first is used."""
+    """Least d_k of the noted codes ``k`` [rows, codes] and its k, n_codes where there is none.
+
+    UNROLL: elements loaded before the first is used.
+    """
     code = codes + k * stride_k
     total = tl.zeros_like(k).to(tl.float64)
     square = tl.zeros_like(total)
@@ -51,9 +54,8 @@ def best_noted(row, row_step, there, codes, stride_k, code_step, k, noted, n_cod
             row += row_step
             code += code_step
     found = tl.where(noted, distance(total, square, odd, METRIC), float("inf"))
-    least = tl.min(found, axis=1)[:, None]
-    index = tl.min(tl.where(noted & (found == least), k, n_codes), axis=1)
-    return tl.where(index < n_codes, index, 0)
+    least = tl.min(found, axis=1)
+    return least, tl.min(tl.where(noted & (found == least[:, None]), k, n_codes), axis=1)
 
 
 @triton.jit
@@ -114,9 +116,9 @@ def _few(
         k = k.to(tl.int64) + ((j % GROUP) * LANES)[None, :]
         noted = noted & (k < n_codes)
         row = x + head * x_stride_h + r.to(tl.int64) * x_stride_n
-        index = best_noted(row, x_stride_d, few, codebook + head * c_stride_h, c_stride_k, c_stride_d, k, noted,
-                           n_codes, dim, METRIC, 1)  # fmt: skip
-        tl.store(indices + head * i_stride_h + r, index, mask=few)
+        _, index = best_noted(row, x_stride_d, few, codebook + head * c_stride_h, c_stride_k, c_stride_d, k, noted,
+                              n_codes, dim, METRIC, 1)  # fmt: skip
+        tl.store(indices + head * i_stride_h + r, tl.where(index < n_codes, index, 0), mask=few)
 
 
 @triton.jit(do_not_specialize=["n_rows", "slab"])

@@ -32,13 +32,13 @@ from fastvq import _triton
 from fastvq._tiles import Tile, pick
 from fastvq.ops.nearest import triton_ as lookup
 from fastvq.ops.nearest.triton_exact import best_noted, best_of_all
-from fastvq.ops.nearest.triton_filter import CAP, LOWEST, ROOM, told_apart, upper_bounds
+from fastvq.ops.nearest.triton_filter import LOWEST, multiplied, told_apart, upper_bounds
 from fastvq.ops.nearest.triton_pack import FIRST, WIDTH
 from fastvq.ops.nearest.triton_rows import columns_of, norms_of, round_piece, row_scale
 
 __all__ = ["TILES", "as_work", "residual_quantize", "served"]
 
-WIDEST = 256  # elements of a row whose residual the registers hold
+WIDEST = 128  # elements of a row whose residual the registers hold
 
 
 def _rows(capability: int, dim: int, **meta: int) -> Tile:
@@ -47,9 +47,8 @@ def _rows(capability: int, dim: int, **meta: int) -> Tile:
 
 # fmt: off
 TILES = [
-    _rows(80, 64, BM=64, BN=128, GROUP=8, num_warps=8, num_stages=3),
-    _rows(80, 128, BM=64, BN=128, GROUP=8, num_warps=8, num_stages=2),
-    _rows(80, 256, BM=64, BN=64, GROUP=8, num_warps=8, num_stages=2),
+    _rows(80, 64, BM=128, BN=64, GROUP=8, num_warps=8, num_stages=3),
+    _rows(80, 128, BM=64, BN=64, GROUP=8, num_warps=8, num_stages=3),
 ]
 # fmt: on
 
@@ -62,8 +61,8 @@ def as_work(v, WORK: tl.constexpr):
 
 @triton.jit
 def best_groups(
-    tile, columns, codes, code_columns, first_code, n_blocks,
-    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, BITS: tl.constexpr,
+    tile, columns, codes, code_columns, n_blocks,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, PARTED: tl.constexpr, BITS: tl.constexpr,
     DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The largest upper bounds of groups in each lane, [BM, BN / GROUP]: two with block numbers, and the next."""
@@ -73,8 +72,11 @@ def best_groups(
     second = tl.full((BM, LANES), LOWEST, tl.float32)
     third = tl.full((BM, LANES), LOWEST, tl.float32)
     for b in range(0, n_blocks):
-        upper = upper_bounds(tile, columns, codes, 0, codes, code_columns, first_code + b * BN,
-                             INTERPRETED, NARROW, True, DP, BM, BN, DP)  # fmt: skip
+        upper = upper_bounds(tile, -columns if PARTED else columns, codes, 0, codes, code_columns, b * BN,
+                             INTERPRETED, NARROW or PARTED, True, DP, BM, BN, DP)  # fmt: skip
+        if PARTED:
+            code = tl.load(codes + b * BN * DP + (tl.arange(0, BN) * DP)[:, None] + tl.arange(0, DP)[None, :])
+            upper = multiplied(tile, code, tl.zeros((BM, BN), tl.float32), INTERPRETED) - upper
         top = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1)
         top = ((top.to(tl.int32, bitcast=True) & ~MASK) | b).to(tl.float32, bitcast=True)
         lesser = tl.minimum(best, top)
@@ -117,55 +119,62 @@ def lifted(v, packing):
 
 @triton.jit
 def note(
-    best, second, third, least, packing, finite, open_row, listed, noted, noted_counts,
-    BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr,
+    best, second, third, least, packing, finite, open_row, bounds, thresholds, listed, BM: tl.constexpr,
+    LANES: tl.constexpr,
 ):  # fmt: skip
-    """Lists the open rows: from the front those with their candidates, from the back those to scan. Numbers of both."""
-    MASK: tl.constexpr = (1 << BITS) - 1
-    first = lifted(best, packing) >= least[:, None]
-    then = lifted(second, packing) >= least[:, None]
-    n_first = tl.sum(first.to(tl.int32), axis=1)
-    n = n_first + tl.sum(then.to(tl.int32), axis=1)
-    few = open_row & finite & (n <= ROOM) & (tl.max(lifted(third, packing), axis=1) < least)
+    """Lists the open rows: from the front those whose candidates all have names, from the back those to scan."""
+    few = open_row & finite & (tl.max(lifted(third, packing), axis=1) < least)
     scanned = open_row & ~few
-    at = tl.cumsum(few.to(tl.int32)) - 1
     r = tl.arange(0, BM)
-    tl.store(listed + at, r, mask=few)
+    tl.store(listed + tl.cumsum(few.to(tl.int32)) - 1, r, mask=few)
     tl.store(listed + BM - tl.cumsum(scanned.to(tl.int32)), r, mask=scanned)
-    tl.store(noted_counts + at, n, mask=few)
-    lane = tl.arange(0, LANES)[None, :]
-    line = noted + at[:, None] * ROOM
-    place = tl.cumsum(first.to(tl.int32), axis=1) - 1
-    tl.store(line + place, (best.to(tl.int32, bitcast=True) & MASK) * BN + lane, mask=first & few[:, None])
-    place = n_first[:, None] + tl.cumsum(then.to(tl.int32), axis=1) - 1
-    tl.store(line + place, (second.to(tl.int32, bitcast=True) & MASK) * BN + lane, mask=then & few[:, None])
+    tl.store(thresholds + r, least, mask=few)
+    line = bounds + r[:, None] * (2 * LANES) + tl.arange(0, LANES)[None, :]
+    tl.store(line, best, mask=few[:, None])
+    tl.store(line + LANES, second, mask=few[:, None])
     return tl.sum(few.to(tl.int32)), tl.sum(scanned.to(tl.int32))
 
 
 @triton.jit
 def settle(
-    n_few, n_scanned, listed, noted, noted_counts, rest, dim, codebook, stride_k, stride_d, n_codes, indices, stride_i,
-    METRIC: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, BM: tl.constexpr, FEW: tl.constexpr,
-    SCANNED: tl.constexpr, SCAN_N: tl.constexpr, UNROLL: tl.constexpr,
+    n_few, n_scanned, bounds, thresholds, listed, packing, rest, dim, codebook, stride_k, stride_d, n_codes,
+    indices, stride_i,
+    METRIC: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
+    FEW: tl.constexpr, NAMED: tl.constexpr, SCANNED: tl.constexpr, SCAN_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The indices of the rows that ``note`` listed, by the definition."""
-    j = tl.arange(0, ROOM * GROUP)
+    """The indices of the rows that ``note`` listed, by the definition: FEW rows and NAMED of their groups at a time."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    LANES: tl.constexpr = BN // GROUP
+    lane = tl.arange(0, 2 * LANES)[None, :]
+    slot = tl.arange(0, NAMED)[None, :]
     for t in range(0, n_few, FEW):
         i = t + tl.arange(0, FEW)
         there = i < n_few
-        r = tl.load(listed + i, mask=there, other=0).to(tl.int64)
-        n = tl.load(noted_counts + i, mask=there, other=0)
-        chosen = there[:, None] & ((j // GROUP)[None, :] < n[:, None])
-        k = tl.load(noted + i[:, None] * ROOM + (j // GROUP)[None, :], mask=chosen, other=0)
-        k = k.to(tl.int64) + ((j % GROUP) * LANES)[None, :]
-        index = best_noted(rest + r * dim, 1, there, codebook, stride_k, stride_d, k, chosen & (k < n_codes),
-                           n_codes, dim, METRIC, UNROLL)  # fmt: skip
-        tl.store(indices + r * stride_i, index, mask=there)
+        r = tl.load(listed + i, mask=there, other=0)
+        threshold = tl.load(thresholds + r, mask=there, other=float("inf"))
+        bound = tl.load(bounds + r[:, None] * (2 * LANES) + lane)
+        reaches = there[:, None] & (lifted(bound, packing) >= threshold[:, None])
+        rank = tl.where(reaches, tl.cumsum(reaches.to(tl.int32), axis=1) - 1, -1)
+        group = (bound.to(tl.int32, bitcast=True) & MASK) * BN + lane % LANES
+        n = tl.sum(reaches.to(tl.int32), axis=1)
+        least = tl.full((FEW,), float("inf"), tl.float64)
+        index = tl.zeros((FEW,), tl.int64) + n_codes
+        for s in range(0, tl.max(n), NAMED):
+            named = tl.where(rank[:, None, :] == (s + slot)[:, :, None], group[:, None, :], 0)
+            first = tl.sum(named, axis=2)
+            k = tl.reshape(first[:, :, None] + (tl.arange(0, GROUP) * LANES)[None, None, :], (FEW, NAMED * GROUP))
+            chosen = (s + slot < n[:, None])[:, :, None] & (tl.arange(0, GROUP) >= 0)[None, None, :]
+            chosen = tl.reshape(chosen, (FEW, NAMED * GROUP)) & (k < n_codes)
+            found, at = best_noted(rest + r.to(tl.int64) * dim, 1, there, codebook, stride_k, stride_d, k.to(tl.int64),
+                                   chosen, n_codes, dim, METRIC, UNROLL)  # fmt: skip
+            index = tl.where((found < least) | ((found == least) & (at < index)), at, index)
+            least = tl.minimum(least, found)
+        tl.store(indices + r * stride_i, tl.where(index < n_codes, index, 0), mask=there)
     for t in range(0, n_scanned, SCANNED):
         i = t + tl.arange(0, SCANNED)
         there = i < n_scanned
-        r = tl.load(listed + BM - 1 - i, mask=there, other=0).to(tl.int64)
-        index = best_of_all(rest + r * dim, 1, there, codebook, stride_k, stride_d, n_codes, dim,
+        r = tl.load(listed + BM - 1 - i, mask=there, other=0)
+        index = best_of_all(rest + r.to(tl.int64) * dim, 1, there, codebook, stride_k, stride_d, n_codes, dim,
                             METRIC, SCANNED, SCAN_N, UNROLL)  # fmt: skip
         tl.store(indices + r * stride_i, index, mask=there)
 
@@ -176,11 +185,11 @@ def _levels(
     codebooks, stride_q, stride_k, stride_d, n_codes, n_levels,  # [Q, K, D]
     mean, info, flags, codes, code_columns, norms, factors, n_blocks,  # of triton_pack.py, a head a level
     mask, indices, total, squares, n_programs,  # [N], [N, Q], [N, D], [Q, programs]
-    listed, noted, noted_counts, packing, sum_error,  # scratch, BM rows a program
+    bounds, thresholds, listed, packing, sum_error,  # scratch, BM rows a program
     METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
-    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, GROUP: tl.constexpr, FEW: tl.constexpr, SCANNED: tl.constexpr, SCAN_N: tl.constexpr,
-    UNROLL: tl.constexpr,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, PARTED: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, FEW: tl.constexpr, NAMED: tl.constexpr, SCANNED: tl.constexpr,
+    SCAN_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = BN // GROUP
     MASK: tl.constexpr = (1 << BITS) - 1
@@ -202,8 +211,8 @@ def _levels(
     indices += base * n_levels
     own = indices + r * n_levels
     listed += base
-    noted += base * ROOM
-    noted_counts += base
+    thresholds += base
+    bounds += base * (2 * LANES)
     lanes = tl.arange(0, LANES)[None, :]
     level = codebooks
     # Hoisted out of this loop, the addresses of all that goes through shared memory in it would spill.
@@ -218,8 +227,8 @@ def _levels(
         length, off = norms_of(tl.sum(f * f, axis=1), tl.sum(gap * gap, axis=1), tl.max(tl.abs(f), axis=1),
                                flags, dim, METRIC, SHIFT_X)  # fmt: skip
         columns = columns_of(length, off, f, False, NARROW)
-        best, second, third = best_groups(rounded, columns, codes, code_columns, padded * 0, n_blocks,
-                                          INTERPRETED, NARROW, BITS, DP, BM, BN, GROUP)  # fmt: skip
+        best, second, third = best_groups(rounded, columns, codes, code_columns, n_blocks,
+                                          INTERPRETED, NARROW, PARTED, BITS, DP, BM, BN, GROUP)  # fmt: skip
         highest = tl.max(best, axis=1)
         lane = tl.min(tl.where(best == highest[:, None], lanes, LANES - 1), axis=1)
         group = (highest.to(tl.int32, bitcast=True) & MASK) * BN + lane
@@ -243,11 +252,11 @@ def _levels(
         if tl.sum(open_row.to(tl.int32)) > 0:
             tl.store(total + r[:, None] * dim + d[None, :], residual, mask=open_row[:, None] & column[None, :])
             n_few, n_scanned = note(best, second, third, least, packing, finite, open_row,
-                                    listed, noted, noted_counts, BITS, BM, BN, LANES)  # fmt: skip
+                                    bounds, thresholds, listed, BM, LANES)  # fmt: skip
             tl.debug_barrier()  # what the threads wrote, others read
-            settle(n_few, n_scanned, listed, noted, noted_counts, total, dim, level, stride_k, stride_d,
+            settle(n_few, n_scanned, bounds, thresholds, listed, packing, total, dim, level, stride_k, stride_d,
                    n_codes, indices + q, n_levels,
-                   METRIC, GROUP, LANES, BM, FEW, SCANNED, SCAN_N, UNROLL)  # fmt: skip
+                   METRIC, BITS, BM, BN, GROUP, FEW, NAMED, SCANNED, SCAN_N, UNROLL)  # fmt: skip
         tl.debug_barrier()
         chosen = tl.load(own + q, mask=real, other=0)
         from_code = level + chosen[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
@@ -302,19 +311,21 @@ def _launch(
     total = x.new_empty(n, dim, dtype=torch.float32)
     indices = torch.empty(n, n_levels, dtype=torch.int64, device=x.device)
     squares = torch.empty(n_levels, programs, dtype=torch.float64, device=x.device)
-    listed, noted_counts = torch.empty(2, programs * bm, dtype=torch.int32, device=x.device)
-    noted = torch.empty(programs * bm, CAP, dtype=torch.int32, device=x.device)
+    lanes = meta["BN"] // meta["GROUP"]
+    bounds = torch.empty(programs * bm, 2 * lanes, dtype=torch.float32, device=x.device)
+    thresholds = torch.empty(programs * bm, dtype=torch.float32, device=x.device)
+    listed = torch.empty(programs * bm, dtype=torch.int32, device=x.device)
     if _triton.interpreting():
-        definition = {"FEW": 128, "SCANNED": 128, "SCAN_N": 1024, "UNROLL": 3}
+        definition = {"FEW": 128, "NAMED": 8, "SCANNED": 128, "SCAN_N": 1024, "UNROLL": 3}
     else:
-        definition = {"FEW": 8, "SCANNED": 4, "SCAN_N": 256, "UNROLL": 8}
+        definition = {"FEW": 4, "NAMED": 4, "SCANNED": 4, "SCAN_N": 128, "UNROLL": 8}
     _levels[(programs,)](
         x, *x.stride(), n, dim, codebooks, *codebooks.stride(), n_codes, n_levels,
         packed.mean, packed.info, packed.flags, packed.codes, packed.columns, packed.norms, packed.factors, n_blocks,
-        indices if mask is None else mask, indices, total, squares, programs, listed, noted, noted_counts,
+        indices if mask is None else mask, indices, total, squares, programs, bounds, thresholds, listed,
         2.0 ** (bits - 22), (dim + 14) * 2.0**-24 * (1 + 2.0**-6),
         METRIC=metric, SHIFT_X=metric == 0, SHIFT_C=metric != 1, MASKED=mask is not None, FAST=fast,
-        INTERPRETED=_triton.interpreting(), NARROW=packed.narrow, BITS=bits, DP=packed.width,
+        INTERPRETED=_triton.interpreting(), NARROW=packed.narrow, PARTED=not packed.narrow and bm < 16 * meta["num_warps"], BITS=bits, DP=packed.width,
         **meta, **definition, enable_fp_fusion=False,
     )  # fmt: skip
     return total, indices, squares
