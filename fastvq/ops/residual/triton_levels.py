@@ -2,21 +2,22 @@
 """All levels of residual quantization in one launch: a program keeps its rows' residual in registers.
 
                         for each level q
-  residual [BM, D']     1. rounded to 16 bits with the columns of its bound (triton_rows.py), into shared memory
+  residual [BM, D']     1. rounded to 16 bits, with the columns of its bound (triton_rows.py)
   (kept)                2. upper bounds of all codes, BN at a time (triton_filter.py): in each lane the two best groups
-                           with their block numbers, and the third best, so what is not named is still bounded
-                        3. the best group in float32: the index proved, or a threshold
-                        4. rows not proved: the groups that reach the threshold, by the definition in float64; every
-                           code where more than CAP do, where an unnamed one may, or where the row is not the filter's
+                           with their block numbers, and the third best, a bound on all groups that have no name
+                        3. the best group in float32: the index proved, or a threshold below the nearest's score
+                        4. rows not proved: the named groups that reach the threshold, by the definition in float64;
+                           every code where a group without a name may reach it, or where the row is not the filter's
                         5. residual -= code; the squares of the difference, in float64
   at the end            the codes are gathered once more, in order, and their sum is written
 
-The codebooks are packed before, as heads of one codebook, in two launches. Step 4 stays in the program, which writes
-the residuals of those rows alone to where their sum of codes goes later, and lists them in scratch of its own: 36 bytes
-a row. Memory else: the row read once, its sum and its indices written once, whatever the number of levels. The filter
-keeps its bound, and the rows that it does not prove their definition, so the indices are those of one launch a level.
+The codebooks are packed before, as heads of one codebook, in two launches. Step 4 stays in the program: it writes the
+residuals of the open rows alone, to where the sums of their codes go later, and lists those rows in scratch of its own,
+8 (LANES + 1) bytes a row. Else each row is read once, its sum and its indices written once, whatever the number of
+levels. The filter keeps its bound and the open rows keep their definition, so indices are those of a launch a level.
 
-``served`` is the rule when this kernel is used; elsewhere triton_.py makes a launch a level.
+``served`` is the rule when this kernel is used; elsewhere triton_.py makes a launch a level. Wider rows than WIDEST do
+not fit: at D = 256 the residual alone takes 64 of a thread's 255 registers, and the compiler spills 300 bytes.
 """
 
 from __future__ import annotations
@@ -307,7 +308,7 @@ def _launch(
     packed = lookup.pack(codebooks, metric, False, metric != 1, {**meta, "BD": WIDEST})
     bm, programs = meta["BM"], triton.cdiv(n, meta["BM"])
     n_blocks = packed.columns.shape[1] // meta["BN"]
-    bits = max(1, (n_blocks - 1).bit_length())
+    bits = lookup.block_bits(n_blocks)
     total = x.new_empty(n, dim, dtype=torch.float32)
     indices = torch.empty(n, n_levels, dtype=torch.int64, device=x.device)
     squares = torch.empty(n_levels, programs, dtype=torch.float64, device=x.device)
