@@ -180,7 +180,7 @@ def settle(
         tl.store(indices + r * stride_i, index, mask=there)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_levels", "n_blocks"])
+@triton.jit(do_not_specialize=["n_rows", "n_levels", "n_blocks", "n_programs"])
 def _levels(
     x, x_stride_n, x_stride_d, n_rows, dim,  # [N, D]
     codebooks, stride_q, stride_k, stride_d, n_codes, n_levels,  # [Q, K, D]
