@@ -24,7 +24,7 @@ RECORDED: frozenset[tuple[str, int]] = frozenset()
 
 Lookup = Callable[[Tensor, Tensor, str, str], Tensor]
 
-_found: dict[tuple[str, int], str | None] = {}
+_found: dict[tuple[str, str, int], str | None] = {}
 
 
 def cases() -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -55,34 +55,44 @@ def _at(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device)
 
 
-def _run(device: torch.device, lookup: Lookup, reference: Lookup) -> str | None:
+def _run(op: str, device: torch.device, lookup: Lookup, reference: Lookup, only: str | None) -> str | None:
     for name, x, codebook in cases():
+        if only not in (None, name):
+            continue
         for metric in ("euclidean", "cosine", "dot"):
             try:
                 got = lookup(_at(x, device), _at(codebook, device), metric, "exact").cpu()
             except Exception as error:  # whatever a driver or a compiler raises: the answer is the same
-                return f"its lookup does not run on {device}: {type(error).__name__}: {error}"
-            wrong = int((got != reference(x, codebook, metric, "exact")).sum())
+                return f"its {op} does not run on {device}: {type(error).__name__}: {error}"
+            wrong = int((got != reference(x, codebook, metric, "exact")).view(len(x), -1).any(1).sum())
             if wrong:
-                return f"its lookup differs from the reference on {device}: {wrong} of {len(x)} rows, {name}, {metric}"
+                return f"its {op} differs from the reference on {device}: {wrong} of {len(x)} rows, {name}, {metric}"
     return None
 
 
-def mismatch(backend: str, device: torch.device, lookup: Lookup, reference: Lookup) -> str | None:
+def mismatch(
+    backend: str,
+    device: torch.device,
+    lookup: Lookup,
+    reference: Lookup,
+    op: str = "lookup",
+    only: str | None = None,
+) -> str | None:
     """Why ``lookup``, a backend's, must not serve on ``device``, or None.
 
-    The golden set runs at the first call on a kind of card. While a CUDA graph is being captured nothing
-    can be compared, and an answer not yet known is taken to be None.
+    The golden set, or the one case ``only`` of it, runs at the first call of ``op`` on a kind of card. While a CUDA
+    graph is being captured nothing can be compared, and an answer not yet known is taken to be None.
     """
     if device.type != "cuda":
         return None
     card = backend, _triton.capability(device)
     if card in RECORDED:
         return None
-    if card not in _found:
+    key = op, *card
+    if key not in _found:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None
-        reason = _found[card] = _run(device, lookup, reference)
+        reason = _found[key] = _run(op, device, lookup, reference, only)
         if reason is not None:
             warnings.warn(
                 f"fastvq: the {backend} backend is switched off on this card (compute capability {card[1] / 10}): "
@@ -91,4 +101,4 @@ def mismatch(backend: str, device: torch.device, lookup: Lookup, reference: Look
                 RuntimeWarning,
                 stacklevel=2,
             )
-    return _found[card]
+    return _found[key]

@@ -131,7 +131,7 @@ def test_one_launch_with_shipped_tiles_at_ugly_sizes(dim, one_launch):
 
 @pytest.mark.usefixtures("large_tiles")
 def test_near_ties_of_every_number(one_launch):
-    """Copies in the same group, in another lane, twice in a lane, three times in one (all codes are met), in 20 lanes."""
+    """Copies in one group, in two lanes, twice in a lane, three times in one (all codes are met), and in 20 lanes."""
     g = generator(5)
     x, codebook = gaussian(8, 3072, 16, g)
     copies = {0: [128], 1: [200], 2: [1024 + 2], 3: [1024 + 3, 2048 + 3], 4: list(range(40, 60))}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvq import _native, _triton
+from fastvq import _golden, _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import no_second_derivative, register
@@ -20,11 +20,33 @@ from fastvq.ops.residual import cpu, reference
 __all__ = ["ResidualQuantized", "residual_quantize"]
 
 OP = "fastvq.ops.residual_quantize"
+_triton_forward = _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize")
+
+
+def _two_levels(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[[Tensor, Tensor, str, str], Tensor]:
+    """A ``residual_quantize`` as the golden set asks for lookups: the indices of two levels that share a codebook."""
+
+    def indices(x: Tensor, codebook: Tensor, metric: str, precision: str) -> Tensor:
+        return forward(x, codebook.expand(2, -1, -1), None, metric, 1.0, False, precision)[1]
+
+    return indices
+
+
+def _refuse_triton(x: Tensor, *_: object) -> str | None:
+    # The tensor cores are the lookup's; what is this kernel's own are its near-ties, and that case is full of them.
+    return NEAREST["triton"].refuse(x) or _golden.mismatch(
+        "triton",
+        x.device,
+        _two_levels(_triton_forward),
+        _two_levels(reference.residual_quantize),
+        "residual_quantize",
+        "codes one bit apart",
+    )
+
+
 FORWARD = {
     "cpu": Implementation(cpu.residual_quantize, _native.refuse),
-    "triton": Implementation(
-        _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize"), NEAREST["triton"].refuse
-    ),
+    "triton": Implementation(_triton_forward, _refuse_triton),
     "reference": Implementation(reference.residual_quantize, lambda *_: None),
 }
 BACKWARD = {

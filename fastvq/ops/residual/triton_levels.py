@@ -66,7 +66,12 @@ def best_groups(
     INTERPRETED: tl.constexpr, NARROW: tl.constexpr, PARTED: tl.constexpr, BITS: tl.constexpr,
     DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The largest upper bounds of groups in each lane, [BM, BN / GROUP]: two with block numbers, and the next."""
+    """The largest upper bounds of groups in each lane, [BM, BN / GROUP]: two with block numbers, and the next.
+
+    PARTED: the columns' product is subtracted, rather than the start of the other's. With fewer than 16 rows a warp the
+    compiler gives a chain of two products two layouts, and takes every score from one to the other; added, it would
+    make them a chain again. The rounding of the difference is less than what gamma counts for the columns.
+    """
     LANES: tl.constexpr = BN // GROUP
     MASK: tl.constexpr = (1 << BITS) - 1
     best = tl.full((BM, LANES), LOWEST, tl.float32)
@@ -104,10 +109,7 @@ def scores_of(f, group, codebook, stride_k, stride_d, mean, norms, factors, d, d
         if SHIFT:
             c = c - tl.load(mean + d, mask=column, other=0.0)[None, :]
         c = c * tl.load(factors + k)[:, None]
-        if METRIC == 0:
-            found = tl.sum(c * (f - 0.5 * c), axis=1)
-        else:
-            found = tl.sum(c * f, axis=1)
+        found = tl.sum(c * (f - 0.5 * c if METRIC == 0 else f), axis=1)
         score = tl.where((member == j) & held[:, None], found[:, None], score)
     return score
 
@@ -189,8 +191,8 @@ def _levels(
     bounds, thresholds, listed, packing, sum_error,  # scratch, BM rows a program
     METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
     INTERPRETED: tl.constexpr, NARROW: tl.constexpr, PARTED: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, FEW: tl.constexpr, NAMED: tl.constexpr, SCANNED: tl.constexpr,
-    SCAN_N: tl.constexpr, UNROLL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, FEW: tl.constexpr, NAMED: tl.constexpr,
+    SCANNED: tl.constexpr, SCAN_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     LANES: tl.constexpr = BN // GROUP
     MASK: tl.constexpr = (1 << BITS) - 1
@@ -309,6 +311,7 @@ def _launch(
     bm, programs = meta["BM"], triton.cdiv(n, meta["BM"])
     n_blocks = packed.columns.shape[1] // meta["BN"]
     bits = lookup.block_bits(n_blocks)
+    parted = not packed.narrow and bm < 16 * meta["num_warps"]
     total = x.new_empty(n, dim, dtype=torch.float32)
     indices = torch.empty(n, n_levels, dtype=torch.int64, device=x.device)
     squares = torch.empty(n_levels, programs, dtype=torch.float64, device=x.device)
@@ -326,7 +329,7 @@ def _launch(
         indices if mask is None else mask, indices, total, squares, programs, bounds, thresholds, listed,
         2.0 ** (bits - 22), (dim + 14) * 2.0**-24 * (1 + 2.0**-6),
         METRIC=metric, SHIFT_X=metric == 0, SHIFT_C=metric != 1, MASKED=mask is not None, FAST=fast,
-        INTERPRETED=_triton.interpreting(), NARROW=packed.narrow, PARTED=not packed.narrow and bm < 16 * meta["num_warps"], BITS=bits, DP=packed.width,
+        INTERPRETED=_triton.interpreting(), NARROW=packed.narrow, PARTED=parted, BITS=bits, DP=packed.width,
         **meta, **definition, enable_fp_fusion=False,
     )  # fmt: skip
     return total, indices, squares
