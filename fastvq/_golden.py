@@ -57,26 +57,35 @@ def _at(t: Tensor, device: torch.device) -> Tensor:
     return t.to(device)
 
 
-def _run(device: torch.device, lookup: Lookup, reference: Lookup) -> str | None:
+def _run(op: str, device: torch.device, lookup: Lookup, reference: Lookup, only: str | None) -> str | None:
     for name, x, codebook in cases():
+        if only not in (None, name):
+            continue
         for metric in ("euclidean", "cosine", "dot"):
             try:
                 got = lookup(_at(x, device), _at(codebook, device), metric, "exact").cpu()
             except Exception as error:  # whatever a driver or a compiler raises: the answer is the same
-                return f"its lookup does not run on {device}: {type(error).__name__}: {error}"
-            wrong = int((got != reference(x, codebook, metric, "exact")).sum())
+                return f"its {op} does not run on {device}: {type(error).__name__}: {error}"
+            wrong = int((got != reference(x, codebook, metric, "exact")).view(len(x), -1).any(1).sum())
             if wrong:
-                return f"its lookup differs from the reference on {device}: {wrong} of {len(x)} rows, {name}, {metric}"
+                return f"its {op} differs from the reference on {device}: {wrong} of {len(x)} rows, {name}, {metric}"
     return None
 
 
-def mismatch(backend: str, device: torch.device, lookup: Lookup, reference: Lookup) -> str | None:
+def mismatch(
+    backend: str,
+    device: torch.device,
+    lookup: Lookup,
+    reference: Lookup,
+    op: str = "lookup",
+    only: str | None = None,
+) -> str | None:
     """Why ``lookup``, a backend's, must not serve on ``device``, or None.
 
-    The golden set runs at the first call on a kind of card. While a CUDA graph is being captured nothing
-    can be compared, and an answer not yet known is taken to be None.
+    The golden set, or the one case ``only`` of it, runs at the first call of ``op`` on a kind of card. While a CUDA
+    graph is being captured nothing can be compared, and an answer not yet known is taken to be None.
     """
-    return _once(backend, "lookup", device, lambda: _run(device, lookup, reference))
+    return _once(backend, op, device, lambda: _run(op, device, lookup, reference, only))
 
 
 def differs(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastvq import _golden
+from fastvq.ops import residual
 from fastvq.ops.nearest import reference
 
 
@@ -45,6 +46,23 @@ def test_one_wrong_index_switches_the_backend_off_and_warns_once(unknown_card):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert _golden.mismatch("triton", unknown_card, off_by_one, reference.nearest) == reason
+
+
+def test_residual_levels_have_a_case_of_their_own(unknown_card):
+    right = residual._two_levels(residual.reference.residual_quantize)
+    calls = []
+
+    def second_level_wrong(*arguments):
+        calls.append(arguments)
+        found = right(*arguments)
+        found[3, 1] ^= 1
+        return found
+
+    arguments = "triton", unknown_card, second_level_wrong, right, "residual_quantize", "codes one bit apart"
+    with pytest.warns(RuntimeWarning, match="its residual_quantize differs from the reference on cuda:0: 1 of 64 rows"):
+        assert _golden.mismatch(*arguments)
+    assert len(calls) == 1
+    assert _golden.mismatch("triton", unknown_card, reference.nearest, reference.nearest) is None
 
 
 def test_a_kernel_that_does_not_run_switches_the_backend_off(unknown_card):

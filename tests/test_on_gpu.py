@@ -57,6 +57,17 @@ def test_sizes(shape, dtype, backend):
         assert torch.equal(got.cpu(), oracle.nearest(x, codebook, metric))
 
 
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", HARD)
+def test_hard_cases_of_residual_levels(case, metric, backend):
+    x, codebook = HARD[case](generator(0))
+    codebooks = codebook.expand(3, -1, -1)
+    got = residual_quantize(*on_gpu(x, codebooks), metric=metric, backend=backend)
+    expected = residual_quantize(x, codebooks, metric=metric, backend="reference")
+    assert torch.equal(got.indices.cpu(), expected.indices)
+    torch.testing.assert_close(got.quantized.cpu(), expected.quantized, rtol=0, atol=0, equal_nan=True)
+
+
 def test_two_runs_are_the_same_to_the_bit(backend):
     x, codebook, gradient = on_gpu(*gaussian(20000, 512, 64, generator(2)), torch.randn(20000, 64))
 

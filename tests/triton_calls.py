@@ -15,7 +15,7 @@ from tests import triton_calls_learning
 CALLS: dict[str, Callable[[], object]] = {}
 
 # Kernels that must use the tensor cores, in every tile and dtype of theirs that CALLS launches.
-TENSOR_CORES: set[str] = {"_filter", "_survivors"}
+TENSOR_CORES: set[str] = {"_filter", "_survivors", "_levels"}
 
 
 def masked_conv(
@@ -129,5 +129,6 @@ def residual_quantize(dtype: torch.dtype, dim: int) -> Callable[[], object]:
     return call
 
 
-for dtype, dim in ((F32, 8), (BF16, 128), (F64, 64)):
+# All levels in one launch, then a launch a level: rows that are too wide, and float64.
+for dtype, dim in ((F32, 8), (F32, 64), (BF16, 128), (F32, 256), (F64, 64)):
     CALLS[f"residual_quantize {dtype} {dim}"] = residual_quantize(dtype, dim)

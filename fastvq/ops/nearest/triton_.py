@@ -106,7 +106,8 @@ def _stride_h(t: Tensor) -> int:
     return t.stride(0) if t.shape[0] > 1 else 0  # of one head it would only be another constant to compile for
 
 
-def _bits(n: int) -> int:
+def block_bits(n: int) -> int:
+    """Bits that hold the numbers of ``n`` blocks."""
     return max(1, (n - 1).bit_length())
 
 
@@ -194,7 +195,7 @@ def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
         "DP": packed.width, **tile, **warps,
     }  # fmt: skip
     n_blocks = packed.columns.shape[1] // meta["BN"]
-    bits, chunk = _bits(n_blocks), 64 if _triton.interpreting() else 8
+    bits, chunk = block_bits(n_blocks), 64 if _triton.interpreting() else 8
     sum_error = (dim / chunk + chunk + 14) * 2.0**-24 * (1 + 2.0**-6)
     rows = pack_rows(x, packed)
     counters = torch.zeros(n_heads, 2, dtype=torch.int32, device=x.device)

@@ -33,6 +33,64 @@ def distance(total, square, odd, METRIC: tl.constexpr):
     return tl.where((d == d) & (odd == 0), d, float("inf"))
 
 
+@triton.jit
+def best_noted(row, row_step, there, codes, stride_k, code_step, k, noted, n_codes, dim,
+               METRIC: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+    """Least d_k of the noted codes ``k`` [rows, codes] and its k, n_codes where there is none.
+
+    UNROLL: elements loaded before the first is used.
+    """
+    code = codes + k * stride_k
+    total = tl.zeros_like(k).to(tl.float64)
+    square = tl.zeros_like(total)
+    odd = tl.zeros_like(total)
+    for d0 in range(0, dim, UNROLL):
+        for i in tl.static_range(UNROLL):
+            inside = (d0 + i + tl.zeros((1,), tl.int32)) < dim  # beyond, 0 is added, which changes no sum
+            v = wide(tl.load(row, mask=there & inside, other=0.0))[:, None]
+            c = wide(tl.load(code, mask=noted & inside[None, :], other=0.0))
+            total, square = step(v, c, total, square, METRIC)
+            odd += c - c
+            row += row_step
+            code += code_step
+    found = tl.where(noted, distance(total, square, odd, METRIC), float("inf"))
+    least = tl.min(found, axis=1)
+    return least, tl.min(tl.where(noted & (found == least[:, None]), k, n_codes), axis=1)
+
+
+@triton.jit
+def best_of_all(row_start, row_step, there, codes, stride_k, code_step, n_codes, dim,
+                METRIC: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
+    """The nearest of all codes for the BM rows at ``row_start``; 0 for a row that is not finite."""
+    least = tl.full((BM,), float("inf"), tl.float64)
+    index = tl.zeros((BM,), tl.int64)
+    odd_row = tl.zeros((BM,), tl.float64)
+    for k0 in range(0, n_codes, BN):
+        k = (k0 + tl.arange(0, BN).to(tl.int64))[None, :]
+        row = row_start
+        code = codes + k * stride_k
+        total = tl.zeros((BM, BN), tl.float64)
+        square = tl.zeros((1, BN), tl.float64)
+        odd = tl.zeros((1, BN), tl.float64)
+        for d0 in range(0, dim, UNROLL):
+            for i in tl.static_range(UNROLL):
+                inside = (d0 + i + tl.zeros((1,), tl.int32)) < dim
+                v = wide(tl.load(row, mask=there & inside, other=0.0))
+                c = wide(tl.load(code, mask=(k < n_codes) & inside[None, :], other=0.0))
+                total, square = step(v[:, None], c, total, square, METRIC)
+                odd += c - c
+                odd_row += v - v
+                row += row_step
+                code += code_step
+        found = distance(total, square, odd, METRIC)
+        found = tl.where(k < n_codes, found, float("inf"))
+        nearest = tl.min(found, axis=1)
+        at = tl.min(tl.where(found == nearest[:, None], k, n_codes), axis=1)
+        index = tl.where(nearest < least, at, index)
+        least = tl.minimum(least, nearest)
+    return tl.where(odd_row == 0, index, 0)
+
+
 @triton.jit(do_not_specialize=["slab"])
 def _few(
     x, x_stride_h, x_stride_n, x_stride_d, dim,
@@ -58,20 +116,8 @@ def _few(
         k = k.to(tl.int64) + ((j % GROUP) * LANES)[None, :]
         noted = noted & (k < n_codes)
         row = x + head * x_stride_h + r.to(tl.int64) * x_stride_n
-        code = codebook + head * c_stride_h + k * c_stride_k
-        total = tl.zeros((BM, WIDE), tl.float64)
-        square = tl.zeros((BM, WIDE), tl.float64)
-        odd = tl.zeros((BM, WIDE), tl.float64)
-        for _ in range(0, dim):
-            v = wide(tl.load(row, mask=few, other=0.0))[:, None]
-            c = wide(tl.load(code, mask=noted, other=0.0))
-            total, square = step(v, c, total, square, METRIC)
-            odd += c - c
-            row += x_stride_d
-            code += c_stride_d
-        found = tl.where(noted, distance(total, square, odd, METRIC), float("inf"))
-        least = tl.min(found, axis=1)[:, None]
-        index = tl.min(tl.where(noted & (found == least), k, n_codes), axis=1)
+        _, index = best_noted(row, x_stride_d, few, codebook + head * c_stride_h, c_stride_k, c_stride_d, k, noted,
+                              n_codes, dim, METRIC, 1)  # fmt: skip
         tl.store(indices + head * i_stride_h + r, tl.where(index < n_codes, index, 0), mask=few)
 
 
@@ -95,28 +141,6 @@ def _scan(
         if LISTED:
             r = tl.load(pending + head * slab + i, mask=there, other=0)
         row_start = x + head * x_stride_h + r.to(tl.int64) * x_stride_n
-        least = tl.full((BM,), float("inf"), tl.float64)
-        index = tl.zeros((BM,), tl.int64)
-        odd_row = tl.zeros((BM,), tl.float64)
-        for k0 in range(0, n_codes, BN):
-            k = (k0 + tl.arange(0, BN).to(tl.int64))[None, :]
-            row = row_start
-            code = codebook + head * c_stride_h + k * c_stride_k
-            total = tl.zeros((BM, BN), tl.float64)
-            square = tl.zeros((1, BN), tl.float64)
-            odd = tl.zeros((1, BN), tl.float64)
-            for _ in range(0, dim):
-                v = wide(tl.load(row, mask=there, other=0.0))
-                c = wide(tl.load(code, mask=k < n_codes, other=0.0))
-                total, square = step(v[:, None], c, total, square, METRIC)
-                odd += c - c
-                odd_row += v - v
-                row += x_stride_d
-                code += c_stride_d
-            found = distance(total, square, odd, METRIC)
-            found = tl.where(k < n_codes, found, float("inf"))
-            nearest = tl.min(found, axis=1)
-            at = tl.min(tl.where(found == nearest[:, None], k, n_codes), axis=1)
-            index = tl.where(nearest < least, at, index)
-            least = tl.minimum(least, nearest)
-        tl.store(indices + head * i_stride_h + r, tl.where(odd_row == 0, index, 0), mask=there)
+        index = best_of_all(row_start, x_stride_d, there, codebook + head * c_stride_h, c_stride_k, c_stride_d,
+                            n_codes, dim, METRIC, BM, BN, 1)  # fmt: skip
+        tl.store(indices + head * i_stride_h + r, index, mask=there)

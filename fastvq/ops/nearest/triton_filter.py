@@ -113,6 +113,19 @@ def _filter(
     tl.store(runners_up + line, runner_up + tl.abs(runner_up) * packing, mask=there)
 
 
+@triton.jit
+def told_apart(score, norm, length, mean_norm, dim, sum_error, METRIC: tl.constexpr):
+    """Which of a row's codes scored in float32 [rows, codes] may be the nearest of them; a bound below its score."""
+    own = (dim + 3) * 2.0**-53
+    held = norm >= 0
+    error = sum_error * (length[:, None] * norm + 0.5 * norm * norm) + dim * 2.0**-80
+    error += 2 * own * (length[:, None] * (norm + mean_norm) + norm * norm)
+    least = tl.max(tl.where(held, score - error, LOWEST), axis=1)
+    if METRIC == 0:
+        least -= 2 * own * length * length
+    return held & (score + error >= least[:, None]), least
+
+
 @triton.jit(do_not_specialize=["n_rows", "slab"])
 def _decide(
     x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,  # [H, N, D]
@@ -155,13 +168,7 @@ def _decide(
         winner = score == tl.max(score, axis=1)[:, None]
         certain = finite & (tl.max(norm, axis=1) >= 0)
     else:
-        own = (dim + 3) * 2.0**-53
-        error = sum_error * (length[:, None] * norm + 0.5 * norm * norm) + dim * 2.0**-80
-        error += 2 * own * (length[:, None] * (norm + tl.load(info + head * 2 + 1)) + norm * norm)
-        least = tl.max(tl.where(held, score - error, LOWEST), axis=1)
-        if METRIC == 0:
-            least -= 2 * own * length * length
-        winner = held & (score + error >= least[:, None])
+        winner, least = told_apart(score, norm, length, tl.load(info + head * 2 + 1), dim, sum_error, METRIC)
         runner_up = tl.load(runners_up + head * slab + r, mask=there, other=0.0)
         certain = finite & (tl.sum(winner.to(tl.int32), axis=1) == 1) & (runner_up < least)
     index = tl.min(tl.where(winner, k, padded_codes), axis=1)

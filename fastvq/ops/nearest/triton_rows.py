@@ -69,23 +69,20 @@ def norms_of(square, residual, top, flags, dim, METRIC: tl.constexpr, FORMED: tl
 
 
 @triton.jit
-def columns_of(norm, off, x, at, there, stride_d, mean, dim, factor,
-               SHIFT: tl.constexpr, BRAIN: tl.constexpr, NARROW: tl.constexpr):  # fmt: skip
-    """The rows' columns [rows, 16]: multipliers of the bias, norms of the bound, and the row itself where NARROW."""
+def columns_of(norm, off, f, BRAIN: tl.constexpr, NARROW: tl.constexpr):
+    """The rows' columns [rows, 16]: multipliers of the bias, norms of the bound, and ``f`` where NARROW.
+
+    f: the scaled row itself, its first element in column FIRST.
+    """
     j = tl.arange(0, WIDTH)[None, :]
     good = norm >= 0
     length = tl.where(good, raised(norm * 2.0**-8, BRAIN), 0.0)
     error = tl.where(good, raised(off, BRAIN), 0.0)
     v = tl.where(j == 0, 256.0, tl.where(j == 1, 1.0, tl.where(j == 2, 2.0**-11, 0.0)))
     v = tl.where(j == 3, error[:, None], tl.where(j == 4, length[:, None], v))
-    out = narrow(v, BRAIN)
     if NARROW:
-        d = tl.arange(0, WIDTH) - FIRST
-        f = row_piece(x, at, there & good, stride_d, mean, tl.where(d < 0, dim, d), dim, SHIFT)
-        out = narrow(
-            tl.where(j < FIRST, v, tl.where(tl.abs(f * factor[:, None]) <= TOP, f * factor[:, None], 0.0)), BRAIN
-        )
-    return out
+        v = tl.where((j < FIRST) | ~good[:, None], v, tl.where(tl.abs(f) <= TOP, f, 0.0))
+    return narrow(v, BRAIN)
 
 
 @triton.jit(do_not_specialize=["n_rows", "slab"])
@@ -126,7 +123,11 @@ def _pack_rows(
         gap = f - rounded.to(tl.float32)
         residual += tl.sum(gap * gap, axis=1)
     norm, off = norms_of(square, residual, top, flags + head * 3, dim, METRIC, FORMED)
-    columns = columns_of(norm, off, x, at, there, stride_d, mean, dim, factor, SHIFT, BRAIN, NARROW)
+    own = norm[:, None]
+    if NARROW:
+        d = tl.arange(0, WIDTH) - FIRST
+        own = row_piece(x, at, there, stride_d, mean, tl.where(d < 0, dim, d), dim, SHIFT) * factor[:, None]
+    columns = columns_of(norm, off, own, BRAIN, NARROW)
     tl.store(row_columns + line[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], columns, mask=there[:, None])
     tl.store(row_norms + line, norm, mask=there)
     tl.store(row_scales + line, factor, mask=there)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _native, _triton
+from fastvq import _cuda_native, _golden, _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import no_second_derivative, register
@@ -20,12 +20,39 @@ from fastvq.ops.residual import cpu, cuda, reference
 __all__ = ["ResidualQuantized", "residual_quantize"]
 
 OP = "fastvq.ops.residual_quantize"
+_triton_forward = _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize")
+
+
+def _two_levels(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[[Tensor, Tensor, str, str], Tensor]:
+    """A ``residual_quantize`` as the golden set asks for lookups: the indices of two levels that share a codebook."""
+
+    def indices(x: Tensor, codebook: Tensor, metric: str, precision: str) -> Tensor:
+        return forward(x, codebook.expand(2, -1, -1), None, metric, 1.0, False, precision)[1]
+
+    return indices
+
+
+def _refuse(backend: str, forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., str | None]:
+    """Why a GPU backend cannot serve: as its lookup, whose tensor cores it uses, or its own way with near-ties, which
+    one case of the golden set is full of."""
+
+    def reason(x: Tensor, *_: object) -> str | None:
+        return NEAREST[backend].refuse(x) or _golden.mismatch(
+            backend,
+            x.device,
+            _two_levels(forward),
+            _two_levels(reference.residual_quantize),
+            "residual_quantize",
+            "codes one bit apart",
+        )
+
+    return reason
+
+
 FORWARD = {
     "cpu": Implementation(cpu.residual_quantize, _native.refuse),
-    "triton": Implementation(
-        _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize"), NEAREST["triton"].refuse
-    ),
-    "cuda": Implementation(cuda.residual_quantize, NEAREST["cuda"].refuse),
+    "triton": Implementation(_triton_forward, _refuse("triton", _triton_forward)),
+    "cuda": Implementation(cuda.residual_quantize, _refuse("cuda", cuda.residual_quantize)),
     "reference": Implementation(reference.residual_quantize, lambda *_: None),
 }
 BACKWARD = {

@@ -1,5 +1,6 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
-"""Residual quantization on a GPU: the lookup's launches, then one that subtracts the codes, for each level.
+"""Residual quantization on a GPU: all levels in one launch where a program can hold its rows' residual
+(triton_levels.py, which says where), else for each level the lookup's launches and one that subtracts the codes:
 
 tensors                                                     N rows, D columns, K codes, Q levels
     residual, total  [N, D] float32 (float64 where x or the codebooks are)      codebooks  [Q, K, D] any float, strides
@@ -12,7 +13,7 @@ tensors                                                     N rows, D columns, K
     3. backward, ``_pull``: one pass over the rows retraces all levels in registers
 
 Memory: 4 D bytes a row read and 8 D written a level beyond the lookup. Deterministic; nothing waits for the host.
-A level's lookup works on the residual in memory: no kernel here keeps it on chip through all levels.
+Statistics are launches of their own, on residuals formed again from the indices where one launch found those.
 """
 
 from __future__ import annotations
@@ -26,15 +27,10 @@ from fastvq import _triton
 from fastvq.ops.ema import code_statistics
 from fastvq.ops.nearest.triton_ import nearest
 from fastvq.ops.quantize import reference as one_level
-from fastvq.ops.residual import reference
+from fastvq.ops.residual import reference, triton_levels
+from fastvq.ops.residual.triton_levels import as_work
 
 __all__ = ["residual_quantize", "residual_quantize_backward"]
-
-
-@triton.jit
-def as_work(v, WORK: tl.constexpr):
-    """Exact in WORK, float32 or float64. By way of float32: the interpreter converts bfloat16 to nothing else."""
-    return v if v.dtype == WORK else v.to(tl.float32).to(WORK)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -113,6 +109,36 @@ def _elements(real: Tensor | int, dim: int) -> Tensor | float:
     return real.sum().clamp(min=1).double() * dim if isinstance(real, Tensor) else max(1, real) * dim
 
 
+def _level_by_level(
+    x: Tensor,  # [N, D]
+    codebooks: Tensor,  # [Q, K, D]
+    real: Tensor | None,  # [N] bool
+    metric: str,
+    precision: str,
+    sums: Tensor,  # [Q, K, D], or empty: no statistics are asked for
+    counts: Tensor,  # [Q, K]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The sum of the codes [N, D], the indices [N, Q], and the squares of the differences [Q, programs]."""
+    (n_levels, n_codes, dim), n = codebooks.shape, x.shape[0]
+    residual = x.to(reference.residual_dtype(x, codebooks)).clone(memory_format=torch.contiguous_format)
+    total = torch.zeros_like(residual)
+    bm, bd = _tile(dim)
+    programs = triton.cdiv(n, bm)
+    indices = torch.empty(n, n_levels, dtype=torch.int64, device=x.device)
+    squares = torch.zeros(n_levels, max(1, programs), dtype=torch.float64, device=x.device)
+    for q, codes in enumerate(codebooks):
+        found = nearest(residual, codes.to(residual.dtype), metric, precision)
+        before = residual.clone() if sums.numel() else residual
+        if n:
+            _advance[(programs,)](
+                residual, total, codes, *codes.stride(), found, found if real is None else real, indices[:, q],
+                n_levels, squares[q], n, dim, MASKED=real is not None, WORK=_work(residual.dtype), BM=bm, BD=bd,
+            )  # fmt: skip
+        if sums.numel():
+            sums[q], counts[q] = code_statistics(before, indices[:, q].contiguous(), n_codes)
+    return total, indices, squares
+
+
 def residual_quantize(
     x: Tensor,  # [..., D]
     codebooks: Tensor,  # [Q, K, D]
@@ -125,26 +151,21 @@ def residual_quantize(
     """Same arguments and result as the reference's."""
     n_levels, n_codes, dim = codebooks.shape
     dtype = reference.residual_dtype(x, codebooks)
-    residual = x.to(dtype).reshape(-1, dim).clone(memory_format=torch.contiguous_format)
-    n = residual.shape[0]
-    total = torch.zeros_like(residual)
+    rows = x.reshape(-1, dim)
+    n = rows.shape[0]
     real = None if mask is None else mask.reshape(-1).contiguous()
-    bm, bd = _tile(dim)
-    programs = triton.cdiv(n, bm)
-    indices = torch.empty(n, n_levels, dtype=torch.int64, device=x.device)
-    squares = torch.zeros(n_levels, max(1, programs), dtype=torch.float64, device=x.device)
-    sums = residual.new_empty((n_levels, n_codes, dim) if statistics else (0,))
-    counts = indices.new_empty((n_levels, n_codes) if statistics else (0,))
-    for q, codes in enumerate(codebooks):
-        found = nearest(residual, codes.to(dtype), metric, precision)
-        before = residual.clone() if statistics else residual
-        if n:
-            _advance[(programs,)](
-                residual, total, codes, *codes.stride(), found, found if real is None else real, indices[:, q],
-                n_levels, squares[q], n, dim, MASKED=real is not None, WORK=_work(dtype), BM=bm, BD=bd,
-            )  # fmt: skip
+    sums = x.new_empty((n_levels, n_codes, dim) if statistics else (0,), dtype=dtype)
+    counts = x.new_empty((n_levels, n_codes) if statistics else (0,), dtype=torch.int64)
+    if triton_levels.served(x, codebooks):
+        total, indices, squares = triton_levels.residual_quantize(rows, codebooks, real, metric, precision)
         if statistics:
-            sums[q], counts[q] = code_statistics(before, indices[:, q].contiguous(), n_codes)
+            residual = rows.to(dtype)
+            for q, codes in enumerate(codebooks):
+                chosen = indices[:, q].contiguous()
+                sums[q], counts[q] = code_statistics(residual, chosen, n_codes)
+                residual = residual - one_level.gather(codes.to(dtype), chosen)
+    else:
+        total, indices, squares = _level_by_level(rows, codebooks, real, metric, precision, sums, counts)
     mean = squares.sum(1) / _elements(n if real is None else real, dim)
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
     quantized = torch.empty_like(x).copy_(total.view(x.shape))
