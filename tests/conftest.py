@@ -20,8 +20,16 @@ from fastvq._env import VARIABLES
 # reference, then the CPU kernels once for each instruction set that this machine has.
 ENGINES = ["reference", *(f"cpu-{isa}" for isa in _native.available_isas())]
 CPU_ENGINES = ENGINES[1:]
-# What the emulated tiles serve; everything else would only run AVX-512's kernels again.
-TILES = ("test_nearest", "test_quantize", "test_residual", "test_step", "test_pack_codebook", "test_masked_conv_tiles")
+# What the lookup's own instruction sets and tiles serve; everything else would only run AVX-512's kernels again.
+OF_LOOKUPS = ("emulated", "avx512_vnni")
+LOOKUPS = (
+    "test_nearest",
+    "test_quantize",
+    "test_residual",
+    "test_step",
+    "test_pack_codebook",
+    "test_masked_conv_tiles",
+)
 # The Triton kernels on CPU tensors: a hundred times slower, so only for tests marked `interpreted`.
 INTERPRETED = ["triton"] if _triton.interpreting() and _triton.unavailable() is None else []
 
@@ -67,7 +75,7 @@ def threads():
 
 
 def pytest_collection_modifyitems(config, items):
-    repeated = [i for i in items if "emulated" in i.nodeid and not i.path.name.startswith(TILES)]
+    repeated = [i for i in items if any(isa in i.nodeid for isa in OF_LOOKUPS) and not i.path.name.startswith(LOOKUPS)]
     if repeated:
         config.hook.pytest_deselected(items=repeated)
         items[:] = [i for i in items if i not in set(repeated)]

@@ -8,7 +8,7 @@
 namespace fastvq {
 namespace {
 
-constexpr int64_t kAgainRows = 32;  // looked at together: a multiple of every filter's tile
+constexpr int64_t kAgainRows = 32;  // looked at together
 
 struct AgainScratch {
   RowState* rows;  // [kAgainRows]
