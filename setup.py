@@ -40,10 +40,10 @@ ISA_FLAGS = {
     "amx": [*AVX512_QUIET, *AMX],
     "emulated": AVX512_QUIET,
 }
-# Instruction sets that a compiler may not have: the macro that says it has, its flags, and a probe.
+# Instruction sets that a compiler may not have: the flag that tells the sources, its own, and a probe.
 PROBES = {
-    "avx512_vnni": ("FASTVQ_VNNI", [*AVX512, *VNNI], "auto f(__m512i v) { return _mm512_dpwssd_epi32(v, v, v); }"),
-    "amx": ("FASTVQ_AMX", AMX, "void f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); }"),
+    "avx512_vnni": ("-DFASTVQ_VNNI", [*AVX512, *VNNI], "auto f(__m512i v) { return _mm512_dpwssd_epi32(v, v, v); }"),
+    "amx": ("-DFASTVQ_AMX", AMX, "void f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); }"),
 }
 
 # The machine code that is made, of those that nvcc knows: an sm_80 runs on every 8.x, and so on. Nothing in the sources
@@ -140,10 +140,10 @@ class NinjaBuild(build_ext):
         includes = [f'-I"{p}"' for p in (sysconfig.get_paths()["include"], pybind11.get_include())]
         flags = CXXFLAGS + os.environ.get("CXXFLAGS", "").split()
         left_out = set(ISA_FLAGS) if not X86 else {*PROBES, "emulated"}
-        for isa, (macro, isa_flags, probe) in PROBES.items() if X86 else ():
+        for isa, (define, isa_flags, probe) in PROBES.items() if X86 else ():
             if (isa != "amx" or sys.platform == "linux") and compiles(compiler, isa_flags, probe, work):
                 left_out.remove(isa)
-                flags.append(f"-D{macro}")
+                flags.append(define)
         if X86 and os.environ.get("FASTVQ_EMULATED_TILES") == "1":
             left_out.remove("emulated")
             flags.append("-DFASTVQ_EMULATED")

@@ -16,7 +16,7 @@ namespace {
 // Codes side by side: enough chains of additions to hide their latency, no more than there are registers for.
 constexpr int kExactCodes = kLanes == 16 ? 32 : 16;
 constexpr int64_t kExactDims = 128;
-constexpr int kMaxExact = 16;  // codes that best_of chooses among
+constexpr int kMaxExact = 256;  // codes that best_of chooses among
 
 struct ExactScratch {
   int64_t* pending;  // rows of the block, counted from its first
@@ -45,7 +45,8 @@ struct QuickScore {
   double score, off;
   bool in_range;  // no square overflowed or came near underflow
 };
-inline QuickScore quick_score(Metric metric, const double* row, const double* code, int64_t D) {
+template <class E>
+inline QuickScore quick_score(Metric metric, const double* row, const typename E::Stored* code, int64_t D) {
   D8 sums = {}, rows = {}, codes = {};
   double sum = 0, rr = 0, cc = 0;
   int64_t d = 0;
@@ -53,22 +54,26 @@ inline QuickScore quick_score(Metric metric, const double* row, const double* co
   const double unit = static_cast<double>(D + 8) * 0x1p-50;
   if (metric == Metric::euclidean) {
     for (; d + 8 <= D; d += 8) {
-      const D8 t = load_as<D8>(row + d) - load_as<D8>(code + d);
+      const D8 t = load_as<D8>(row + d) - widen(load8(E{}, code + d));
       sums += t * t;
     }
-    for (sum = sum8(sums); d < D; ++d) sum += (row[d] - code[d]) * (row[d] - code[d]);
+    for (sum = sum8(sums); d < D; ++d) {
+      const double t = row[d] - static_cast<double>(E::get(code[d]));
+      sum += t * t;
+    }
     return {sum, sum * unit, in_range(sum)};
   }
   for (; d + 8 <= D; d += 8) {
-    const D8 x = load_as<D8>(row + d), c = load_as<D8>(code + d);
+    const D8 x = load_as<D8>(row + d), c = widen(load8(E{}, code + d));
     sums += x * c;
     rows += x * x;
     codes += c * c;
   }
   for (sum = sum8(sums), rr = sum8(rows), cc = sum8(codes); d < D; ++d) {
-    sum += row[d] * code[d];
+    const double c = E::get(code[d]);
+    sum += row[d] * c;
     rr += row[d] * row[d];
-    cc += code[d] * code[d];
+    cc += c * c;
   }
   const bool fine = in_range(rr) && in_range(cc);
   if (metric == Metric::dot) return {-sum, std::sqrt(rr) * std::sqrt(cc) * unit, fine};
@@ -82,30 +87,30 @@ inline int64_t best_of(const Lookup& lookup, int64_t h, int64_t r, const int64_t
   const int64_t D = x.dim;
   double *row = room, *code = room + D;
   with_element(x.dtype, [&](auto e) { to_double<decltype(e)>(row_at<decltype(e)>(x, h, r), x.stride_d, D, row); });
-  const auto fetch = [&](int64_t k) {
-    with_element(lookup.codes->dtype, [&](auto e) {
-      to_double<decltype(e)>(code_at<decltype(e)>(*lookup.codes, h, k), lookup.codes->stride_d, D, code);
-    });
-  };
   double lower[kMaxExact], upper = HUGE_VAL;
   int best = 0;
   bool decided = true;
-  for (int i = 0; i < n; ++i) {
-    fetch(codes[i]);
-    const QuickScore q = quick_score(lookup.metric, row, code, D);
-    decided &= q.in_range;
-    lower[i] = q.score - q.off;
-    if (q.score + q.off < upper) {
-      upper = q.score + q.off;
-      best = i;
+  with_element(lookup.codes->dtype, [&](auto e) {
+    using E = decltype(e);
+    for (int i = 0; i < n; ++i) {
+      const auto* p = contiguous(code_at<E>(*lookup.codes, h, codes[i]), lookup.codes->stride_d, D, code);
+      const QuickScore q = quick_score<E>(lookup.metric, row, p, D);
+      decided &= q.in_range;
+      lower[i] = q.score - q.off;
+      if (q.score + q.off < upper) {
+        upper = q.score + q.off;
+        best = i;
+      }
     }
-  }
+  });
   for (int i = 0; i < n; ++i) decided &= i == best || lower[i] > upper;
   if (decided) return codes[best];
   double least = HUGE_VAL;
   int64_t index = -1;
   for (int i = 0; i < n; ++i) {
-    fetch(codes[i]);
+    with_element(lookup.codes->dtype, [&](auto e) {
+      to_double<decltype(e)>(code_at<decltype(e)>(*lookup.codes, h, codes[i]), lookup.codes->stride_d, D, code);
+    });
     const double score = definition_score(lookup.metric, row, code, D);
     if (score < least || (score == least && codes[i] < index)) {
       least = score;

@@ -44,7 +44,7 @@ BoundUse prove(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64
   const bool euclidean = lookup.metric == Metric::euclidean;
   score_block(lookup, packed, h, first, n, s.filter, s.rows, [&](int64_t i, int64_t k0, const float* scores) {
     RowState& state = s.rows[i];
-    if (state.n_noted < 0) return;
+    if (state.n < 0) return;
     with_element(lookup.x->dtype, [&](auto e) {
       to_double<decltype(e)>(row_at<decltype(e)>(*lookup.x, h, first + i), lookup.x->stride_d, D, row);
     });

@@ -8,6 +8,7 @@
 // as long as no square overflows or comes near underflow; elsewhere the definition decides.
 #pragma once
 #include "nearest_exact.h"
+#include "nearest_noted.h"
 
 namespace fastvq {
 namespace {
@@ -15,11 +16,10 @@ namespace {
 constexpr int kQuickCodes = 32;
 constexpr int64_t kMaxQuickDim = 2048;  // 512 KiB of codes in double
 
-struct QuickRow {
-  double norm, lower;
-  int32_t n;  // codes noted; -1: too many, or squares out of range
-  double upper[kMaxExact];
-  int64_t code[kMaxExact];
+constexpr int kMaxQuick = 16;
+
+struct QuickRow : Noted<double, kMaxQuick> {
+  double norm;
 };
 struct QuickScratch {
   double *codes, *rows;  // [D][kQuickCodes], [2][D]
@@ -50,24 +50,6 @@ QuickScratch quick_scratch(int64_t D, int64_t rows, const Take& take) {
   return s;
 }
 
-inline void note_quick(QuickRow& row, int64_t k, double upper) {
-  if (row.n == kMaxExact) {
-    int kept = 0;
-    for (int i = 0; i < row.n; ++i)
-      if (row.upper[i] >= row.lower) {
-        row.upper[kept] = row.upper[i];
-        row.code[kept++] = row.code[i];
-      }
-    row.n = kept;
-  }
-  if (row.n == kMaxExact) {
-    row.n = -1;
-    return;
-  }
-  row.upper[row.n] = upper;
-  row.code[row.n++] = k;
-}
-
 // One row against a chunk: sums are its products with the codes.
 inline void judge_quick(QuickRow& row, Metric metric, double unit, int64_t k0, const double* sums, const double* scale,
                         const double* bias, const double* norms) {
@@ -88,7 +70,7 @@ inline void judge_quick(QuickRow& row, Metric metric, double unit, int64_t k0, c
   }
   if (!(most >= row.lower) || most == -HUGE_VAL) return;
   for (int j = 0; j < kQuickCodes && row.n >= 0; ++j)
-    if (upper[j] >= row.lower && upper[j] > -HUGE_VAL) note_quick(row, k0 + j, upper[j]);
+    if (upper[j] >= row.lower && upper[j] > -HUGE_VAL && !note(row, k0 + j, upper[j])) row.n = -1;
 }
 
 // Decides what it can of the rows pending (counted from row `first`); the others stay pending, their number is returned.
@@ -167,15 +149,12 @@ int64_t quick_scan(const Lookup& lookup, const PackedCodes& packed, int64_t h, i
   }
   int64_t left = 0;
   for (int64_t i = 0; i < n_pending; ++i) {
-    const QuickRow& row = s.state[i];
-    int64_t few[kMaxExact];
-    int n = 0;
-    for (int j = 0; j < row.n; ++j)
-      if (row.upper[j] >= row.lower) few[n++] = row.code[j];
-    if (n == 0)
+    QuickRow& row = s.state[i];
+    drop_beaten(row);
+    if (row.n == 0)
       pending[left++] = pending[i];
     else
-      indices[pending[i]] = n == 1 ? few[0] : best_of(lookup, h, first + pending[i], few, n, room);
+      indices[pending[i]] = row.n == 1 ? row.code[0] : best_of(lookup, h, first + pending[i], row.code, row.n, room);
   }
   return left;
 }

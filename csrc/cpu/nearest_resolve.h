@@ -1,19 +1,22 @@
 // Step 4 of the lookup, shared by every filter: rows with one code noted are proved, a few are told apart
-// by best_of; the others meet every code once more, in double (nearest_quick.h), and the definition decides the rest.
+// by best_of; of the others the filter lists the codes once more (nearest_again.h), those left then meet every code in
+// double (nearest_quick.h), and the definition decides the rest.
 #pragma once
+#include "nearest_again.h"
 #include "nearest_quick.h"
 #include "nearest_rows.h"
 
 namespace fastvq {
 namespace {
 
-static_assert(kMaxNoted <= kMaxExact, "best_of takes all codes that are noted");
+static_assert(kMaxNoted <= kMaxExact && kMaxQuick <= kMaxExact, "best_of takes all codes that are noted");
 
 struct SearchScratch {
   FilterScratch filter;
   RowState* rows;
   ExactScratch exact;
   QuickScratch quick;
+  AgainScratch again;
 };
 
 inline size_t search_layout(int64_t D, char* base, SearchScratch* s) {
@@ -33,6 +36,7 @@ inline size_t search_layout(int64_t D, char* base, SearchScratch* s) {
   out.exact.codes = reinterpret_cast<double*>(take(8 * kExactCodes * kExactDims));
   out.exact.row = reinterpret_cast<double*>(take(8 * kExactDims));
   out.quick = quick_scratch(D, rows, take);
+  out.again = again_scratch(take);
   if (s) *s = out;
   return used;
 }
@@ -54,23 +58,28 @@ void search(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t 
       continue;
     }
     RowState& row = s.rows[i];
-    if (packed.only_exact || row.n_noted <= 0) {
+    if (packed.only_exact || row.n <= 0) {
       s.exact.pending[n_pending++] = i;
       continue;
     }
     if (lookup.fast) {
       int best = 0;
-      for (int j = 1; j < row.n_noted; ++j)
+      for (int j = 1; j < row.n; ++j)
         if (row.upper[j] > row.upper[best]) best = j;
       indices[i] = row.code[best];
       continue;
     }
     drop_beaten(row);
     indices[i] = row.code[0];
-    if (row.n_noted > 1) {
-      indices[i] = best_of(lookup, h, first + i, row.code, row.n_noted, s.filter.room);
+    if (row.n > 1) {
+      indices[i] = best_of(lookup, h, first + i, row.code, row.n, s.filter.room);
       ++counts.rescored;
     }
+  }
+  if (n_pending && !packed.only_exact && !lookup.fast) {
+    const int64_t before = n_pending;
+    n_pending = look_again(lookup, packed, h, first, n, s.rows, n_pending, s.exact.pending, s.filter, s.again, indices);
+    counts.rescored += before - n_pending;
   }
   if (n_pending) {
     counts.scanned += n_pending;

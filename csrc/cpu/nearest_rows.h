@@ -2,6 +2,7 @@
 // every filter; the including file names its vectors and kRounded first.
 #pragma once
 #include "nearest.h"
+#include "nearest_noted.h"
 
 namespace fastvq {
 namespace {
@@ -23,35 +24,10 @@ struct Measured {
 constexpr float kClosed = __builtin_nanf("");
 
 // What is known of one row. upper = score + bound; fast: the score. lost: what its operand is off by, where the filter
-// rounds its operands (kRounded).
-struct RowState {
-  float norm, own, lost, lower;
-  int32_t n_noted;  // -1: too many, or out of the filter's range
-  float upper[kMaxNoted];
-  int64_t code[kMaxNoted];
+// rounds its operands (kRounded). With too many codes noted its lower bound is followed to the end (nearest_again.h).
+struct RowState : Noted<float, kMaxNoted> {
+  float norm, own, lost;
 };
-
-inline void note(RowState& row, int64_t code, float upper, bool fast) {
-  if (row.n_noted == kMaxNoted) {
-    // Fast: those noted have the largest score already and came first, this one ties with them or loses.
-    if (fast) return;
-    row.n_noted = -1;
-    row.lower = kClosed;
-    return;
-  }
-  row.upper[row.n_noted] = upper;
-  row.code[row.n_noted++] = code;
-}
-
-inline void drop_beaten(RowState& row) {
-  int kept = 0;
-  for (int i = 0; i < row.n_noted; ++i)
-    if (row.upper[i] >= row.lower) {
-      row.upper[kept] = row.upper[i];
-      row.code[kept++] = row.code[i];
-    }
-  row.n_noted = kept;
-}
 
 // A chunk of panels with the largest coefficients of them. Where the panels' differ much, the largest would say too
 // little about the others, and each panel's own is used.
@@ -110,8 +86,9 @@ __attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& pa
   const float lower = largest(best);
   if (lower > row.lower) {
     row.lower = lower;
-    if (row.n_noted) drop_beaten(row);
+    if (row.n > 0) drop_beaten(row);
   }
+  if (row.n < 0) return;
   const V limit = spread(row.lower);
   for (int p = 0; p < chunk.n; ++p) {
     const V panel_top = load(maxima + p * kLanes);
@@ -134,8 +111,10 @@ __attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& pa
     }
     for (; mask; mask &= mask - 1) {
       const int j = __builtin_ctzll(mask);
-      note(row, k0 + j, upper[j], fast);
-      if (row.n_noted < 0) return;
+      if (note(row, k0 + j, upper[j])) continue;
+      // Fast: those noted have the largest score already and came first, this one ties with them or loses.
+      if (!fast) row.n = -1;
+      return;
     }
   }
 }
@@ -162,7 +141,7 @@ inline void start_row(RowState& row, const PackedCodes& packed, bool fast, doubl
   row.lost = bounded && kRounded ? static_cast<float>(lost * kRowSlack + norm * 0x1p-44) : 0.0f;
   row.own = packed.row_part > 0 ? row.norm * row.norm * packed.row_part : 0.0f;
   row.lower = inside ? -HUGE_VALF : kClosed;
-  row.n_noted = inside ? 0 : -1;
+  row.n = inside ? 0 : -1;
 }
 
 }  // namespace

@@ -77,10 +77,13 @@ def test_pairs_of_nearly_equal_codes_are_rescored_not_scanned(isa):
     assert scanned == 0
 
 
-def test_crowds_of_nearly_equal_codes_are_scanned(isa):
+def test_crowds_of_nearly_equal_codes_are_listed_larger_ones_scanned(isa):
     x, codebook = gaussian(300, 8, 32)
-    _, rescored, scanned = lookup(x, last_bits(codebook, 100))
-    assert (rescored, scanned) == (0, 300)
+    for n, counts in ((100, (300, 0)), (400, (0, 300))):
+        codes = last_bits(codebook, n)
+        indices, rescored, scanned = lookup(x, codes)
+        assert (rescored, scanned) == counts
+        assert torch.equal(indices, oracle.nearest(x, codes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -119,7 +122,7 @@ def test_fast_never_scores_by_the_definition(isa):
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_crowds_are_told_apart(metric, dtype, isa):
-    """Rows that every filter leaves with too many codes: by double alone, by a few of them, or by the definition."""
+    """Rows that every filter leaves with too many codes: by a list, by double alone, or by the definition."""
     x, codebook = (t.to(dtype) for t in gaussian(100, 9, 37))
     crowd = last_bits(codebook, 50)
     crowd[7], crowd[11, 3], crowd[13] = 0, torch.nan, 1e-200 if dtype == torch.float64 else 1e-30

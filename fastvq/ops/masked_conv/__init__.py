@@ -70,7 +70,10 @@ def masked_conv2d(
 
     Returns:
         x's dtype. On the CPU every element is summed in one order, whatever the number of threads, the batch and its
-        place in the image, and so are its gradients: results are bit-identical for any number of threads. The Triton
+        place in the image, and so are its gradients: results are bit-identical for any number of threads. bfloat16
+        tensors are multiplied on AMX tiles where the processor has them: exact products, float32 sums in the order
+        of that instruction, numbers below 2^-126 taken for 0, and a pixel that is not finite may make the gradient
+        of any tap NaN; elsewhere they are widened and computed in float32. The Triton
         kernels, for CUDA tensors, sum in an order that the sizes and the card's generation decide, the same in every
         run, and an image alone as in a batch; they add nothing atomically. Their products of float32 are made of three
         products of TF32 pairs, with an error below 3 * 2^-22 of the product, whatever ``torch.backends`` allows TF32.
