@@ -5,7 +5,7 @@
 namespace fastvq {
 
 // Narrower vectors leave so few multiply-adds a score that halving them saves nothing.
-constexpr int64_t kLeastInt16Dim = 16;
+constexpr int64_t kLeastInt16Dim = 32;
 
 const NearestKernels& nearest_kernels(Isa isa, int64_t dim) {
 #if defined(__x86_64__)

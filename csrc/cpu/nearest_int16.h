@@ -1,8 +1,9 @@
 // The filter's operands in 16-bit integers: sums of products are exact in 32 bits, two elements of D an instruction.
 //
-// A vector v of norm at most 32767 2^-e, e as large as it can be, is held as q = round(v 2^e). Elements fit 16 bits then,
-// and sums of products 32: by Cauchy and Schwarz, so does every part of one. What rounding took, at most sqrt(D) / 2 of
-// 32767, is measured. Nothing about how a vector's elements are spread matters, as it would with fewer bits.
+// A vector v is held as q = round(v 2^e), e the largest with |v| at most 46000 2^-e and no element above 32767 2^-e. So
+// elements fit 16 bits and, by Cauchy and Schwarz, sums of products and every part of one fit 32: (46000 + sqrt(D) / 2)^2
+// is below 2^31. What rounding took, sqrt(D) / 2 at most of 16000 or more, is measured. How a vector's elements are spread
+// matters little, as it would with fewer bits.
 #pragma once
 #include "nearest_pack.h"
 
@@ -44,13 +45,17 @@ inline Held hold(const float* v, int64_t D, double norm, float* words) {
   }
   int exponent = 0;
   const double mantissa = std::frexp(norm, &exponent);  // below 1: the norm is mantissa 2^exponent
-  int e = 15 - exponent - (mantissa * 0x1p15 > 32767);
+  const auto first = [](int64_t n) { return static_cast<__mmask16>(n >= kLanes ? 0xffff : n > 0 ? (1u << n) - 1 : 0); };
+  V highest = spread(0);
+  for (int64_t d0 = 0; d0 < D; d0 += kLanes)
+    highest = larger(highest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(D - d0), v + d0)));
+  int e = 16 - exponent - (mantissa * 0x1p16 > 46000);
+  e -= std::ldexp(static_cast<double>(largest(highest)), e) > 32767;
   e = norm == 0 || e > kFinest ? kFinest : e;
   const V scale = spread(std::ldexp(1.0f, e));
   V losts = spread(0);
   for (int64_t d0 = 0; d0 < 2 * W; d0 += kLanes) {
     const int64_t left = D - d0, out = 2 * W - d0;
-    const auto first = [](int64_t n) { return static_cast<__mmask16>(n >= kLanes ? 0xffff : n > 0 ? (1u << n) - 1 : 0); };
     const V scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(left), v + d0), scale);
     const __m512i q = _mm512_cvtps_epi32(scaled);
     const V rest = sub(scaled, _mm512_cvtepi32_ps(q));
