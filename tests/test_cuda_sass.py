@@ -87,6 +87,12 @@ def test_lookups_run_on_tensor_cores_with_asynchronous_copies(sm_80):
         assert any(i.startswith("HMMA.16816.F32") for i in code) and any(i.startswith("LDGSTS") for i in code)
 
 
+def test_lookups_gather_in_wide_stores_and_add_without_an_answer(sm_80):
+    for code in (code for name, code in sm_80.items() if "lookup_kernel" in name):
+        assert any(i.startswith("STG.E.128") for i in code) and any(i.startswith("RED.E.ADD.F32") for i in code)
+        assert not any(i.startswith("ATOM") and not i.startswith("ATOMS") for i in code)
+
+
 def test_convolutions_of_narrow_types_run_on_tensor_cores(sm_80):
     kernels = {n: code for n, code in sm_80.items() if "convolution_kernel" in n or "weight_kernel" in n}
     assert len(kernels) == 9  # plain, gated and the weight's gradient, of three types

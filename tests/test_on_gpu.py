@@ -18,6 +18,7 @@ from fastvq.ops import (
     nearest,
     quantize,
     residual_quantize,
+    vq_step,
 )
 from tests import oracle
 from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
@@ -80,6 +81,27 @@ def test_two_runs_are_the_same_to_the_bit(backend):
 
     for first, second in zip(run(), run(), strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_training_step(backend):
+    x, codebook = on_gpu(*gaussian(20000, 512, 64, generator(2)))
+    q = quantize(x, codebook, backend=backend)
+    alone = code_statistics(x, q.indices, 512, backend=backend)
+    step, again, loose = (vq_step(x, codebook, deterministic=d, backend=backend) for d in (True, True, False))
+    for got, other, expected in zip(step, again, (*q, *alone), strict=True):
+        assert torch.equal(got, other) and torch.equal(got, expected)
+    assert all(torch.equal(a, b) for a, b in zip(loose[:4], q, strict=True)) and torch.equal(loose.counts, alone[1])
+    sizes = torch.zeros(512, 64, dtype=torch.float64, device="cuda").index_add_(0, q.indices, x.double().abs())
+    assert_within(loose.sums, alone[0], 2 * gamma(int(alone[1].max()) + 2, torch.float32) * sizes)
+    results = []
+    for device in ("cuda", "cpu"):
+        buffers = [t.to(device, copy=True) for t in (codebook, codebook, torch.rand(512, generator=generator(9)))]
+        torch.ops.fastvq.replace_dead_codes_(
+            *buffers, x.to(device), torch.rand(512, generator=generator(10)).to(device), 0.3,
+            backend if device == "cuda" else "reference",
+        )  # fmt: skip
+        results.append([t.cpu() for t in buffers])
+    assert all(map(torch.equal, *results))
 
 
 def test_a_stream_of_its_own(backend):
