@@ -2,8 +2,8 @@
 
 The extensions hold no torch header, so they build without torch and serve any version of it. A ninja file is
 written and run: sources compile side by side, and an edited one recompiles alone. A source whose name ends in
-_avx2, _avx512 or _amx is compiled for that instruction set, and only on x86-64; which one runs is decided at run time.
-_amx is left out where the compiler does not have it, _emulated everywhere but with FASTVQ_EMULATED_TILES=1.
+_avx2, _avx512, _avx512_vnni or _amx is compiled for that instruction set, and only on x86-64; which one runs is decided
+at run time. Those that the compiler does not have are left out, _emulated everywhere but with FASTVQ_EMULATED_TILES=1.
 
 FASTVQ_CUDA=0 leaves fastvq._cuda out, FASTVQ_CUDA=1 stops where there is no nvcc.
 """
@@ -31,14 +31,20 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 # gcc takes its own headers of AVX-512 for reads of uninitialised variables.
 AVX512_QUIET = [*AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+VNNI = ["-mavx512vnni"]
 AMX = ["-mamx-tile", "-mamx-bf16"]
 ISA_FLAGS = {
     "avx2": AVX2,
     "avx512": AVX512_QUIET,
+    "avx512_vnni": [*AVX512_QUIET, *VNNI],
     "amx": [*AVX512_QUIET, *AMX],
     "emulated": AVX512_QUIET,
 }
-AMX_PROBE = "#include <immintrin.h>\nvoid f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); }\n"
+# Instruction sets that a compiler may not have: the macro that says it has, its flags, and a probe.
+PROBES = {
+    "avx512_vnni": ("FASTVQ_VNNI", [*AVX512, *VNNI], "auto f(__m512i v) { return _mm512_dpwssd_epi32(v, v, v); }"),
+    "amx": ("FASTVQ_AMX", AMX, "void f() { _tile_zero(0); _tile_dpbf16ps(0, 1, 2); }"),
+}
 
 # The machine code that is made, of those that nvcc knows: an sm_80 runs on every 8.x, and so on. Nothing in the sources
 # is written for one architecture alone, so all of it comes from one PTX, which newer cards compile when they load it.
@@ -72,11 +78,11 @@ def find_ninja() -> str:
         return found
 
 
-def has_amx(compiler: str, work: Path) -> bool:
-    """Whether the compiler, and the assembler behind it, make matrix tile instructions."""
-    probe = work / "amx.cpp"
-    probe.write_text(AMX_PROBE)
-    command = [*compiler.split(), "-std=c++17", *AMX, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+def compiles(compiler: str, flags: list[str], probe: str, work: Path) -> bool:
+    """Whether the compiler, and the assembler behind it, make these instructions."""
+    source = work / "probe.cpp"
+    source.write_text(f"#include <immintrin.h>\n{probe}\n")
+    command = [*compiler.split(), "-std=c++17", *flags, "-c", str(source), "-o", str(source.with_suffix(".o"))]
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
@@ -124,15 +130,20 @@ class NinjaBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        work = Path(self.build_temp).resolve() / ext.name
+        # An editable install is made again and again in one tree: what was compiled stays there, and pip's own folder,
+        # another each time, is not used.
+        kept = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        here = self.inplace or getattr(self, "editable_mode", False)
+        work = (kept if here else Path(self.build_temp).resolve()) / ext.name
         work.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         includes = [f'-I"{p}"' for p in (sysconfig.get_paths()["include"], pybind11.get_include())]
         flags = CXXFLAGS + os.environ.get("CXXFLAGS", "").split()
-        left_out = set(ISA_FLAGS) if not X86 else {"amx", "emulated"}
-        if X86 and sys.platform == "linux" and has_amx(compiler, work):
-            left_out.remove("amx")
-            flags.append("-DFASTVQ_AMX")
+        left_out = set(ISA_FLAGS) if not X86 else {*PROBES, "emulated"}
+        for isa, (macro, isa_flags, probe) in PROBES.items() if X86 else ():
+            if (isa != "amx" or sys.platform == "linux") and compiles(compiler, isa_flags, probe, work):
+                left_out.remove(isa)
+                flags.append(f"-D{macro}")
         if X86 and os.environ.get("FASTVQ_EMULATED_TILES") == "1":
             left_out.remove("emulated")
             flags.append("-DFASTVQ_EMULATED")
@@ -161,7 +172,9 @@ class NinjaBuild(build_ext):
             if isa in left_out:
                 continue
             gpu = source.suffix == ".cu"
-            own = [*NVCCFLAGS, *gpu_targets(nvcc)] if nvcc and gpu else flags + includes + ISA_FLAGS.get(isa or "", [])
+            own = [*NVCCFLAGS, *gpu_targets(nvcc)] if nvcc and gpu else flags + ISA_FLAGS.get(isa or "", [])
+            if source.stem.startswith("bind"):  # no other source sees Python
+                own = own + includes
             objects.append(escape(work / source.relative_to("csrc").with_suffix(".o")))
             lines.append(f"build {objects[-1]}: {'compile_gpu' if gpu else 'compile'} {escape(ROOT / source)}")
             lines.append(f"  flags = {' '.join(own)}")

@@ -69,7 +69,7 @@ def fastvq_providers() -> list[Provider]:
     """One for each instruction set of the cpu backend; gpu_report.py measures what runs on a GPU."""
     info = fastvq.build_info()
     providers = []
-    for isa in ("amx", "avx512", "avx2", "generic"):
+    for isa in ("amx", "avx512_vnni", "avx512", "avx2", "generic"):
 
         def unavailable(isa: str = isa) -> str | None:
             reason = info["backends"]["cpu"]["reason"]

@@ -10,8 +10,9 @@ namespace fastvq {
 // Numbers are part of the binding: fastvq/_native.py holds the same table.
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 enum class Metric : int { euclidean = 0, cosine = 1, dot = 2 };
-// amx is avx512 with the lookup on matrix tiles; emulated the same with tiles in plain vectors, in test builds alone.
-enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, amx = 3, emulated = 4 };
+// avx512_vnni is avx512 with the lookup's filter in 16-bit integers, amx with the lookup on matrix tiles; emulated the
+// same with tiles in plain vectors, in test builds alone.
+enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2, avx512_vnni = 3, amx = 4, emulated = 5 };
 
 // [H, N, D] vectors, N split in two levels so that a channel-first image [B, D, H', W'] needs no copy:
 // row r of head h starts at data + h*stride_head + (r / n_inner)*stride_outer + (r % n_inner)*stride_inner,

@@ -23,7 +23,7 @@ VARIABLES = {
         ),
         Variable(
             "FASTVQ_CPU_ISA",
-            ("generic", "avx2", "avx512", "amx", "emulated"),
+            ("generic", "avx2", "avx512", "avx512_vnni", "amx", "emulated"),
             "instruction set of the CPU kernels, not the best",
             "call",
         ),

@@ -33,7 +33,7 @@ __all__ = [
 # The numbers of csrc/fastvq.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
-ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "amx": 3, "emulated": 4}
+ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512_vnni": 3, "amx": 4, "emulated": 5}
 
 
 def unavailable() -> str | None:

@@ -20,7 +20,8 @@ from fastvq._env import VARIABLES
 # reference, then the CPU kernels once for each instruction set that this machine has.
 ENGINES = ["reference", *(f"cpu-{isa}" for isa in _native.available_isas())]
 CPU_ENGINES = ENGINES[1:]
-# What the emulated tiles serve; everything else would only run AVX-512's kernels again.
+# What the lookup's own instruction sets serve; everything else would only run AVX-512's kernels again.
+OF_LOOKUPS = ("emulated", "avx512_vnni")
 LOOKUPS = ("test_nearest", "test_quantize", "test_residual", "test_pack_codebook")
 # The Triton kernels on CPU tensors: a hundred times slower, so only for tests marked `interpreted`.
 INTERPRETED = ["triton"] if _triton.interpreting() and _triton.unavailable() is None else []
@@ -67,7 +68,7 @@ def threads():
 
 
 def pytest_collection_modifyitems(config, items):
-    repeated = [i for i in items if "emulated" in i.nodeid and not i.path.name.startswith(LOOKUPS)]
+    repeated = [i for i in items if any(isa in i.nodeid for isa in OF_LOOKUPS) and not i.path.name.startswith(LOOKUPS)]
     if repeated:
         config.hook.pytest_deselected(items=repeated)
         items[:] = [i for i in items if i not in set(repeated)]

@@ -19,7 +19,7 @@ import fastvq
 
 PACKAGES = ("torch", "numpy", "faiss-cpu", "vector-quantize-pytorch", "scikit-image", "matplotlib")
 # Numbers of the binding's instruction sets.
-ISAS = ("generic", "avx2", "avx512", "amx")
+ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "amx")
 # Variables that hold a competitor to an instruction set or a number of threads: a figure without them is not the same.
 VARIABLES = ("FASTVQ_CPU_ISA", "FAISS_OPT_LEVEL", "OPENBLAS_CORETYPE", "OMP_NUM_THREADS", "MKL_ENABLE_INSTRUCTIONS")
 PROBE_MILLISECONDS = 3

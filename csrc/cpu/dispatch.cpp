@@ -17,6 +17,7 @@ const char* isa_name(Isa isa) {
     case Isa::generic: return "generic";
     case Isa::avx2: return "avx2";
     case Isa::avx512: return "avx512";
+    case Isa::avx512_vnni: return "avx512_vnni";
     case Isa::amx: return "amx";
     case Isa::emulated: return "emulated";
   }
@@ -67,6 +68,9 @@ std::vector<Isa> available_isas() {
       isas.insert(isas.begin() + 1, Isa::emulated);
 #endif
       isas.push_back(Isa::avx512);
+#if defined(FASTVQ_VNNI)
+      if (__builtin_cpu_supports("avx512vnni")) isas.push_back(Isa::avx512_vnni);
+#endif
       if (amx_unavailable().empty()) isas.push_back(Isa::amx);
     }
   }

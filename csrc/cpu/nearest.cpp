@@ -4,7 +4,10 @@
 
 namespace fastvq {
 
-const NearestKernels& nearest_kernels(Isa isa) {
+// Narrower vectors leave so few multiply-adds a score that halving them saves nothing.
+constexpr int64_t kLeastInt16Dim = 32;
+
+const NearestKernels& nearest_kernels(Isa isa, int64_t dim) {
 #if defined(__x86_64__)
 #if defined(FASTVQ_AMX)
   if (isa == Isa::amx) return nearest_amx;
@@ -12,24 +15,28 @@ const NearestKernels& nearest_kernels(Isa isa) {
 #if defined(FASTVQ_EMULATED)
   if (isa == Isa::emulated) return nearest_emulated;
 #endif
+#if defined(FASTVQ_VNNI)
+  if (isa == Isa::avx512_vnni && dim >= kLeastInt16Dim) return nearest_avx512_vnni;
+#endif
   if (isa >= Isa::avx512) return nearest_avx512;
   if (isa == Isa::avx2) return nearest_avx2;
 #endif
   (void)isa;
+  (void)dim;
   return nearest_generic;
 }
 
-int64_t packed_bytes(const Codes& codes, Isa isa) { return PackedHeads::kept_bytes(nearest_kernels(isa), codes); }
+int64_t packed_bytes(const Codes& codes, Isa isa) { return PackedHeads::kept_bytes(nearest_kernels(isa, codes.dim), codes); }
 
 void pack_codebook(const Codes& codes, Metric metric, Isa isa, int n_threads, void* kept) {
-  PackedHeads::keep(nearest_kernels(isa), codes, isa, metric, n_threads, kept);
+  PackedHeads::keep(nearest_kernels(isa, codes.dim), codes, isa, metric, n_threads, kept);
 }
 
 LookupCounts nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, int64_t* indices, Isa isa,
                      int n_threads, void* kept) {
   check(x, codes);
   if (x.n_heads * x.n_rows() == 0) return {};
-  const NearestKernels& kernels = nearest_kernels(isa);
+  const NearestKernels& kernels = nearest_kernels(isa, x.dim);
   const PackedHeads packed = kept && PackedHeads::is_for(kept, isa)
                                  ? PackedHeads(kernels, codes, isa, metric, fast, kept)
                                  : PackedHeads(kernels, codes, metric, fast, n_threads);
@@ -50,7 +57,7 @@ BoundUse bound_use(const Rows& x, const Codes& codes, Metric metric, Isa isa) {
   check(x, codes);
   BoundUse use;
   if (x.n_heads * x.n_rows() == 0) return use;
-  const NearestKernels& kernels = nearest_kernels(isa);
+  const NearestKernels& kernels = nearest_kernels(isa, x.dim);
   const PackedHeads packed(kernels, codes, metric, false, 1);
   const Lookup lookup{&x, &codes, metric, false, nullptr, nullptr};
   for_blocks(x, 1, kernels.search_bytes(x.dim), [&](int64_t h, int64_t first, int64_t n, int64_t, char* scratch) {
@@ -67,7 +74,7 @@ QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, 
   check(x, codes);
   check_output(x, quantized);
   if (x.n_heads * x.n_rows() == 0) return {0, 0};
-  const NearestKernels& kernels = nearest_kernels(isa);
+  const NearestKernels& kernels = nearest_kernels(isa, x.dim);
   const PackedHeads packed = kept && PackedHeads::is_for(kept, isa)
                                  ? PackedHeads(kernels, codes, isa, metric, fast, kept)
                                  : PackedHeads(kernels, codes, metric, fast, n_threads);
@@ -97,7 +104,7 @@ void quantize_backward(const Rows& x, const Codes& codes, const int64_t* indices
   check(x, codes);
   check_output(x, grad_x);
   if (grad_quantized) check_output(x, *grad_quantized);
-  const NearestKernels& kernels = nearest_kernels(isa);
+  const NearestKernels& kernels = nearest_kernels(isa, x.dim);
   // Memory sets the pace here: about as long per element as 16 multiply-adds.
   n_threads = useful_threads(16.0 * static_cast<double>(x.n_heads * x.n_rows()) * static_cast<double>(x.dim), n_threads);
   for_blocks(x, n_threads, padded(4 * 8 * x.dim),

@@ -83,6 +83,9 @@ struct NearestKernels {
 extern const NearestKernels nearest_generic;
 #if defined(__x86_64__)
 extern const NearestKernels nearest_avx2, nearest_avx512;
+#if defined(FASTVQ_VNNI)
+extern const NearestKernels nearest_avx512_vnni;
+#endif
 #if defined(FASTVQ_AMX)
 extern const NearestKernels nearest_amx;
 #endif
@@ -90,6 +93,6 @@ extern const NearestKernels nearest_amx;
 extern const NearestKernels nearest_emulated;
 #endif
 #endif
-const NearestKernels& nearest_kernels(Isa isa);
+const NearestKernels& nearest_kernels(Isa isa, int64_t dim);
 
 }  // namespace fastvq

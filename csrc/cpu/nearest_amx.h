@@ -61,7 +61,7 @@ struct CodeLayout {
   static double chain(int64_t D) { return 1.02 * static_cast<double>(34 + 2 * steps(D) + 4); }
   static double underflow(int64_t D) { return static_cast<double>(steps(D) * 4 * (kStep + 2)) * 0x1p-126; }
 
-  static Placed put(const PackedCodes& packed, int64_t p, int j, const float* code, const float*) {
+  static Placed put(const PackedCodes& packed, int64_t p, int j, const float* code, float*) {
     const int64_t D = packed.dim, n = steps(D) * kStep;
     const bool split = pieces(D) > 1;
     uint16_t* to = reinterpret_cast<uint16_t*>(packed.panels + p * panel_bytes(D)) + j / 16 * kTile + j % 16 * 2;
@@ -103,10 +103,6 @@ FilterScratch filter_scratch(int64_t D, const Take& take) {
   s.room = reinterpret_cast<double*>(take(8 * 2 * D));
   return s;
 }
-
-struct Measured {
-  double square, lost;  // of a row less the mean, and of what rounding took
-};
 
 // A row of float32 less the mean, rounded, into its group. `to` is its place in the group's first step.
 inline Measured round_row(const float* x, const float* mean, int64_t D, uint16_t* to) {

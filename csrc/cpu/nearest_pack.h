@@ -102,7 +102,8 @@ inline float rounded_up(double v) { return static_cast<float>(v * kSlack); }
 // Layout says how a filter holds its operands:
 //   chain(D)        multiply-adds that a product goes through, at most
 //   underflow(D)    what flushing small numbers to zero may take from a score
-//   put(packed, panel, j, code, eight)   places code j of a panel, float32 [D], the last of up to 8 in eight [8][D];
+//   put(packed, panel, j, code, eight)   places code j of a panel, float32 [D], row j % 8 of eight [8][D], of which the
+//                   rows before may have been overwritten;
 //                   returns what that rounds away
 struct Placed {
   double slope, reach;

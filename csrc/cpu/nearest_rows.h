@@ -14,6 +14,11 @@ inline void prefetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
+// Squares of a row less the mean, and of what its operand is off by.
+struct Measured {
+  double square, lost;
+};
+
 // A lower bound that no score passes, not even an infinite one.
 constexpr float kClosed = __builtin_nanf("");
 

@@ -105,7 +105,7 @@ int64_t quantize_level(const NearestKernels& kernels, const PackedCodes& packed,
 template <class Real>
 void forward(const Rows& x, const Codes& levels, const ResidualOptions& options, const Rows& quantized,
              const ResidualOutputs& out, Isa isa, int n_threads) {
-  const NearestKernels& kernels = nearest_kernels(isa);
+  const NearestKernels& kernels = nearest_kernels(isa, x.dim);
   const int64_t D = x.dim, N = x.n_rows(), Q = levels.n_heads, rows = block_rows(D), n_blocks = (N + rows - 1) / rows;
   const PackedHeads packed(kernels, levels, options.metric, options.fast, n_threads);
   std::vector<double> squares(static_cast<size_t>(Q * n_blocks));

@@ -98,7 +98,7 @@ def test_runs_without_optional_packages_and_names_them(tmp_path):
     [
         (("--shapes", "64x8"), "'64x8': a shape is NxKxD"),
         (("--shapes", "64x0x8"), "'64x0x8': a shape is NxKxD"),
-        (("--providers", "fiass"), "'fiass' is none of fastvq amx, fastvq avx512"),
+        (("--providers", "fiass"), "'fiass' is none of fastvq amx, fastvq avx512_vnni, fastvq avx512"),
         (("--threads", "0"), "'0': a number of threads is 1 or more"),
         (("--data", "photos"), "data is one of photographs, gaussian"),
         (("--quick", "--full"), "exclude each other"),

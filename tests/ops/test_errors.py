@@ -101,7 +101,7 @@ def test_instruction_set_from_the_environment(monkeypatch):
 
     monkeypatch.setenv("FASTVQ_CPU_ISA", "neon")
     with pytest.raises(
-        ValueError, match=r"FASTVQ_CPU_ISA='neon': expected one of generic, avx2, avx512, amx, emulated"
+        ValueError, match=r"FASTVQ_CPU_ISA='neon': expected one of generic, avx2, avx512, avx512_vnni, amx, emulated"
     ):
         nearest(X, C)
     monkeypatch.setenv("FASTVQ_CPU_ISA", "avx512")

@@ -1,4 +1,4 @@
-"""The nearest code by the C++ kernels: a float32 filter pass, then near-ties scored in float64."""
+"""The nearest code by the C++ kernels: a filter pass, then near-ties scored in float64."""
 
 from __future__ import annotations
 
