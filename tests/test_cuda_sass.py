@@ -104,6 +104,17 @@ def test_convolutions_of_narrow_types_run_on_tensor_cores(sm_80):
             assert products["HMMA"] == 16  # a warp's 16 x 64 x 32
 
 
+def test_blocks_that_wait_for_one_another_drop_what_they_have_cached(sm_80):
+    (code,) = (code for name, code in sm_80.items() if "sampler_kernel" in name)
+    fence, arrival, look, invalid = (
+        next(at for at, i in enumerate(code) if i.startswith(name))
+        for name in ("MEMBAR", "RED.E.ADD.STRONG.GPU", "LDG.E.STRONG.GPU", "CCTL.IVALL")
+    )
+    assert fence < arrival < look < invalid
+    # Weights come in sixteen bytes, past what is invalidated.
+    assert any(i.startswith("LDG.E.128.CONSTANT") for i in code)
+
+
 def test_definition_is_never_contracted(sm_80):
     scans = {name: code for name, code in sm_80.items() if "scan_kernel" in name}
     assert len(scans) == 3
