@@ -33,7 +33,7 @@ def distance(total, square, odd, METRIC: tl.constexpr):
     return tl.where((d == d) & (odd == 0), d, float("inf"))
 
 
-@triton.jit(do_not_specialize=["slab"])
+@triton.jit(do_not_specialize=["i_stride_h", "slab"])
 def _few(
     x, x_stride_h, x_stride_n, x_stride_d, dim,
     codebook, c_stride_h, c_stride_k, c_stride_d, n_codes,
@@ -75,7 +75,7 @@ def _few(
         tl.store(indices + head * i_stride_h + r, tl.where(index < n_codes, index, 0), mask=few)
 
 
-@triton.jit(do_not_specialize=["n_rows", "slab"])
+@triton.jit(do_not_specialize=["n_rows", "i_stride_h", "slab"])
 def _scan(
     x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,
     codebook, c_stride_h, c_stride_k, c_stride_d, n_codes,

@@ -113,7 +113,7 @@ def _filter(
     tl.store(runners_up + line, runner_up + tl.abs(runner_up) * packing, mask=there)
 
 
-@triton.jit(do_not_specialize=["n_rows", "slab"])
+@triton.jit(do_not_specialize=["n_rows", "i_stride_h", "slab"])
 def _decide(
     x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,  # [H, N, D]
     codebook, c_stride_h, c_stride_k, c_stride_d,  # [H, K, D]
