@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="needs the package triton")
-from tests.triton_calls import CALLS, TENSOR_CORES
+from tests.triton_calls import CALLS, REPEATS, TENSOR_CORES
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use, CUDA programming guide
@@ -50,6 +50,11 @@ def test_every_call_compiles(compiled):
     _, kernels = compiled
     # A call whose kernels were all met in calls before it prints none: its constants are the others'.
     assert bool(kernels) == bool(CALLS)
+
+
+def test_another_number_of_vectors_compiles_nothing(compiled):
+    _, kernels = compiled
+    assert REPEATS and [told(k) for k in kernels if k["call"] in REPEATS] == []
 
 
 def test_no_spills(compiled):

@@ -17,14 +17,17 @@ CALLS: dict[str, Callable[[], object]] = {}
 # Kernels that must use the tensor cores, in every tile and dtype of theirs that CALLS launches.
 TENSOR_CORES: set[str] = {"_filter", "_survivors", "_levels"}
 
+# Calls that differ from one above in how many vectors or images there are, and so must not compile anything.
+REPEATS: dict[str, Callable[[], object]] = {}
+
 
 def masked_conv(
-    dtype: torch.dtype, channels: int, *, mask: str = "B", c_in: int | None = None, side: int = 16
+    dtype: torch.dtype, channels: int, *, mask: str = "B", c_in: int | None = None, side: int = 16, batch: int = 2
 ) -> Callable[[], object]:
     """Forward, and the gradients to x and to the weight."""
 
     def call():
-        x = torch.empty(2, c_in or channels, side, side, dtype=dtype, memory_format=torch.channels_last)
+        x = torch.empty(batch, c_in or channels, side, side, dtype=dtype, memory_format=torch.channels_last)
         weight = torch.empty(channels, x.shape[1], 3, 3, dtype=dtype)
         taps = torch.empty(3, 3, dtype=torch.bool) if mask == "custom" else None
         out = conv.masked_conv2d(x, weight, torch.empty(channels, dtype=dtype), mask, taps, 1)
@@ -33,11 +36,13 @@ def masked_conv(
     return call
 
 
-def gated_masked_conv(dtype: torch.dtype, channels: int, condition: str = "map") -> Callable[[], object]:
+def gated_masked_conv(
+    dtype: torch.dtype, channels: int, condition: str = "map", batch: int = 2
+) -> Callable[[], object]:
     def call():
-        x = torch.empty(2, channels, 16, 16, dtype=dtype, memory_format=torch.channels_last)
+        x = torch.empty(batch, channels, 16, 16, dtype=dtype, memory_format=torch.channels_last)
         weight = torch.empty(2 * channels, channels, 3, 3, dtype=dtype)
-        given = torch.empty(2, 2 * channels, *([16, 16] if condition == "map" else []), dtype=dtype)
+        given = torch.empty(batch, 2 * channels, *([16, 16] if condition == "map" else []), dtype=dtype)
         conv.gated_backward(*conv.gated(x, weight, torch.empty(2 * channels, dtype=dtype), given, "B", None, True))
 
     return call
@@ -100,11 +105,18 @@ CALLS["choice of the likeliest"] = choice(4096, 0.0, None, None)
 CALLS["choice without options"] = choice(4096, 1.0, None, None)
 TENSOR_CORES |= {"masked_conv", "masked_conv_weight_grad"}
 CALLS.update(triton_calls_learning.CALLS)
+REPEATS.update(triton_calls_learning.REPEATS)
 
 
-def nearest(dim: int, dtype: torch.dtype, metric: str = "euclidean", precision: str = "exact") -> Callable[[], object]:
+def nearest(
+    dim: int,
+    dtype: torch.dtype,
+    metric: str = "euclidean",
+    precision: str = "exact",
+    shape: tuple[int, ...] = (100_000,),
+) -> Callable[[], object]:
     def call():
-        x, codebook = (torch.empty(n, dim, dtype=dtype) for n in (100_000, 1024))
+        x, codebook = (torch.empty(*n, dim, dtype=dtype) for n in (shape, (*shape[:-1], 1024)))
         lookup.nearest(x, codebook, metric, precision)
 
     return call
@@ -115,6 +127,11 @@ for dim in (8, 32, 64, 128, 256, 512):
 CALLS["nearest bfloat16"] = nearest(64, BF16)
 CALLS["nearest float16 cosine"] = nearest(64, F16, "cosine")
 CALLS["nearest float64 dot fast"] = nearest(64, F64, "dot", "fast")
+for shape in ((1,), (77_777,), (2, 4096), (3, 777)):
+    REPEATS[f"nearest of {shape}"] = nearest(64, F32, shape=shape)
+for batch in (1, 7):
+    REPEATS[f"masked_conv of {batch}"] = masked_conv(BF16, 128, batch=batch)
+    REPEATS[f"gated_masked_conv of {batch}"] = gated_masked_conv(BF16, 128, batch=batch)
 
 
 def residual_quantize(dtype: torch.dtype, dim: int) -> Callable[[], object]:

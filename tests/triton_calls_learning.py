@@ -12,6 +12,7 @@ from fastvq.ops.quantize.triton_forward import gather
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 CALLS: dict[str, Callable[[], object]] = {}
+REPEATS: dict[str, Callable[[], object]] = {}
 
 
 def tensor(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
@@ -84,3 +85,7 @@ for x_dtype, dtype in ((BF16, F32), (F16, F16), (F64, F64)):
     )
 CALLS["quantize images"] = lambda: forward(image(64))
 CALLS["gradient of images"] = lambda: backward(image(64), "rotation")
+for n in (16, 777):
+    REPEATS[f"statistics of {n}"] = lambda n=n: statistics(tensor(n, 64))
+    REPEATS[f"quantize {n}"] = lambda n=n: forward(tensor(n, 32))
+    REPEATS[f"gradient of {n}"] = lambda n=n: backward(tensor(n, 32), "straight_through")

@@ -59,7 +59,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main(arch: int) -> None:
-    from tests.triton_calls import CALLS
+    from tests.triton_calls import CALLS, REPEATS
 
     driver.set_active(OfflineDriver(arch))
     _triton.capability = lambda device: arch
@@ -88,7 +88,7 @@ def main(arch: int) -> None:
         return kernel
 
     JITFunction.run = compile_only
-    for name, call in CALLS.items():
+    for name, call in (CALLS | REPEATS).items():
         call_name = name
         with FakeTensorMode():
             call()

@@ -91,7 +91,7 @@ def best_of_all(row_start, row_step, there, codes, stride_k, code_step, n_codes,
     return tl.where(odd_row == 0, index, 0)
 
 
-@triton.jit(do_not_specialize=["slab"])
+@triton.jit(do_not_specialize=["i_stride_h", "slab"])
 def _few(
     x, x_stride_h, x_stride_n, x_stride_d, dim,
     codebook, c_stride_h, c_stride_k, c_stride_d, n_codes,
@@ -121,7 +121,7 @@ def _few(
         tl.store(indices + head * i_stride_h + r, tl.where(index < n_codes, index, 0), mask=few)
 
 
-@triton.jit(do_not_specialize=["n_rows", "slab"])
+@triton.jit(do_not_specialize=["n_rows", "i_stride_h", "slab"])
 def _scan(
     x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,
     codebook, c_stride_h, c_stride_k, c_stride_d, n_codes,

@@ -126,7 +126,7 @@ def told_apart(score, norm, length, mean_norm, dim, sum_error, METRIC: tl.conste
     return held & (score + error >= least[:, None]), least
 
 
-@triton.jit(do_not_specialize=["n_rows", "slab"])
+@triton.jit(do_not_specialize=["n_rows", "i_stride_h", "slab"])
 def _decide(
     x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,  # [H, N, D]
     codebook, c_stride_h, c_stride_k, c_stride_d,  # [H, K, D]
