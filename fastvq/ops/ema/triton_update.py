@@ -9,6 +9,12 @@ tensors                                                     H heads, K codes, D 
     1. ``_sizes``, a program a head: the sum of the new sizes over k in a fixed order, then cluster_size and ``plan``
     2. ``_elements``, ROWS codes a program: embed_sum and codebook, each element read once and written once
 
+It leaves the next lookup's operands and the dead codes' flags to their users, which read the buffers as they are then:
+between the two a quantizer normalises its codes (cosine) and ``replace_dead_codes_`` writes to them, so operands packed
+here would be packed again. At N = 65536, K = 1024, D = 64 packing moves 1 MB, in the cache, beside the lookup's 50 MB
+(rows read, rounded, read again), and 1e6 operations beside 1e10. A flag is one comparison of K sizes, beside a pass
+over the candidates.
+
 Arithmetic is float64 without fused multiply-adds and each stored value is rounded once, so the result is that of the
 CPU's kernel to the bit, but for the sum of the sizes, whose order is another one.
 """

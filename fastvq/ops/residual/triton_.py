@@ -1,6 +1,7 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
-"""Residual quantization on a GPU: all levels in one launch where a program can hold its rows' residual
-(triton_levels.py, which says where), else for each level the lookup's launches and one that subtracts the codes:
+"""Residual quantization on a GPU, level by level: the lookup's launches, then one that subtracts the codes.
+
+Where a program can hold its rows' residual, all levels are one launch: triton_levels.py, which says where that is.
 
 tensors                                                     N rows, D columns, K codes, Q levels
     residual, total  [N, D] float32 (float64 where x or the codebooks are)      codebooks  [Q, K, D] any float, strides
