@@ -58,15 +58,20 @@ int launch_shape(const Lookup& a, const Packed& p, void* stream) {
                 a, p, n_blocks);
 }
 
+template <class F>
+auto with_lookup_shape(const Packed& p, const F& f) {
+  return with_shape<Rows16>(p, shared_limit(), 0, f);
+}
+
 }  // namespace
 
 int64_t lookup_blocks(const Rows& x, const Packed& p) {
-  const int rows = with_shape(p, [](auto shape) { return decltype(shape)::kRows; });
+  const int rows = with_lookup_shape(p, [](auto shape) { return decltype(shape)::kRows; });
   return x.n_heads * ((x.n_rows() + rows - 1) / rows);
 }
 
 int filtered_lookup(const Lookup& a, const Packed& p, void* stream) {
-  return with_shape<Rows16>(p, shared_limit(), 0, [&](auto shape) { return launch_shape<decltype(shape)>(a, p, stream); });
+  return with_lookup_shape(p, [&](auto shape) { return launch_shape<decltype(shape)>(a, p, stream); });
 }
 
 }  // namespace fastvq::cuda
