@@ -8,8 +8,6 @@
 namespace fastvq {
 namespace {
 
-constexpr int64_t kAgainRows = 32;  // looked at together
-
 struct AgainScratch {
   RowState* rows;  // [kAgainRows]
   int64_t* codes;  // [kAgainRows][kMaxExact]

@@ -27,6 +27,7 @@ namespace fastvq {
 namespace {
 
 constexpr int kGroup = 32, kStep = 32;
+constexpr int64_t kAgainRows = kGroup;  // that nearest_again.h looks at together
 constexpr int kTile = 16 * 32;  // bfloat16 elements of a register
 constexpr int kChunkPanels = 16;
 constexpr int kScoreStride = kChunkPanels * kWidth + 16;  // off a multiple of the first-level cache's sets
@@ -61,14 +62,14 @@ struct CodeLayout {
   static double chain(int64_t D) { return 1.02 * static_cast<double>(34 + 2 * steps(D) + 4); }
   static double underflow(int64_t D) { return static_cast<double>(steps(D) * 4 * (kStep + 2)) * 0x1p-126; }
 
-  static Placed put(const PackedCodes& packed, int64_t p, int j, const float* code, float*) {
+  static Placed put(const PackedCodes& packed, int64_t p, int j, const float* code, double norm, float*) {
     const int64_t D = packed.dim, n = steps(D) * kStep;
     const bool split = pieces(D) > 1;
     uint16_t* to = reinterpret_cast<uint16_t*>(packed.panels + p * panel_bytes(D)) + j / 16 * kTile + j % 16 * 2;
     const auto at = [&](int64_t i) -> uint16_t& {
       return to[i / kStep * 2 * kTile + i % kStep / 2 * 32 + (i & 1)];
     };
-    double square = 0, rest = 0, low = 0;
+    double rest = 0, low = 0;
     for (int64_t d = 0; d < D; ++d) {
       const Pieces c(code[d], split);
       at(d) = static_cast<uint16_t>(float_to_bits(c.hi) >> 16);
@@ -76,13 +77,12 @@ struct CodeLayout {
         at(D + d) = at(d);
         at(2 * D + d) = static_cast<uint16_t>(float_to_bits(c.lo) >> 16);
       }
-      square += static_cast<double>(code[d]) * static_cast<double>(code[d]);
       rest += static_cast<double>(c.rest) * static_cast<double>(c.rest);
       low += static_cast<double>(c.lo) * static_cast<double>(c.lo);
     }
     for (int64_t i = pieces(D) * D; i < n; ++i) at(i) = 0;
     rest = std::sqrt(rest);
-    return {rest + 1.01 * 0x1p-8 * std::sqrt(low), std::sqrt(square) + rest};
+    return {rest + 1.01 * 0x1p-8 * std::sqrt(low), norm + rest};
   }
 };
 

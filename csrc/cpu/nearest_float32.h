@@ -24,7 +24,7 @@ inline float* panel_at(const PackedCodes& packed, int64_t panel) {
 struct CodeLayout {
   static double chain(int64_t D) { return static_cast<double>(D) + 2; }
   static double underflow(int64_t D) { return (2 * static_cast<double>(D) + 10) * 0x1p-149; }
-  static Placed put(const PackedCodes& packed, int64_t p, int j, const float*, float* eight) {
+  static Placed put(const PackedCodes& packed, int64_t p, int j, const float*, double, float* eight) {
     if ((j & 7) == 7) transpose8(eight, packed.dim, panel_at(packed, p) + j - 7, kWidth);
     return {0, 0};
   }

@@ -74,11 +74,8 @@ struct CodeLayout {
   static double chain(int64_t) { return 16; }
   static double underflow(int64_t) { return 0x1p-148; }
 
-  static Placed put(const PackedCodes& packed, int64_t p, int j, const float* code, float* eight) {
+  static Placed put(const PackedCodes& packed, int64_t p, int j, const float* code, double norm, float* eight) {
     const int64_t D = packed.dim, W = steps(D);
-    double square = 0;
-    for (int64_t d = 0; d < D; ++d) square += static_cast<double>(code[d]) * static_cast<double>(code[d]);
-    const double norm = std::sqrt(square);
     // The integers of row j & 7 lie before what is left of the eight rows.
     const Held held = hold(code, D, norm, eight + (j & 7) * W);
     float* panel = panel_at(packed, p);

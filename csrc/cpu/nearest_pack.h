@@ -102,8 +102,8 @@ inline float rounded_up(double v) { return static_cast<float>(v * kSlack); }
 // Layout says how a filter holds its operands:
 //   chain(D)        multiply-adds that a product goes through, at most
 //   underflow(D)    what flushing small numbers to zero may take from a score
-//   put(packed, panel, j, code, eight)   places code j of a panel, float32 [D], row j % 8 of eight [8][D], of which the
-//                   rows before may have been overwritten;
+//   put(packed, panel, j, code, norm, eight)   places code j of a panel, float32 [D], row j % 8 of eight [8][D], of which
+//                   the rows before may have been overwritten;
 //                   returns what that rounds away
 struct Placed {
   double slope, reach;
@@ -144,7 +144,7 @@ NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, i
       }
       if (!usable)
         for (int64_t d = 0; d < D; ++d) out[d] = 0;
-      const Placed placed = Layout::put(packed, p, static_cast<int>(j), out, eight);
+      const Placed placed = Layout::put(packed, p, static_cast<int>(j), out, usable ? norm : 0, eight);
       float bias = kNever, slope = 0, offset = 0, reach = 0;
       if (usable) {
         found.usable = true;

@@ -8,6 +8,7 @@ namespace {
 constexpr int kChunkCodes = 768;
 constexpr int kChunkPanels = kChunkCodes / kWidth, kLongChunkPanels = 2 * kChunkPanels;
 constexpr int kScoreStride = kChunkCodes + 16;  // off a multiple of the first-level cache's sets
+constexpr int64_t kAgainRows = kTileRows;  // that nearest_again.h looks at together
 constexpr int kMaximaStride = kLongChunkPanels * kLanes + 16;
 
 }  // namespace
