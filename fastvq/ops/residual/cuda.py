@@ -7,8 +7,6 @@ lookup is launched for each level, and torch subtracts its codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
@@ -55,10 +53,10 @@ def residual_quantize(
         sums = levels.new_empty((n_levels, n_codes, dim) if statistics else (0,))
         counts = indices.new_empty((n_levels, n_codes) if statistics else (0,))
         if statistics:
-            for q, residual in enumerate(_residuals(x, levels, indices)):
+            for q, residual in enumerate(reference.residuals(x, levels, indices)):
                 sums[q], counts[q] = code_statistics(residual, indices[..., q], n_codes, None)
     del view  # it had to live until here
-    mean = square / _elements(indices, mask, dim)
+    mean = square / reference.elements(indices[..., 0].numel() if mask is None else mask, dim)
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
     return quantized, indices, (beta * mean).to(loss), mean.to(loss), sums, counts
 
@@ -86,29 +84,6 @@ def _level_by_level(
     return torch.empty_like(x).copy_(total), torch.stack(indices, dim=-1), torch.stack(squares)
 
 
-def _residuals(
-    x: Tensor,  # [..., D]
-    levels: Tensor,  # [Q, K, D] float32 or float64
-    indices: Tensor,  # [..., Q]
-) -> Iterator[Tensor]:  # [..., D]
-    """What each level quantized; of masked rows anything."""
-    residual = x.to(levels.dtype)
-    for codes, chosen in zip(levels, indices.unbind(-1), strict=True):
-        yield residual
-        residual = residual - one_level.gather(codes, chosen)
-
-
-def _elements(
-    indices: Tensor,  # [..., Q], -1 where masked
-    mask: Tensor | None,  # [...] bool
-    dim: int,
-) -> Tensor | int:
-    """How many elements a mean is over, at least 1. On the device, where a mask has to be counted."""
-    if mask is None:
-        return max(1, indices[..., 0].numel()) * dim
-    return mask.sum().clamp(min=1) * dim
-
-
 def residual_quantize_backward(
     x: Tensor,  # [..., D]
     codebooks: Tensor,  # [Q, K, D]
@@ -125,7 +100,7 @@ def residual_quantize_backward(
     levels = codebooks.to(reference.residual_dtype(x, codebooks))
     indices = indices.contiguous()
     real = indices[..., 0] >= 0
-    scale = 2 / (real.sum().clamp(min=1).double() * x.shape[-1])
+    scale = 2 / reference.elements(real, x.shape[-1])
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     with _cuda_native.on_device_of(x):
         if need_x:
@@ -136,7 +111,7 @@ def residual_quantize_backward(
             grad_codebooks = torch.zeros_like(codebooks)
         if need_codebooks and grad_codebook is not None:
             # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
-            for q, residual in enumerate(_residuals(x, levels, indices)):
+            for q, residual in enumerate(reference.residuals(x, levels, indices)):
                 sums, counts = code_statistics(
                     residual, indices[..., q], levels.shape[1], None, sums_dtype=torch.float64
                 )

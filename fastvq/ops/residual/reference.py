@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastvq.ops.ema import reference as ema
 from fastvq.ops.quantize import reference as one_level
 
-__all__ = ["residual_dtype", "residual_quantize", "residual_quantize_backward"]
+__all__ = ["elements", "residual_dtype", "residual_quantize", "residual_quantize_backward", "residuals"]
 
 
 def residual_dtype(x: Tensor, codebooks: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, codebooks.dtype) else torch.float32
+
+
+def residuals(
+    x: Tensor,  # [..., D]
+    levels: Tensor,  # [Q, K, D] of residual_dtype
+    indices: Tensor,  # [..., Q]
+) -> Iterator[Tensor]:  # [..., D]
+    """What each level quantized, formed again from the indices; of masked rows anything."""
+    residual = x.to(levels.dtype)
+    for codes, chosen in zip(levels, indices.unbind(-1), strict=True):
+        yield residual
+        residual = residual - one_level.gather(codes, chosen)
+
+
+def elements(real: Tensor | int, dim: int) -> Tensor | float:
+    """How many elements a mean is over, at least 1. On the device, where a mask has to be counted."""
+    return real.sum().clamp(min=1).double() * dim if isinstance(real, Tensor) else max(1, real) * dim
 
 
 def residual_quantize(

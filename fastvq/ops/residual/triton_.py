@@ -105,11 +105,6 @@ def _work(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _elements(real: Tensor | int, dim: int) -> Tensor | float:
-    """How many elements a mean is over, at least 1. On the device, where a mask has to be counted."""
-    return real.sum().clamp(min=1).double() * dim if isinstance(real, Tensor) else max(1, real) * dim
-
-
 def _level_by_level(
     x: Tensor,  # [N, D]
     codebooks: Tensor,  # [Q, K, D]
@@ -160,14 +155,11 @@ def residual_quantize(
     if triton_levels.served(x, codebooks):
         total, indices, squares = triton_levels.residual_quantize(rows, codebooks, real, metric, precision)
         if statistics:
-            residual = rows.to(dtype)
-            for q, codes in enumerate(codebooks):
-                chosen = indices[:, q].contiguous()
-                sums[q], counts[q] = code_statistics(residual, chosen, n_codes)
-                residual = residual - one_level.gather(codes.to(dtype), chosen)
+            for q, residual in enumerate(reference.residuals(rows, codebooks.to(dtype), indices)):
+                sums[q], counts[q] = code_statistics(residual, indices[:, q].contiguous(), n_codes)
     else:
         total, indices, squares = _level_by_level(rows, codebooks, real, metric, precision, sums, counts)
-    mean = squares.sum(1) / _elements(n if real is None else real, dim)
+    mean = squares.sum(1) / reference.elements(n if real is None else real, dim)
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
     quantized = torch.empty_like(x).copy_(total.view(x.shape))
     return (
@@ -192,7 +184,7 @@ def residual_quantize_backward(
     dtype = reference.residual_dtype(x, codebooks)
     rows, chosen = x.reshape(-1, dim).contiguous(), indices.reshape(-1, n_levels).contiguous()
     n, real = rows.shape[0], chosen[:, 0] >= 0
-    scale = 2 / _elements(real, dim)
+    scale = 2 / reference.elements(real, dim)
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     if need_x:
         out = rows.new_empty(rows.shape, dtype=dtype)
@@ -215,11 +207,9 @@ def residual_quantize_backward(
     if need_codebooks:
         grad_codebooks = torch.zeros_like(codebooks)
     if need_codebooks and grad_codebook is not None:
-        residual = rows.to(dtype)
-        for q, codes in enumerate(codebooks):
+        for q, residual in enumerate(reference.residuals(rows, codebooks.to(dtype), chosen)):
             # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
             sums, counts = code_statistics(residual.double(), chosen[:, q].contiguous(), n_codes)
-            pull = torch.where(counts[:, None] > 0, counts[:, None] * codes.double() - sums, 0)
+            pull = torch.where(counts[:, None] > 0, counts[:, None] * codebooks[q].double() - sums, 0)
             grad_codebooks[q] = pull * (grad_codebook[q].double() * scale)
-            residual = residual - one_level.gather(codes.to(dtype), chosen[:, q])
     return grad_x, grad_codebooks
