@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +13,15 @@ import torch
 from harness import Row
 
 ROOT = Path(__file__).parent.parent.parent
-TAIL = 4000  # characters of a failed run that are kept
+TAIL = 8000  # characters of a failed run that are kept
+MOST_PROCESSES = 10  # side by side: each has a context of its own on the card
 
 
 def tests(device: torch.device, out: Path, rehearse: bool) -> list[Row]:
     """pytest over every test that runs on a card; a rehearsal only collects them."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "needs_gpu", "-p", "no:cacheprovider", "tests"]
+    if importlib.util.find_spec("xdist") is not None:  # most of the time is compiling, a kernel after another
+        command += ["-n", str(min(MOST_PROCESSES, os.cpu_count() or 1)), "--dist", "worksteal"]
     return [run_tool("tests on the card", [*command, *(["--collect-only"] if rehearse else [])], out / "tests.log")]
 
 

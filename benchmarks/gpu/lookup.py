@@ -21,6 +21,7 @@ SHAPES = ((1 << 20, 1024, 64), (1 << 20, 8192, 256), (1 << 18, 16384, 8), (65536
 REHEARSED = ((130, 65, 16),)
 RESIDUAL = (300_000, 8, 1024, 128)
 CHECKED = 2048  # rows compared with float64
+MOST_CHECKED = 1 << 30  # products of that comparison, which a processor makes
 MOST_SCORES = 1 << 28  # scores that a way that writes them may hold at once
 
 
@@ -98,7 +99,7 @@ def one_shape(
     g = torch.Generator(device).manual_seed(0)
     x = torch.randn(n, d, generator=g, device=device).to(dtype)
     codebook = torch.randn(k, d, generator=g, device=device).to(dtype)
-    checked = torch.randperm(n, generator=g, device=device)[:CHECKED]
+    checked = torch.randperm(n, generator=g, device=device)[: min(CHECKED, MOST_CHECKED // (k * d))]
     expected = nearest_float64(x[checked].double().cpu().numpy(), codebook.double().cpu().numpy())
     makers = {f"fastvq {name}": (None, functools.partial(_ours, name)) for name in ours(device)} | PEERS
     calls, notes, differing = {}, {}, {}
