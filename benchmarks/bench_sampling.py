@@ -41,7 +41,7 @@ def recompute(model: PixelCNN, ids: Tensor, i: int, j: int, rows_only: bool) -> 
     top = max(0, i - model.reach) if rows_only else 0
     bottom = i + 1 if rows_only else ids.shape[1]
     logits = model(ids[:, top:bottom])[:, :, i - top, j]
-    return choose_ids(logits, torch.full((ids.shape[0],), 0.5, dtype=torch.float64), Choice())
+    return choose_ids(logits, torch.full((ids.shape[0],), 0.5, dtype=torch.float64, device=ids.device), Choice())
 
 
 def measure(model: PixelCNN, batch: int, side: int, rounds: int, threads: int) -> list[Row]:

@@ -30,6 +30,9 @@ METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 WIDEST = 1 << 30
 # A row tile is kept on chip up to this width; wider rows come in pieces of BD, again for every block of codes.
 KEPT = 256
+# Rows of a program, and elements that each of its 8 BM codes gives at a time: whole sectors of a code, in few registers.
+DECIDED = {"BM": 16, "CHUNK": 32, "num_warps": 4}
+PARTS = 8  # of the codes, that listed rows are compared with side by side
 SURVIVORS = {"BM": 64, "num_warps": 4}  # few rows come here: half the tile wastes less
 WIDE_SURVIVORS = {"BM": 64, "num_warps": 8, "num_stages": 2}  # rows in pieces take more registers
 # Registers: left to itself the assembler of some versions of Triton takes few, for more programs side by side than a
@@ -53,9 +56,9 @@ TILES = [
     *_rows(80, 256, BM=128, BN=64, BD=256, GROUP=8, num_warps=8, num_stages=2),
     *_rows(80, WIDEST, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
     *_rows(90, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(90, 64, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(90, 128, BM=128, BN=128, BD=128, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(90, 256, BM=128, BN=128, BD=256, GROUP=8, num_warps=8, num_stages=2),
+    *_rows(90, 64, BM=128, BN=64, BD=64, GROUP=8, num_warps=4, num_stages=3),
+    *_rows(90, 128, BM=128, BN=128, BD=128, GROUP=8, num_warps=8, num_stages=2),
+    *_rows(90, 256, BM=128, BN=64, BD=256, GROUP=8, num_warps=8, num_stages=3),
     *_rows(90, WIDEST, BM=128, BN=256, BD=64, GROUP=8, num_warps=8, num_stages=3),
     *_rows(100, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),
     *_rows(100, 64, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
@@ -195,7 +198,9 @@ def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
         "DP": packed.width, **tile, **warps,
     }  # fmt: skip
     n_blocks = packed.columns.shape[1] // meta["BN"]
-    bits, chunk = block_bits(n_blocks), 64 if _triton.interpreting() else 8
+    bits = block_bits(n_blocks)
+    decided = {"BM": 256, "CHUNK": 64} if _triton.interpreting() else DECIDED
+    chunk = min(decided["CHUNK"], max(8, 1 << (dim - 1).bit_length()))
     sum_error = (dim / chunk + chunk + 14) * 2.0**-24 * (1 + 2.0**-6)
     rows = pack_rows(x, packed)
     counters = torch.zeros(n_heads, 2, dtype=torch.int32, device=x.device)
@@ -206,21 +211,20 @@ def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
         packed.codes, packed.columns, n_blocks, rows.rows, rows.columns, n, n, groups, runners_up, 2.0 ** (bits - 22),
         BITS=bits, **common,
     )  # fmt: skip
-    bm = 256 if _triton.interpreting() else 32
     lanes = meta["BN"] // meta["GROUP"]
-    _decide[((n + bm - 1) // bm, n_heads)](
+    _decide[(_ceil(n, decided["BM"]) // decided["BM"], n_heads)](
         x, *x_strides, n, dim, codebook, *c_strides, indices, _stride_h(indices),
         packed.mean, packed.info, packed.norms, packed.factors, packed.columns.shape[1], rows.norms, rows.scales, n,
         groups, runners_up, counters, listed, thresholds, pending, counts, sum_error,
         METRIC=metric, SHIFT_X=packed.centred and metric == 0, SHIFT_C=packed.centred, FAST=fast,
-        GROUP=meta["GROUP"], LANES=lanes, BM=bm, CHUNK=chunk,
+        GROUP=meta["GROUP"], LANES=lanes, **decided | {"CHUNK": chunk},
     )  # fmt: skip
     programs = (_programs(x.device), n_heads)
     if not fast:
         candidates = torch.empty(n_heads, n, CAP, dtype=torch.int32, device=x.device)
         _survivors[programs](
-            packed.codes, packed.columns, n_blocks, rows.rows, rows.columns, n, counters, listed, thresholds,
-            candidates, counts, **common | (SURVIVORS if dim <= KEPT else WIDE_SURVIVORS),
+            packed.codes, packed.columns, n_blocks, rows.rows, rows.columns, n, min(n_blocks, PARTS),
+            counters, listed, thresholds, candidates, counts, **common | (SURVIVORS if dim <= KEPT else WIDE_SURVIVORS),
         )  # fmt: skip
         _few[programs](
             x, *x_strides, dim, codebook, *c_strides, codebook.shape[1], indices, _stride_h(indices), n,

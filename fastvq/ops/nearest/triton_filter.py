@@ -138,30 +138,34 @@ def _decide(
 ):  # fmt: skip
     """Steps 3 and 4: the best group's codes in float32, then the index, or the row's place on a list."""
     head = tl.program_id(1).to(tl.int64)
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    there = r < n_rows
-    group = tl.load(groups + head * slab + r, mask=there, other=0)
-    k = group.to(tl.int64)[:, None] + (tl.arange(0, GROUP) * LANES)[None, :]
-    norm = tl.load(norms + head * padded_codes + k)
-    factor = tl.load(factors + head * padded_codes + k)
-    held = norm >= 0
-    length = tl.load(row_norms + head * slab + r, mask=there, other=0.0)
-    scale = tl.load(row_scales + head * slab + r, mask=there, other=0.0)
     x += head * x_stride_h
     codebook += head * c_stride_h
     mean += head * dim
-    at = tl.reshape(tl.where(held, k * c_stride_k, 0), (BM * GROUP,))
-    inside = tl.reshape(held, (BM * GROUP,))
-    score = tl.zeros((BM, GROUP), tl.float32)
+    # A line is a row and a code of its group. Codes' addresses are made of lines from the start: of one that was
+    # reshaped the compiler does not know what divides it, and it loads elements one by one.
+    line = tl.arange(0, BM * GROUP)
+    row = tl.program_id(0) * BM + line // GROUP
+    real = row < n_rows
+    code = tl.load(groups + head * slab + row, mask=real, other=0).to(tl.int64) + line % GROUP * LANES
+    code_norm = tl.load(norms + head * padded_codes + code)
+    code_held = code_norm >= 0
+    row_factor = tl.load(row_scales + head * slab + row, mask=real, other=0.0)[:, None]
+    code_factor = tl.load(factors + head * padded_codes + code)[:, None]
+    row_at = row.to(tl.int64) * x_stride_n
+    code_at = code * c_stride_k
+    products = tl.zeros((BM * GROUP,), tl.float32)
     for d0 in range(0, dim, CHUNK):
         d = d0 + tl.arange(0, CHUNK)
-        f = row_piece(x, r.to(tl.int64) * x_stride_n, there, x_stride_d, mean, d, dim, SHIFT_X) * scale[:, None]
-        c = row_piece(codebook, at, inside, c_stride_d, mean, d, dim, SHIFT_C)
-        c = tl.reshape(c, (BM, GROUP, CHUNK)) * factor[:, :, None]
-        if METRIC == 0:
-            score += tl.sum(c * (f[:, None, :] - 0.5 * c), axis=2)
-        else:
-            score += tl.sum(c * f[:, None, :], axis=2)
+        f = row_piece(x, row_at, real, x_stride_d, mean, d, dim, SHIFT_X) * row_factor
+        c = row_piece(codebook, code_at, code_held, c_stride_d, mean, d, dim, SHIFT_C) * code_factor
+        products += tl.sum(c * (f - 0.5 * c) if METRIC == 0 else c * f, axis=1)
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    there = r < n_rows
+    k = tl.reshape(code, (BM, GROUP))
+    norm = tl.reshape(code_norm, (BM, GROUP))
+    held = norm >= 0
+    score = tl.reshape(products, (BM, GROUP))
+    length = tl.load(row_norms + head * slab + r, mask=there, other=0.0)
     score = tl.where(held, score, LOWEST)
     finite = there & (length >= 0)
     if FAST:
@@ -181,27 +185,33 @@ def _decide(
     append(counters + head * 2 + 1, pending + head * slab, r, there & ~certain)
 
 
-@triton.jit(do_not_specialize=["n_blocks", "slab"])
+@triton.jit(do_not_specialize=["n_blocks", "slab", "n_parts"])
 def _survivors(
-    codes, code_columns, n_blocks, rows, row_columns, slab,
+    codes, code_columns, n_blocks, rows, row_columns, slab, n_parts,
     counters, listed, thresholds, candidates, candidate_counts,
     INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
     DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Notes, for every listed row, the groups of codes whose upper bound reaches the row's threshold."""
+    """Notes, for every listed row, the groups of codes whose upper bound reaches the row's threshold.
+
+    Few rows are listed, so a program takes one of ``n_parts`` parts of the codes: else most programs would have nothing
+    to do while the others go through all codes.
+    """
     head = tl.program_id(1).to(tl.int64)
     n_listed = tl.load(counters + head * 2)
     LANES: tl.constexpr = BN // GROUP
     lanes = tl.arange(0, LANES)[None, :]
     first_code = head * n_blocks * BN
-    for t in range(tl.program_id(0), tl.cdiv(n_listed, BM), tl.num_programs(0)):
-        i = t * BM + tl.arange(0, BM)
+    part_blocks = tl.cdiv(n_blocks, n_parts)
+    for t in range(tl.program_id(0), tl.cdiv(n_listed, BM) * n_parts, tl.num_programs(0)):
+        i = t // n_parts * BM + tl.arange(0, BM)
         there = i < n_listed
         line = head * slab + tl.load(listed + head * slab + i, mask=there, other=0)
         tile, columns = row_operands(rows, row_columns, line, NARROW, KEPT, DP)
         threshold = tl.load(thresholds + head * slab + i, mask=there, other=float("inf"))
         at = (head * slab + i)[:, None]
-        for b in range(0, n_blocks):
+        first = t % n_parts * part_blocks
+        for b in range(first, tl.minimum(first + part_blocks, n_blocks)):
             upper = upper_bounds(tile, columns, rows, line, codes, code_columns, first_code + b * BN,
                                  INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
             reaches = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1) >= threshold[:, None]
