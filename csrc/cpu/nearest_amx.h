@@ -3,9 +3,9 @@
 //
 //            codes, 32 a panel [step][2][16 pairs][16 codes]       a step is 32 elements of D, one instruction deep
 //   rows     +-------+-------+                                     1. pack a block of rows, measuring what rounding takes
-//   32 a     | sum 0 | sum 1 |                                     2. panel by 32 rows: sums start at the codes' bias and
-//   group    +-------+-------+                                        are kept for the chunk; while the next panel is
-//   [step]   | sum 2 | sum 3 |                                        under way, the largest of each lane is taken
+//   32 a     | sum 0 | sum 1 |                                     2. panel by 32 rows: sums are kept for the chunk, the
+//   group    +-------+-------+                                        bias is added and the largest of each lane taken
+//   [step]   | sum 2 | sum 3 |                                        while the next panel is under way
 //   [32][32] +-------+-------+                                     3., 4. as in nearest_filter.h
 //
 // Up to kSplitDim elements a vector fill a third of a step, so each operand is given as the sum of two bfloat16:
@@ -172,15 +172,14 @@ void pack_rows(const Rows& x, int64_t h, int64_t first, int64_t n, const float* 
   for (int64_t i = 0; i < n; ++i) measured[i] = round_row(s.placed + i * D, zeros, D, to + i * kStep);
 }
 
-// Step 2 for one panel and the first 16 * Halves rows of a group.
+// Step 2 for one panel and the first 16 * Halves rows of a group, in the accumulators.
 template <int Halves>
-inline void score_panel(const uint16_t* rows, const uint16_t* panel, const float* bias, int64_t n_steps, float* scores) {
-  // A stride of zero gives every row of the register the bias of its codes.
-  tile::load<0>(bias, 0);
-  tile::load<1>(bias + 16, 0);
+inline void multiply_panel(const uint16_t* rows, const uint16_t* panel, int64_t n_steps) {
+  tile::clear<0>();
+  tile::clear<1>();
   if constexpr (Halves == 2) {
-    tile::load<2>(bias, 0);
-    tile::load<3>(bias + 16, 0);
+    tile::clear<2>();
+    tile::clear<3>();
   }
   for (int64_t i = 0; i < n_steps; ++i, rows += 2 * kTile, panel += 2 * kTile) {
     tile::load<4>(rows, 64);
@@ -194,34 +193,43 @@ inline void score_panel(const uint16_t* rows, const uint16_t* panel, const float
       tile::multiply<1, 1>();
     }
   }
-  tile::store<0>(scores, 4 * kScoreStride);
-  tile::store<1>(scores + 16, 4 * kScoreStride);
+}
+
+template <int Halves>
+inline void keep_panel(float* sums) {
+  tile::store<0>(sums, 4 * kScoreStride);
+  tile::store<1>(sums + 16, 4 * kScoreStride);
   if constexpr (Halves == 2) {
-    tile::store<2>(scores + 16 * kScoreStride, 4 * kScoreStride);
-    tile::store<3>(scores + 16 * kScoreStride + 16, 4 * kScoreStride);
+    tile::store<2>(sums + 16 * kScoreStride, 4 * kScoreStride);
+    tile::store<3>(sums + 16 * kScoreStride + 16, 4 * kScoreStride);
   }
 }
 
-inline void panel_maxima(const float* scores, int n_rows, float* maxima) {
+inline void panel_maxima(const float* sums, const float* bias, int n_rows, float* maxima) {
+  const V low = load(bias), high = load(bias + kLanes);
 #pragma GCC unroll 4
   for (int i = 0; i < n_rows; ++i)
     store(maxima + i * kMaximaStride,
-          larger(load(scores + i * kScoreStride), load(scores + i * kScoreStride + kLanes)));
+          larger(add(load(sums + i * kScoreStride), low), add(load(sums + i * kScoreStride + kLanes), high)));
 }
 
-// Step 2 for one group and a chunk: the next panel's products are under way while the last one's maxima are taken.
+// Step 2 for one group and a chunk. A panel's maxima are taken after the next one's products are issued and before its
+// sums are written: behind those, loads would wait wherever the low bits of their addresses are those of a store.
 template <int Halves>
 __attribute__((noinline)) void score_panels(const uint16_t* rows, const PackedCodes& packed, const Chunk& chunk,
-                                            float* scores, float* maxima) {
+                                            float* sums, float* maxima) {
   const int64_t n_steps = steps(packed.dim), bytes = panel_bytes(packed.dim);
   for (int p = 0; p <= chunk.n; ++p) {
-    if (p < chunk.n) {
-      const int64_t panel = chunk.first + p;
-      score_panel<Halves>(rows, reinterpret_cast<const uint16_t*>(packed.panels + panel * bytes),
-                          packed.bias + panel * kWidth, n_steps, scores + p * kWidth);
-    }
-    if (p > 0) panel_maxima(scores + (p - 1) * kWidth, 16 * Halves, maxima + (p - 1) * kLanes);
+    const int64_t panel = chunk.first + p;
+    if (p < chunk.n) multiply_panel<Halves>(rows, reinterpret_cast<const uint16_t*>(packed.panels + panel * bytes), n_steps);
+    if (p > 0)
+      panel_maxima(sums + (p - 1) * kWidth, packed.bias + (panel - 1) * kWidth, 16 * Halves, maxima + (p - 1) * kLanes);
+    if (p < chunk.n) keep_panel<Halves>(sums + p * kWidth);
   }
+}
+
+inline void add_bias(const float* sums, const float* bias, float* scores) {
+  for (int v = 0; v < kTileVectors; ++v) store(scores + v * kLanes, add(load(sums + v * kLanes), load(bias + v * kLanes)));
 }
 
 // Step 1 for a block of rows.
@@ -254,7 +262,11 @@ void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int
   for (int64_t i0 = 0; i0 < n; i0 += kGroup)
     for (int64_t p = 0; p < packed.n_panels; ++p) {
       score_panels<2>(s.rows + i0 * steps(packed.dim) * kStep, packed, chunk_at(packed, p, 1), s.scores, s.maxima);
-      for (int64_t i = 0; i < kGroup && i0 + i < n; ++i) visit(i0 + i, p * kWidth, s.scores + i * kScoreStride);
+      float scores[kWidth];
+      for (int64_t i = 0; i < kGroup && i0 + i < n; ++i) {
+        add_bias(s.scores + i * kScoreStride, packed.bias + p * kWidth, scores);
+        visit(i0 + i, p * kWidth, scores);
+      }
     }
 }
 
@@ -283,8 +295,10 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
         const float* maxima = s.maxima + i * kMaximaStride;
         const V top = top_of(maxima, chunk.n), bound = RowBound(row).of_chunk(chunk);
         if (at_least(add(top, bound), spread(row.lower)))
-          search_chunk(row, packed, chunk, top, bound, maxima, lookup.fast,
-                       [&](int p, float*) -> const float* { return s.scores + i * kScoreStride + p * kWidth; });
+          search_chunk(row, packed, chunk, top, bound, maxima, lookup.fast, [&](int p, float* room) -> const float* {
+            add_bias(s.scores + i * kScoreStride + p * kWidth, packed.bias + (p0 + p) * kWidth, room);
+            return room;
+          });
       }
     }
   }

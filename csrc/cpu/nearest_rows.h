@@ -91,6 +91,15 @@ __attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& pa
   if (row.n < 0) return;
   const V limit = spread(row.lower);
   for (int p = 0; p < chunk.n; ++p) {
+    if (p % 4 == 0 && p + 4 <= chunk.n) {  // most panels hold no winner: four at a time
+      const float* four = maxima + p * kLanes;
+      const V top_of_four = larger(larger(load(four), load(four + kLanes)),
+                                   larger(load(four + 2 * kLanes), load(four + 3 * kLanes)));
+      if (!at_least(add(top_of_four, bound), limit)) {
+        p += 3;
+        continue;
+      }
+    }
     const V panel_top = load(maxima + p * kLanes);
     if (!at_least(add(panel_top, bound), limit)) continue;
     if (chunk.uneven && !at_least(add(panel_top, row_bound.of_panel(packed, chunk.first + p)), limit)) continue;

@@ -42,6 +42,15 @@ inline void load(const void* from, int64_t stride) {
 }
 
 template <int T>
+inline void clear() {
+  static_assert(T >= 0 && T < 4, "an accumulator");
+  if constexpr (T == 0) _tile_zero(0);
+  if constexpr (T == 1) _tile_zero(1);
+  if constexpr (T == 2) _tile_zero(2);
+  if constexpr (T == 3) _tile_zero(3);
+}
+
+template <int T>
 inline void store(void* to, int64_t stride) {
   static_assert(T >= 0 && T < 4, "an accumulator");
   if constexpr (T == 0) _tile_stored(0, to, stride);

@@ -33,6 +33,11 @@ inline void load(const void* from, int64_t stride) {
 }
 
 template <int T>
+inline void clear() {
+  std::memset(&registers()[T], 0, sizeof(Register));
+}
+
+template <int T>
 inline void store(void* to, int64_t stride) {
   for (int i = 0; i < 16; ++i) std::memcpy(static_cast<char*>(to) + i * stride, registers()[T].rows[i], 64);
 }
