@@ -6,8 +6,12 @@ import pytest
 import torch
 
 from fastvq import _golden
+from fastvq._golden_cases import configuration
+from fastvq.ops import residual
 from fastvq.ops.ema import cuda as ema
 from fastvq.ops.masked_conv import cuda as masked_conv
+from fastvq.ops.nearest import METRICS, PRECISIONS
+from fastvq.ops.nearest import cuda as lookup
 from fastvq.ops.quantize import cuda as quantize
 from fastvq.ops.step import cuda as step
 
@@ -24,22 +28,24 @@ REFUSALS = {
 @pytest.fixture
 def unknown_card(cuda_on_host, monkeypatch):
     """What every op asks of, as a card; the tensors stay where they are. The lookup has passed."""
-    monkeypatch.setattr(_golden, "_found", {("cuda", 123, "lookup"): None, ("cuda", 123, "code_statistics"): None})
+    lookup = configuration(X, CODES, "dot", "exact").key()
+    monkeypatch.setattr(_golden, "_passed", {("cuda", 123, "lookup", lookup), ("cuda", 123, "code_statistics", ())})
+    monkeypatch.setattr(_golden, "_off", {})
     monkeypatch.setattr(_golden._triton, "capability", lambda device: 123)
     monkeypatch.setattr(_golden, "_at", lambda t, device: t)
     once = _golden._once
-    monkeypatch.setattr(_golden, "_once", lambda b, op, _, compare: once(b, op, torch.device("cuda", 0), compare))
+    monkeypatch.setattr(_golden, "_once", lambda b, op, _, *a, **k: once(b, op, torch.device("cuda", 0), *a, **k))
 
 
 @pytest.mark.parametrize("op", REFUSALS)
 def test_right_kernels_pass_and_a_wrong_bit_switches_off(op, unknown_card, monkeypatch):
     module, name, refuse = REFUSALS[op]
-    _golden._found.pop(("cuda", 123, op), None)
+    _golden._passed.discard(("cuda", 123, op, ()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert refuse() is None
-    assert _golden._found[("cuda", 123, op)] is None
-    del _golden._found[("cuda", 123, op)]
+    assert ("cuda", 123, op, ()) in _golden._passed
+    _golden._passed.remove(("cuda", 123, op, ()))
     right = getattr(module, name)
 
     def off_by_a_bit(*arguments):
@@ -51,3 +57,15 @@ def test_right_kernels_pass_and_a_wrong_bit_switches_off(op, unknown_card, monke
     monkeypatch.setattr(module, name, off_by_a_bit)
     with pytest.warns(RuntimeWarning, match=f"cuda backend's {op} is switched off"):
         assert f"its {op} differs from the reference" in refuse()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_lookups_and_residual_levels_pass_at_the_width_of_the_call(metric, unknown_card):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for precision in PRECISIONS:
+            x, codebook = torch.zeros(1, 20), torch.zeros(90, 20, dtype=torch.bfloat16)
+            assert lookup.refuse(x, codebook, metric, precision) is None
+            levels = x, codebook.expand(2, -1, -1), None, metric, 1.0, False, precision
+            assert residual.FORWARD["cuda"].refuse(*levels) is None
+    assert {key[3].metric for key in _golden._passed if key[2] == "residual_quantize"} == {metric}

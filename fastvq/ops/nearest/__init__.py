@@ -8,6 +8,7 @@ from torch import Tensor
 from fastvq import _golden, _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_option
+from fastvq._golden_cases import configuration
 from fastvq.ops._library import register
 from fastvq.ops.nearest import cpu, cuda, reference
 from fastvq.ops.nearest.packed import METRICS, PackedCodebook, operands, pack_codebook
@@ -19,8 +20,10 @@ PRECISIONS = ("exact", "fast")
 _triton_nearest = _triton.lazily("fastvq.ops.nearest.triton_", "nearest")
 
 
-def _refuse_triton(x: Tensor, *_: object) -> str | None:
-    return _triton.refuse(x) or _golden.mismatch("triton", x.device, _triton_nearest, reference.nearest)
+def _refuse_triton(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
+    return _triton.refuse(x) or _golden.mismatch(
+        "triton", x.device, _triton_nearest, reference.nearest, configuration(x, codebook, metric, precision)
+    )
 
 
 IMPLEMENTATIONS = {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastvq import _cuda_native, _golden, _native
+from fastvq._golden_cases import configuration
 from fastvq.ops.nearest import reference
 
 __all__ = ["nearest", "refuse"]
@@ -31,6 +30,9 @@ def nearest(
     return indices
 
 
-def refuse(x: Tensor, *_: Any) -> str | None:
-    """As ``_cuda_native.refuse``; and the first call on a kind of card that has no record checks the kernels there."""
-    return _cuda_native.refuse(x) or _golden.mismatch("cuda", x.device, nearest, reference.nearest)
+def refuse(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
+    """As ``_cuda_native.refuse``; and on a kind of card that has no record the kernels are checked first, see
+    ``_golden.mismatch``."""
+    return _cuda_native.refuse(x) or _golden.mismatch(
+        "cuda", x.device, nearest, reference.nearest, configuration(x, codebook, metric, precision)
+    )

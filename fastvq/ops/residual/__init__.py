@@ -11,8 +11,8 @@ from torch import Tensor
 from fastvq import _cuda_native, _golden, _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_mask, check_option
+from fastvq._golden_cases import configuration
 from fastvq.ops._library import no_second_derivative, register
-from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS
 from fastvq.ops.residual import cpu, cuda, reference
@@ -23,27 +23,37 @@ OP = "fastvq.ops.residual_quantize"
 _triton_forward = _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize")
 
 
-def _two_levels(forward: Callable[..., tuple[Tensor, ...]]) -> Callable[[Tensor, Tensor, str, str], Tensor]:
-    """A ``residual_quantize`` as the golden set asks for lookups: the indices of two levels that share a codebook."""
+def _golden_levels(
+    forward: Callable[..., tuple[Tensor, ...]], n_levels: int, masked: bool
+) -> Callable[[Tensor, Tensor, str, str], Tensor]:
+    """A ``residual_quantize`` as the golden set asks for lookups: the indices of levels that share a codebook."""
 
     def indices(x: Tensor, codebook: Tensor, metric: str, precision: str) -> Tensor:
-        return forward(x, codebook.expand(2, -1, -1), None, metric, 1.0, False, precision)[1]
+        mask = torch.ones(len(x), dtype=torch.bool, device=x.device) if masked else None
+        return forward(x, codebook.expand(n_levels, -1, -1), mask, metric, 1.0, False, precision)[1]
 
     return indices
 
 
-def _refuse(backend: str, forward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., str | None]:
-    """Why a GPU backend cannot serve: as its lookup, whose tensor cores it uses, or its own way with near-ties, which
-    one case of the golden set is full of."""
+def _refuse(
+    backend: str, refuse: Callable[[Tensor], str | None], forward: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., str | None]:
+    """Why a GPU backend cannot serve: ``refuse``, or the golden set, run by two levels where the call has more.
 
-    def reason(x: Tensor, *_: object) -> str | None:
-        return NEAREST[backend].refuse(x) or _golden.mismatch(
+    Not the lookup's own: all levels may be one kernel, and then a call would have the lookup's compiled for nothing.
+    """
+
+    def reason(
+        x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: str, beta: float, statistics: bool, precision: str
+    ) -> str | None:
+        levels = min(2, codebooks.shape[0]), mask is not None
+        return refuse(x) or _golden.mismatch(
             backend,
             x.device,
-            _two_levels(forward),
-            _two_levels(reference.residual_quantize),
+            _golden_levels(forward, *levels),
+            _golden_levels(reference.residual_quantize, *levels),
+            configuration(x, codebooks, metric, precision, *levels),
             "residual_quantize",
-            "codes one bit apart",
         )
 
     return reason
@@ -51,8 +61,8 @@ def _refuse(backend: str, forward: Callable[..., tuple[Tensor, ...]]) -> Callabl
 
 FORWARD = {
     "cpu": Implementation(cpu.residual_quantize, _native.refuse),
-    "triton": Implementation(_triton_forward, _refuse("triton", _triton_forward)),
-    "cuda": Implementation(cuda.residual_quantize, _refuse("cuda", cuda.residual_quantize)),
+    "triton": Implementation(_triton_forward, _refuse("triton", _triton.refuse, _triton_forward)),
+    "cuda": Implementation(cuda.residual_quantize, _refuse("cuda", _cuda_native.refuse, cuda.residual_quantize)),
     "reference": Implementation(reference.residual_quantize, lambda *_: None),
 }
 BACKWARD = {
