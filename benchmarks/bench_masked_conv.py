@@ -37,6 +37,7 @@ class Case(NamedTuple):
     c_out: int
     side: int
     kernel: int
+    dtype: torch.dtype = torch.float32
 
     @property
     def shape(self) -> str:
@@ -131,14 +132,15 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weight = torch.randn(case.c_out, case.c_in, case.kernel, case.kernel, generator=g) / case.kernel / case.c_in**0.5
     keep = torch.arange(case.kernel**2).view(case.kernel, case.kernel) <= case.kernel**2 // 2
     bias = torch.randn(case.c_out, generator=g)
-    return x, weight * keep, bias, torch.randn(case.batch, case.c_out, case.side, case.side, generator=g)
+    grad = torch.randn(case.batch, case.c_out, case.side, case.side, generator=g)
+    return x.to(case.dtype), (weight * keep).to(case.dtype), bias.to(case.dtype), grad.to(case.dtype)
 
 
 CHECKED = 8  # output channels whose weight gradient is compared
 
 
 def expectation(case: Case, kind: str) -> tuple[Tensor, Tensor]:
-    """The first image's output, or the first channels' weight gradient, in float64, and the bound of float32 sums."""
+    """The first image's output, or the first channels' weight gradient, in float64, and the bound: float32 sums, a rounded result."""
     x, weight, bias, grad = (t.double() for t in inputs(case))
     n = case.c_in * case.kernel**2
     if kind == "forward+backward":
@@ -153,7 +155,8 @@ def expectation(case: Case, kind: str) -> tuple[Tensor, Tensor]:
             a, b = expected.chunk(2, 1)
             expected = a.tanh() * b.sigmoid()
             magnitude = magnitude.chunk(2, 1)[0] + magnitude.chunk(2, 1)[1] / 4 + 1
-    return expected, 2.0**-24 * (n + 16) * 1.01 * magnitude
+    rounding = torch.finfo(case.dtype).eps / 2 * expected.abs() if case.dtype == torch.bfloat16 else 0.0
+    return expected, 2.0**-24 * (n + 16) * 1.01 * magnitude + rounding
 
 
 def count_off(case: Case, result: Tensor, kind: str, expected: Tensor, bound: Tensor) -> int:
@@ -178,7 +181,7 @@ def measure(case: Case, kind: str, threads: int, seconds: float) -> list[Row]:
         flop = case.flop * (3 if kind == "forward+backward" else 1)
         off, compared = checks[name]
         wrong = off > 0 and name.startswith("fastvq")
-        row = Row(kind, case.shape, "Gaussian", threads, name, differing=off, compared=compared)
+        row = Row(kind, case.shape, f"Gaussian {str(case.dtype).removeprefix('torch.')}", threads, name, differing=off, compared=compared)
         if wrong:
             row.note = "outside the error bound: no time"
         else:
@@ -222,11 +225,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=6.0, help="of timing a case and pass; default: 6")
     parser.add_argument("--quick", action="store_true", help="one small case")
+    parser.add_argument("--bf16", action="store_true", help="all tensors in bfloat16 rather than float32")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="default: ./out")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"{describe_machine()}\n{describe_versions()}; commit {commit()}\n", flush=True)
-    cases = QUICK if options.quick else CASES
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    cases = [case._replace(dtype=dtype) for case in (QUICK if options.quick else CASES)]
     rows: list[Row] = []
     with Progress(len(cases) * len(PASSES)) as progress:
         for case in cases:
@@ -238,9 +243,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 plain = min((r.ratio for r in found if r.provider in PLAIN_WAYS and r.ratio), default=0.0)
                 every = min((r.ratio for r in found if not r.provider.startswith("fastvq") and r.ratio), default=0.0)
                 print(f"best of dense, dense channels-last, cropped: {plain:.2f}x; of all: {every:.2f}x\n", flush=True)
-    write_csv(options.out / "masked_conv.csv", rows)
+    name = "masked_conv_bf16" if options.bf16 else "masked_conv"
+    write_csv(options.out / f"{name}.csv", rows)
     if importlib.util.find_spec("matplotlib"):
-        plot(options.out / "masked_conv.png", rows)
+        plot(options.out / f"{name}.png", rows)
     wrong = [r for r in rows if r.note]
     for row in wrong:
         print(f"WRONG: {row.provider} at {row.shape}, {row.case}: {row.note}", file=sys.stderr)

@@ -41,7 +41,7 @@ def statistics(device: torch.device, out: Path, rehearse: bool) -> list[Row]:
                 if isinstance(result, tuple):
                     off[name] = int(((result[0].double() - expected).abs() > bound).sum())
                 calls[name], notes[name] = captured(timed_call, device)
-        times = timed(calls, device, 0.1 if rehearse else 2.0)
+        times = timed(calls, device, 0.1 if rehearse else 0.8)
         found = rows_of(
             "statistics", f"{n}x{k}x{d}" + (", 90 % in one code" if skewed else ""), "float32", times, notes,
             next(iter(calls)), float(x.nbytes), read_ceilings(out).read,
@@ -63,5 +63,5 @@ def training_step(device: torch.device, out: Path, rehearse: bool) -> list[Row]:
         calls["tuned torch"] = torch_step(index_add)(x, gradient, codebook)
         if n * k <= MOST_ONE_HOT and needs("vector_quantize_pytorch")() is None:
             calls["vq-pytorch"] = peer_step(x, gradient, codebook)
-        times = timed(calls, device, 0.1 if rehearse else 4.0)
+        times = timed(calls, device, 0.1 if rehearse else 1.5)
     return rows_of("training step", f"{n}x{k}x{d}", "float32", times, {}, next(iter(calls)))

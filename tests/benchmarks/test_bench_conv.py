@@ -26,9 +26,10 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
-def test_masked_conv(tmp_path):
-    run("bench_masked_conv.py", tmp_path, "--quick", "--seconds", "0.2")
-    rows = rows_of(tmp_path / "masked_conv.csv")
+@pytest.mark.parametrize("options, name", [((), "masked_conv"), (("--bf16",), "masked_conv_bf16")])
+def test_masked_conv(tmp_path, options, name):
+    run("bench_masked_conv.py", tmp_path, "--quick", "--seconds", "0.2", *options)
+    rows = rows_of(tmp_path / f"{name}.csv")
     assert {r["case"] for r in rows} == {"forward", "forward+backward", "gated eval"}
     assert all(r["p50_ms"] and r["differing"] == "0" for r in rows if r["provider"].startswith("fastvq"))
 

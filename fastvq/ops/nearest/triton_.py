@@ -30,9 +30,8 @@ METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 WIDEST = 1 << 30
 # A row tile is kept on chip up to this width; wider rows come in pieces of BD, again for every block of codes.
 KEPT = 256
-# Rows of a program, and elements that each of its 8 BM codes gives at a time: whole sectors of a code, in few registers.
-DECIDED = {"BM": 16, "CHUNK": 32, "num_warps": 4}
 PARTS = 8  # of the codes, that listed rows are compared with side by side
+LINES = 128  # rows times codes of a group that a program of _decide scores
 SURVIVORS = {"BM": 64, "num_warps": 4}  # few rows come here: half the tile wastes less
 WIDE_SURVIVORS = {"BM": 64, "num_warps": 8, "num_stages": 2}  # rows in pieces take more registers
 # Registers: left to itself the assembler of some versions of Triton takes few, for more programs side by side than a
@@ -51,20 +50,20 @@ def _rows(capability: int, dim: int, **meta: int) -> list[Tile]:
 # fmt: off
 TILES = [
     *_rows(80, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=4, num_stages=3),
-    *_rows(80, 64, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(80, 128, BM=128, BN=128, BD=128, GROUP=8, num_warps=8, num_stages=2),
-    *_rows(80, 256, BM=128, BN=64, BD=256, GROUP=8, num_warps=8, num_stages=2),
-    *_rows(80, WIDEST, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(80, 64, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
+    *_rows(80, 128, BM=128, BN=128, BD=128, GROUP=4, num_warps=8, num_stages=2),
+    *_rows(80, 256, BM=128, BN=64, BD=256, GROUP=4, num_warps=8, num_stages=2),
+    *_rows(80, WIDEST, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
     *_rows(90, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(90, 64, BM=128, BN=64, BD=64, GROUP=8, num_warps=4, num_stages=3),
-    *_rows(90, 128, BM=128, BN=128, BD=128, GROUP=8, num_warps=8, num_stages=2),
-    *_rows(90, 256, BM=128, BN=64, BD=256, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(90, WIDEST, BM=128, BN=256, BD=64, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(90, 64, BM=128, BN=64, BD=64, GROUP=4, num_warps=4, num_stages=3),
+    *_rows(90, 128, BM=128, BN=128, BD=128, GROUP=4, num_warps=8, num_stages=2),
+    *_rows(90, 256, BM=128, BN=64, BD=256, GROUP=4, num_warps=8, num_stages=3),
+    *_rows(90, WIDEST, BM=128, BN=256, BD=64, GROUP=4, num_warps=8, num_stages=3),
     *_rows(100, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(100, 64, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(100, 128, BM=128, BN=128, BD=128, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(100, 256, BM=128, BN=128, BD=256, GROUP=8, num_warps=8, num_stages=2),
-    *_rows(100, WIDEST, BM=128, BN=128, BD=64, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(100, 64, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
+    *_rows(100, 128, BM=128, BN=128, BD=128, GROUP=4, num_warps=8, num_stages=3),
+    *_rows(100, 256, BM=128, BN=128, BD=256, GROUP=4, num_warps=8, num_stages=2),
+    *_rows(100, WIDEST, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
 ]
 # fmt: on
 
@@ -199,8 +198,9 @@ def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
     }  # fmt: skip
     n_blocks = packed.columns.shape[1] // meta["BN"]
     bits = block_bits(n_blocks)
-    decided = {"BM": 256, "CHUNK": 64} if _triton.interpreting() else DECIDED
-    chunk = min(decided["CHUNK"], max(8, 1 << (dim - 1).bit_length()))
+    bm, chunk = 256, 64
+    if not _triton.interpreting():  # a sector of a code at a time, in few registers
+        bm, chunk = LINES // meta["GROUP"], max(8, 32 // codebook.element_size())
     sum_error = (dim / chunk + chunk + 14) * 2.0**-24 * (1 + 2.0**-6)
     rows = pack_rows(x, packed)
     counters = torch.zeros(n_heads, 2, dtype=torch.int32, device=x.device)
@@ -212,12 +212,12 @@ def look_up(x: Tensor, packed: Codes, fast: bool, indices: Tensor) -> Tensor:
         BITS=bits, **common,
     )  # fmt: skip
     lanes = meta["BN"] // meta["GROUP"]
-    _decide[(_ceil(n, decided["BM"]) // decided["BM"], n_heads)](
+    _decide[((n + bm - 1) // bm, n_heads)](
         x, *x_strides, n, dim, codebook, *c_strides, indices, _stride_h(indices),
         packed.mean, packed.info, packed.norms, packed.factors, packed.columns.shape[1], rows.norms, rows.scales, n,
         groups, runners_up, counters, listed, thresholds, pending, counts, sum_error,
         METRIC=metric, SHIFT_X=packed.centred and metric == 0, SHIFT_C=packed.centred, FAST=fast,
-        GROUP=meta["GROUP"], LANES=lanes, **decided | {"CHUNK": chunk},
+        GROUP=meta["GROUP"], LANES=lanes, BM=bm, CHUNK=chunk,
     )  # fmt: skip
     programs = (_programs(x.device), n_heads)
     if not fast:
