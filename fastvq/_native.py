@@ -23,7 +23,9 @@ __all__ = [
     "ema_view",
     "image_view",
     "isa",
+    "lookup_isa",
     "metric_code",
+    "packing_isa",
     "refuse",
     "rows_of",
     "rows_view",
@@ -35,6 +37,9 @@ __all__ = [
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512_vnni": 3, "amx": 4, "emulated": 5}
+# Where a lookup runs on tiles unless it is told to: on how many rows and codes it is tried, the share of rows up to
+# which it pays that bfloat16 leaves more than one code open, and the rows of a call that is too small to try.
+TRIED_ROWS, TRIED_CODES, MOST_OPEN, FEW_ROWS = 256, 1024, 0.5, 4096
 
 
 def unavailable() -> str | None:
@@ -71,6 +76,41 @@ def isa() -> int:
             f"it has {', '.join(available)}; set one of those or unset it"
         )
     return ISAS[forced]
+
+
+def _tiles_by_choice() -> bool:
+    """Whether the best instruction set has matrix tiles, and nobody asked for it."""
+    return _ISAS_HERE[-1] == "amx" and _env.read("FASTVQ_CPU_ISA") is None
+
+
+def packing_isa() -> int:
+    """The instruction set that a codebook is laid out for, before any vectors are known."""
+    return ISAS[_ISAS_HERE[-2]] if _tiles_by_choice() else isa()
+
+
+def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int) -> int:
+    """The instruction set to look ``rows`` up with; the views are those of ``rows_view`` and ``codes_view``.
+
+    Tiles are the fastest where vectors spread in all directions. Where they share most of their length with their
+    neighbours, as patches of photographs do, bfloat16 leaves most rows with several codes, and 16-bit integers are
+    faster. So a few rows of the first head, evenly spread, are tried against a few of its codes. Indices are the same
+    either way.
+    """
+    data, dtype, _, n_outer, n_inner, dim, _, stride_outer, stride_inner, stride_d = rows
+    if not _tiles_by_choice():
+        return isa()
+    if n_outer * n_inner < FEW_ROWS:
+        return packing_isa()
+    inner = min(n_inner, max(16, TRIED_ROWS // n_outer))
+    outer = min(n_outer, TRIED_ROWS // inner)
+    tried = (
+        data, dtype, 1, outer, inner, dim, 0, n_outer // outer * stride_outer, n_inner // inner * stride_inner, stride_d,
+    )  # fmt: skip
+    step = max(1, codes[3] // TRIED_CODES)
+    few_codes = (*codes[:2], 1, codes[3] // step, codes[4], 0, step * codes[6], codes[7])
+    indices = torch.empty(outer * inner, dtype=torch.int64)
+    open_rows = sum(_cpu.nearest(tried, few_codes, metric, False, indices.data_ptr(), ISAS["amx"], 1, 0))
+    return isa() if open_rows <= MOST_OPEN * outer * inner else packing_isa()
 
 
 def refuse(x: Tensor, *_: Any) -> str | None:

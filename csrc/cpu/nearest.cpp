@@ -7,19 +7,19 @@
 
 namespace fastvq {
 
-// Narrower vectors leave so few multiply-adds a score that halving them saves nothing.
-constexpr int64_t kLeastInt16Dim = 32;
+// Narrower vectors leave so few multiply-adds a score that halving them saves nothing, and a step of a tile half empty.
+constexpr int64_t kLeastRoundedDim = 32;
 
 const NearestKernels& nearest_kernels(Isa isa, int64_t dim) {
 #if defined(__x86_64__)
 #if defined(FASTVQ_AMX)
-  if (isa == Isa::amx) return nearest_amx;
+  if (isa == Isa::amx && dim >= kLeastRoundedDim) return nearest_amx;
 #endif
 #if defined(FASTVQ_EMULATED)
-  if (isa == Isa::emulated) return nearest_emulated;
+  if (isa == Isa::emulated && dim >= kLeastRoundedDim) return nearest_emulated;
 #endif
 #if defined(FASTVQ_VNNI)
-  if (isa == Isa::avx512_vnni && dim >= kLeastInt16Dim) return nearest_avx512_vnni;
+  if (isa == Isa::avx512_vnni && dim >= kLeastRoundedDim) return nearest_avx512_vnni;
 #endif
   if (isa >= Isa::avx512) return nearest_avx512;
   if (isa == Isa::avx2) return nearest_avx2;

@@ -3,17 +3,10 @@
 //
 //            codes, 32 a panel [step][2][16 pairs][16 codes]       a step is 32 elements of D, one instruction deep
 //   rows     +-------+-------+                                     1. pack a block of rows, measuring what rounding takes
-//   32 a     | sum 0 | sum 1 |                                     2. panel by 32 rows; while the next panel is under way,
-//   group    +-------+-------+                                        the bias is added and the largest of each lane taken
-//   [step]   | sum 2 | sum 3 |                                     3., 4. as in nearest_filter.h
-//   [32][32] +-------+-------+
-//
-// The sums of wide vectors are kept for the chunk. Those of narrow ones would take as long to go through the caches as to
-// be made: two panels' have room in the first-level cache, and a row's are made again for the few panels that may hold a
-// winner.
-//
-// Up to kSplitDim elements a vector fill a third of a step, so each operand is given as the sum of two bfloat16:
-// [hi, lo, hi] times [hi, hi, lo] leaves an error of 2^-16 instead of 2^-8, at no cost.
+//   32 a     | sum 0 | sum 1 |                                     2. panel by 32 rows: sums are kept for the chunk, the
+//   group    +-------+-------+                                        bias is added and the largest of each lane taken
+//   [step]   | sum 2 | sum 3 |                                        while the next panel is under way
+//   [32][32] +-------+-------+                                     3., 4. as in nearest_filter.h
 #pragma once
 #include "nearest_pack.h"
 
@@ -33,15 +26,12 @@ namespace {
 constexpr int kGroup = 32, kStep = 32;
 constexpr int64_t kAgainRows = kGroup;  // that nearest_again.h looks at together
 constexpr int kTile = 16 * 32;  // bfloat16 elements of a register
-constexpr int kChunkPanels = 16, kLongChunkPanels = 32;  // sums kept, or not
+constexpr int kChunkPanels = 16;
 constexpr int kScoreStride = kChunkPanels * kWidth + 16;  // off a multiple of the first-level cache's sets
-constexpr int kMaximaStride = kLongChunkPanels * kLanes + 16;
-constexpr int64_t kKeepSumsDim = 97;  // and wider
-constexpr int64_t kSplitDim = 10;
+constexpr int kMaximaStride = kChunkPanels * kLanes + 16;
 constexpr int64_t kWholeBytes = 512 << 10;  // a codebook that stays in the second-level cache
 
-inline int64_t pieces(int64_t D) { return D <= kSplitDim ? 3 : 1; }
-inline int64_t steps(int64_t D) { return (pieces(D) * D + kStep - 1) / kStep; }
+inline int64_t steps(int64_t D) { return (D + kStep - 1) / kStep; }
 int64_t panel_bytes(int64_t D) { return steps(D) * 2 * kTile * 2; }
 
 // The nearest bfloat16, ties to even, small numbers flushed as the unit does it. For numbers below 2^127.
@@ -51,46 +41,26 @@ inline uint32_t round_bits(float v) {
 }
 inline float round_to_bf16(float v) { return bits_to_float(round_bits(v)); }
 
-// An operand in pieces: hi and lo nearest to what is left, each rounded; the rest is lost.
-struct Pieces {
-  float hi, lo, rest;
-  Pieces(float v, bool split) : hi(round_to_bf16(v)), lo(split ? round_to_bf16(v - hi) : 0), rest(v - hi - lo) {}
-};
-
-// c^ = hi (+ lo) of the codes, e = c' - c^; the same for rows, x' = x^ + lost:
-//   one piece:  x'.c' - x^.c^ = lost.c^ + x'.e                <= |lost| |c^| + |x'| |e|
-//   two pieces, without lo.lo:                                <= |lost| (|c'| + |e|) + |x'| (|e| + 2^-8 1.01 |lo_c|)
-// Sums: a product goes through at most the 32 multiply-adds of a step, in whatever order, and two additions a step after
-// (where a row's are made again: through the multiply-adds of all steps, and one addition);
+// c^ are the rounded codes, e = c' - c^; the same for rows, x' = x^ + lost:
+//   x'.c' - x^.c^ = lost.c^ + x'.e  <=  |lost| |c^| + |x'| |e|
+// Sums: a product goes through at most the 32 multiply-adds of a step, in whatever order, and two additions a step after;
 // magnitudes of rounded operands are up to 1.02 times the exact ones (1.01 each), hence the factor. Flushing takes up to
 // 2^-126 going in and coming out of each of these.
 struct CodeLayout {
-  static double chain(int64_t D) {
-    return 1.02 * static_cast<double>(34 + 2 * steps(D) + 4 + (D < kKeepSumsDim ? kStep * steps(D) : 0));
-  }
+  static double chain(int64_t D) { return 1.02 * static_cast<double>(34 + 2 * steps(D) + 4); }
   static double underflow(int64_t D) { return static_cast<double>(steps(D) * 4 * (kStep + 2)) * 0x1p-126; }
 
   static Placed put(const PackedCodes& packed, int64_t p, int j, const float* code, double norm, float*) {
     const int64_t D = packed.dim, n = steps(D) * kStep;
-    const bool split = pieces(D) > 1;
     uint16_t* to = reinterpret_cast<uint16_t*>(packed.panels + p * panel_bytes(D)) + j / 16 * kTile + j % 16 * 2;
-    const auto at = [&](int64_t i) -> uint16_t& {
-      return to[i / kStep * 2 * kTile + i % kStep / 2 * 32 + (i & 1)];
-    };
-    double rest = 0, low = 0;
-    for (int64_t d = 0; d < D; ++d) {
-      const Pieces c(code[d], split);
-      at(d) = static_cast<uint16_t>(float_to_bits(c.hi) >> 16);
-      if (split) {
-        at(D + d) = at(d);
-        at(2 * D + d) = static_cast<uint16_t>(float_to_bits(c.lo) >> 16);
-      }
-      rest += static_cast<double>(c.rest) * static_cast<double>(c.rest);
-      low += static_cast<double>(c.lo) * static_cast<double>(c.lo);
+    double square = 0;
+    for (int64_t d = 0; d < n; ++d) {
+      const float c = d < D ? code[d] : 0, rounded = round_to_bf16(c), rest = c - rounded;
+      to[d / kStep * 2 * kTile + d % kStep / 2 * 32 + (d & 1)] = static_cast<uint16_t>(float_to_bits(rounded) >> 16);
+      square += static_cast<double>(rest) * static_cast<double>(rest);
     }
-    for (int64_t i = pieces(D) * D; i < n; ++i) at(i) = 0;
-    rest = std::sqrt(rest);
-    return {rest + 1.01 * 0x1p-8 * std::sqrt(low), norm + rest};
+    const double rest = std::sqrt(square);
+    return {rest, norm + rest};
   }
 };
 
@@ -114,19 +84,6 @@ FilterScratch filter_scratch(int64_t D, const Take& take) {
 
 // A row of float32 less the mean, rounded, into its group. `to` is its place in the group's first step.
 inline Measured round_row(const float* x, const float* mean, int64_t D, uint16_t* to) {
-  if (pieces(D) > 1) {
-    double square = 0, lost = 0;
-    for (int64_t i = 0; i < kStep; ++i) to[i] = 0;
-    for (int64_t d = 0; d < D; ++d) {
-      const float v = x[d] - mean[d];
-      const Pieces r(v, true);
-      to[d] = to[2 * D + d] = static_cast<uint16_t>(float_to_bits(r.hi) >> 16);
-      to[D + d] = static_cast<uint16_t>(float_to_bits(r.lo) >> 16);
-      square += static_cast<double>(v) * static_cast<double>(v);
-      lost += static_cast<double>(r.rest) * static_cast<double>(r.rest);
-    }
-    return {square, lost};
-  }
   const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000)), exponent = _mm512_set1_epi32(0x7f800000);
   V squares = spread(0), losts = spread(0);
@@ -204,65 +161,40 @@ inline void multiply_panel(const uint16_t* rows, const uint16_t* panel, int64_t 
 }
 
 template <int Halves>
-inline void write_panel(float* sums, int64_t stride) {
-  tile::store<0>(sums, 4 * stride);
-  tile::store<1>(sums + 16, 4 * stride);
+inline void keep_panel(float* sums) {
+  tile::store<0>(sums, 4 * kScoreStride);
+  tile::store<1>(sums + 16, 4 * kScoreStride);
   if constexpr (Halves == 2) {
-    tile::store<2>(sums + 16 * stride, 4 * stride);
-    tile::store<3>(sums + 16 * stride + 16, 4 * stride);
+    tile::store<2>(sums + 16 * kScoreStride, 4 * kScoreStride);
+    tile::store<3>(sums + 16 * kScoreStride + 16, 4 * kScoreStride);
   }
 }
 
-inline void panel_maxima(const float* sums, int64_t stride, const float* bias, int n_rows, float* maxima) {
+inline void panel_maxima(const float* sums, const float* bias, int n_rows, float* maxima) {
   const V low = load(bias), high = load(bias + kLanes);
 #pragma GCC unroll 4
   for (int i = 0; i < n_rows; ++i)
     store(maxima + i * kMaximaStride,
-          larger(add(load(sums + i * stride), low), add(load(sums + i * stride + kLanes), high)));
-}
-
-inline const uint16_t* codes_of(const PackedCodes& packed, int64_t panel) {
-  return reinterpret_cast<const uint16_t*>(packed.panels + panel * panel_bytes(packed.dim));
+          larger(add(load(sums + i * kScoreStride), low), add(load(sums + i * kScoreStride + kLanes), high)));
 }
 
 // Step 2 for one group and a chunk. A panel's maxima are taken after the next one's products are issued and before its
 // sums are written: behind those, loads would wait wherever the low bits of their addresses are those of a store.
-// sums: [rows][kScoreStride] where they are kept, else room for two panels'.
-template <int Halves, bool Keep>
+template <int Halves>
 __attribute__((noinline)) void score_panels(const uint16_t* rows, const PackedCodes& packed, const Chunk& chunk,
                                             float* sums, float* maxima) {
-  const int64_t n_steps = steps(packed.dim), stride = Keep ? kScoreStride : kWidth;
-  const auto sums_of = [&](int p) { return sums + (Keep ? p * kWidth : p % 2 * kGroup * kWidth); };
+  const int64_t n_steps = steps(packed.dim), bytes = panel_bytes(packed.dim);
   for (int p = 0; p <= chunk.n; ++p) {
     const int64_t panel = chunk.first + p;
-    if (p < chunk.n) multiply_panel<Halves>(rows, codes_of(packed, panel), n_steps);
+    if (p < chunk.n) multiply_panel<Halves>(rows, reinterpret_cast<const uint16_t*>(packed.panels + panel * bytes), n_steps);
     if (p > 0)
-      panel_maxima(sums_of(p - 1), stride, packed.bias + (panel - 1) * kWidth, 16 * Halves, maxima + (p - 1) * kLanes);
-    if (p < chunk.n) write_panel<Halves>(sums_of(p), stride);
+      panel_maxima(sums + (p - 1) * kWidth, packed.bias + (panel - 1) * kWidth, 16 * Halves, maxima + (p - 1) * kLanes);
+    if (p < chunk.n) keep_panel<Halves>(sums + p * kWidth);
   }
 }
 
 inline void add_bias(const float* sums, const float* bias, float* scores) {
   for (int v = 0; v < kTileVectors; ++v) store(scores + v * kLanes, add(load(sums + v * kLanes), load(bias + v * kLanes)));
-}
-
-// The scores of row i of a group against one panel once more, without tiles: two chains of sums a vector.
-inline void score_row(const uint16_t* group, int64_t i, const uint16_t* panel, const float* bias, int64_t n_steps,
-                      float* scores) {
-  V sums[2][kTileVectors];
-  for (int v = 0; v < kTileVectors; ++v) sums[0][v] = sums[1][v] = spread(0);
-  const uint16_t* row = group + i * kStep;
-  for (int64_t step = 0; step < n_steps; ++step, row += kGroup * kStep, panel += 2 * kTile)
-#pragma GCC unroll 16
-    for (int pair = 0; pair < kStep / 2; ++pair) {
-      int32_t two;
-      std::memcpy(&two, row + 2 * pair, 4);
-      for (int v = 0; v < kTileVectors; ++v)
-        sums[pair % 2][v] = tile::multiply_pairs(sums[pair % 2][v], _mm512_set1_epi32(two),
-                                                 _mm512_loadu_si512(panel + v * kTile + pair * 2 * kLanes));
-    }
-  for (int v = 0; v < kTileVectors; ++v)
-    store(scores + v * kLanes, add(add(sums[0][v], sums[1][v]), load(bias + v * kLanes)));
 }
 
 // Step 1 for a block of rows.
@@ -294,10 +226,10 @@ void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int
   pack_block(lookup, packed, h, first, n, s, rows);
   for (int64_t i0 = 0; i0 < n; i0 += kGroup)
     for (int64_t p = 0; p < packed.n_panels; ++p) {
-      score_panels<2, false>(s.rows + i0 * steps(packed.dim) * kStep, packed, chunk_at(packed, p, 1), s.scores, s.maxima);
+      score_panels<2>(s.rows + i0 * steps(packed.dim) * kStep, packed, chunk_at(packed, p, 1), s.scores, s.maxima);
       float scores[kWidth];
       for (int64_t i = 0; i < kGroup && i0 + i < n; ++i) {
-        add_bias(s.scores + i * kWidth, packed.bias + p * kWidth, scores);
+        add_bias(s.scores + i * kScoreStride, packed.bias + p * kWidth, scores);
         visit(i0 + i, p * kWidth, scores);
       }
     }
@@ -310,34 +242,26 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
   pack_block(lookup, packed, h, first, n, s, rows);
   const int64_t D = packed.dim, group_elements = steps(D) * kGroup * kStep;
   const bool whole = packed.n_panels * panel_bytes(D) <= kWholeBytes;
-  // Fast: no bound covers that a score made again is rounded otherwise than the largest was.
-  const bool keep = D >= kKeepSumsDim || lookup.fast;
-  const auto score = keep ? score_panels<2, true> : score_panels<2, false>;
-  const auto score_half = keep ? score_panels<1, true> : score_panels<1, false>;
-  const int64_t chunk_panels = keep ? kChunkPanels : kLongChunkPanels;
-  for (int64_t p0 = 0; p0 < packed.n_panels; p0 += chunk_panels) {
-    const Chunk chunk = chunk_at(packed, p0, chunk_panels);
+  for (int64_t p0 = 0; p0 < packed.n_panels; p0 += kChunkPanels) {
+    const Chunk chunk = chunk_at(packed, p0, kChunkPanels);
     // After the last chunk comes the first, for the next block.
-    const int64_t next = p0 + chunk_panels < packed.n_panels ? p0 + chunk_panels : 0, left = packed.n_panels - next;
-    const int64_t next_bytes = whole ? 0 : (left < chunk_panels ? left : chunk_panels) * panel_bytes(D);
+    const int64_t next = p0 + kChunkPanels < packed.n_panels ? p0 + kChunkPanels : 0, left = packed.n_panels - next;
+    const int64_t next_bytes = whole ? 0 : (left < kChunkPanels ? left : kChunkPanels) * panel_bytes(D);
     const int64_t piece = next_bytes / ((n + kGroup - 1) / kGroup) + 64;
     for (int64_t i0 = 0; i0 < n; i0 += kGroup) {
       const int64_t here = n - i0 < kGroup ? n - i0 : kGroup, from = i0 / kGroup * piece;
       if (from < next_bytes)
         prefetch(packed.panels + next * panel_bytes(D) + from, next_bytes - from < piece ? next_bytes - from : piece);
       const uint16_t* group = s.rows + i0 / kGroup * group_elements;
-      (here > 16 ? score : score_half)(group, packed, chunk, s.scores, s.maxima);
+      here > 16 ? score_panels<2>(group, packed, chunk, s.scores, s.maxima)
+                : score_panels<1>(group, packed, chunk, s.scores, s.maxima);
       for (int64_t i = 0; i < here; ++i) {
         RowState& row = rows[i0 + i];
         const float* maxima = s.maxima + i * kMaximaStride;
         const V top = top_of(maxima, chunk.n), bound = RowBound(row).of_chunk(chunk);
         if (at_least(add(top, bound), spread(row.lower)))
           search_chunk(row, packed, chunk, top, bound, maxima, lookup.fast, [&](int p, float* room) -> const float* {
-            const float* bias = packed.bias + (p0 + p) * kWidth;
-            if (keep)
-              add_bias(s.scores + i * kScoreStride + p * kWidth, bias, room);
-            else
-              score_row(group, i, codes_of(packed, p0 + p), bias, steps(D), room);
+            add_bias(s.scores + i * kScoreStride + p * kWidth, packed.bias + (p0 + p) * kWidth, room);
             return room;
           });
       }

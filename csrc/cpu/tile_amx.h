@@ -69,11 +69,6 @@ inline void multiply() {
   if constexpr (I == 1 && J == 1) _tile_dpbf16ps(3, 5, 7);
 }
 
-// sums + pairs of a row times pairs of 16 codes, as a tile does it; every processor with tiles has this one too.
-inline __m512 multiply_pairs(__m512 sums, __m512i row, __m512i codes) {
-  return _mm512_dpbf16_ps(sums, (__m512bh)row, (__m512bh)codes);
-}
-
 }  // namespace tile
 }  // namespace
 }  // namespace fastvq

@@ -70,14 +70,6 @@ inline void multiply() {
   _mm_setcsr(before);
 }
 
-inline __m512 multiply_pairs(__m512 sums, __m512i row, __m512i codes) {
-  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
-  sums = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(row, high)),
-                         _mm512_castsi512_ps(_mm512_and_si512(codes, high)), sums);
-  return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(row, 16)),
-                         _mm512_castsi512_ps(_mm512_slli_epi32(codes, 16)), sums);
-}
-
 }  // namespace tile
 }  // namespace
 }  // namespace fastvq

@@ -19,9 +19,11 @@ def nearest(
 ) -> Tensor:  # [...] or [H, ...] int64
     indices = torch.empty(x.shape[:-1], dtype=torch.int64)
     x, rows = _native.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
+    codes, metric_code = _native.codes_view(codebook), _native.metric_code(metric)
+    isa = _native.lookup_isa(rows, codes, metric_code) if layout is None else _native.packing_isa()
     _native._cpu.nearest(
-        rows, _native.codes_view(codebook), _native.metric_code(metric), precision == "fast",
-        indices.data_ptr(), _native.isa(), torch.get_num_threads(), 0 if layout is None else layout.data_ptr(),
+        rows, codes, metric_code, precision == "fast", indices.data_ptr(), isa, torch.get_num_threads(),
+        0 if layout is None else layout.data_ptr(),
     )  # fmt: skip
     return indices
 
@@ -30,8 +32,8 @@ def pack(
     codebook: Tensor,  # [K, D] or [H, K, D]
     metric: str,
 ) -> Tensor:  # [bytes] uint8
-    """The codebook as the kernels of the instruction set in use read it."""
-    view, isa = _native.codes_view(codebook), _native.isa()
+    """The codebook as the kernels that will look vectors up in it read it."""
+    view, isa = _native.codes_view(codebook), _native.packing_isa()
     layout = torch.empty(_native._cpu.packed_bytes(view, isa), dtype=torch.uint8)
     _native._cpu.pack_codebook(view, _native.metric_code(metric), isa, torch.get_num_threads(), layout.data_ptr())
     return layout

@@ -1,0 +1,102 @@
+"""Which instruction set a lookup takes where the best one has matrix tiles: tried on a few rows, never by the result.
+
+Tiles are played by the weakest kernels of this machine, so that the tests run everywhere; by emulated tiles where the
+build has them.
+"""
+
+import pytest
+import torch
+
+from fastvq import _native
+from fastvq.ops import nearest, pack_codebook, quantize, residual_quantize
+from tests import oracle
+from tests.cases import gaussian, generator
+
+HERE = _native.available_isas()
+OTHER = _native.ISAS[HERE[-1]]
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """tiles(name): lookups take ``name`` for AMX. Returns the list of the instruction sets that the kernels ran with."""
+    ran = []
+
+    def take(name):
+        monkeypatch.setattr(_native, "_ISAS_HERE", [*HERE, "amx"])
+        monkeypatch.setitem(_native.ISAS, "amx", _native.ISAS[name])
+        real = _native._cpu.nearest
+
+        def spy(rows, codes, metric, fast, indices, isa, *rest):
+            ran.append((isa, rows[2], rows[3] * rows[4], codes[3]))
+            return real(rows, codes, metric, fast, indices, isa, *rest)
+
+        monkeypatch.setattr(_native._cpu, "nearest", spy)
+        return ran
+
+    return take
+
+
+def shapes():
+    """x and codebooks whose views have one head or two, one stride of rows or two."""
+    g = generator(3)
+    image = torch.randn(20, 33, 16, 17, generator=g)
+    yield torch.randn(5003, 33, generator=g), torch.randn(3000, 33, generator=g)
+    yield image.movedim(1, -1), torch.randn(70, 33, generator=g)
+    yield torch.randn(5003, 66, generator=g)[:, ::2], torch.randn(140, 33, generator=g)[::2]
+    yield torch.randn(2, 5003, 40, generator=g), torch.randn(2, 2100, 40, generator=g)
+    yield torch.randn(4500, 1, 40, generator=g).expand(-1, 2, -1), torch.randn(70, 40, generator=g)
+
+
+@pytest.mark.parametrize("most_open", [-1.0, 1.0])
+def test_a_few_rows_of_any_view_are_tried(most_open, tiles, monkeypatch):
+    monkeypatch.setattr(_native, "MOST_OPEN", most_open)
+    ran = tiles("generic")
+    for x, codebook in shapes():
+        ran.clear()
+        got = nearest(x, codebook, backend="cpu")
+        (isa, heads, n_rows, n_codes), (chosen, *_) = ran
+        assert isa == _native.ISAS["generic"] and heads == 1
+        assert _native.TRIED_ROWS / 2 <= n_rows <= _native.TRIED_ROWS
+        assert n_codes <= 2 * _native.TRIED_CODES
+        assert chosen == (_native.ISAS["generic"] if most_open == 1 else OTHER)
+        expected = nearest(x, codebook, backend="reference")
+        assert torch.equal(got, expected)
+
+
+def test_a_small_call_and_a_packed_codebook_try_nothing(tiles):
+    ran = tiles("generic")
+    x, codebook = gaussian(5000, 40, 33, generator(0))
+    few = nearest(x[:1000], codebook, backend="cpu")
+    packed = pack_codebook(codebook)
+    assert torch.equal(nearest(x, packed)[:1000], few) and torch.equal(few, oracle.nearest(x[:1000], codebook, "euclidean"))
+    assert [isa for isa, *_ in ran] == [OTHER, OTHER]
+
+
+def test_a_named_instruction_set_is_taken(tiles, monkeypatch):
+    ran = tiles("generic")
+    monkeypatch.setenv("FASTVQ_CPU_ISA", "amx")
+    nearest(*gaussian(5000, 40, 33, generator(0)), backend="cpu")
+    assert [isa for isa, *_ in ran] == [_native.ISAS["generic"]]
+
+
+def test_ops_that_look_up_try_too(tiles):
+    x, codebook = gaussian(5000, 40, 33, generator(0))
+    plain = quantize(x, codebook), residual_quantize(x, codebook.view(2, 20, 33))
+    ran = tiles("generic")
+    again = quantize(x, codebook), residual_quantize(x, codebook.view(2, 20, 33))
+    assert [(rows, codes) for _, _, rows, codes in ran] == [(256, 40), (256, 20)]
+    for before, after in zip(plain, again, strict=True):
+        assert torch.equal(before.indices, after.indices) and torch.equal(before.quantized, after.quantized)
+
+
+@pytest.mark.skipif("emulated" not in HERE, reason="this build has no emulated tiles (FASTVQ_EMULATED_TILES=1)")
+def test_tiles_are_taken_where_bfloat16_decides(tiles):
+    ran = tiles("emulated")
+    x, codebook = gaussian(5000, 300, 48, generator(0))
+    nearest(x, codebook, backend="cpu")
+    assert ran[-1][0] == _native.ISAS["emulated"]
+    # As patches of photographs: most of the length is how bright they are.
+    g = generator(4)
+    smooth, codes = (30 * torch.randn(n, 1, generator=g) + torch.randn(n, 48, generator=g) for n in (5000, 300))
+    got = nearest(smooth, codes, backend="cpu")
+    assert ran[-1][0] == OTHER and torch.equal(got, oracle.nearest(smooth, codes, "euclidean"))
