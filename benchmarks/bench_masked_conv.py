@@ -140,7 +140,7 @@ CHECKED = 8  # output channels whose weight gradient is compared
 
 
 def expectation(case: Case, kind: str) -> tuple[Tensor, Tensor]:
-    """The first image's output, or the first channels' weight gradient, in float64, and the bound: float32 sums, a rounded result."""
+    """The first image's output, or the first channels' weight gradient, in float64, and its error bound."""
     x, weight, bias, grad = (t.double() for t in inputs(case))
     n = case.c_in * case.kernel**2
     if kind == "forward+backward":
@@ -181,7 +181,8 @@ def measure(case: Case, kind: str, threads: int, seconds: float) -> list[Row]:
         flop = case.flop * (3 if kind == "forward+backward" else 1)
         off, compared = checks[name]
         wrong = off > 0 and name.startswith("fastvq")
-        row = Row(kind, case.shape, f"Gaussian {str(case.dtype).removeprefix('torch.')}", threads, name, differing=off, compared=compared)
+        data = f"Gaussian {str(case.dtype).removeprefix('torch.')}"
+        row = Row(kind, case.shape, data, threads, name, differing=off, compared=compared)
         if wrong:
             row.note = "outside the error bound: no time"
         else:

@@ -104,7 +104,8 @@ def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int) -> in
     inner = min(n_inner, max(16, TRIED_ROWS // n_outer))
     outer = min(n_outer, TRIED_ROWS // inner)
     tried = (
-        data, dtype, 1, outer, inner, dim, 0, n_outer // outer * stride_outer, n_inner // inner * stride_inner, stride_d,
+        data, dtype, 1, outer, inner, dim, 0, n_outer // outer * stride_outer,
+        n_inner // inner * stride_inner, stride_d,
     )  # fmt: skip
     step = max(1, codes[3] // TRIED_CODES)
     few_codes = (*codes[:2], 1, codes[3] // step, codes[4], 0, step * codes[6], codes[7])

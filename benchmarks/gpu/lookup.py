@@ -69,7 +69,8 @@ def cuvs(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
 
 
 def vector_quantize(x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
-    lookup = prepare_vector_quantize(codebook.float())
+    with x.device:
+        lookup = prepare_vector_quantize(codebook.float())
     rows = max(1, MOST_SCORES // len(codebook))
     return lambda: torch.cat([lookup(part) for part in x.float().split(rows)])
 
@@ -78,7 +79,7 @@ PEERS: dict[str, tuple[str | None, Callable[[Tensor, Tensor], Callable[[], Tenso
     "flash-kmeans": ("flash_kmeans", flash_kmeans),
     "compiled cdist": (None, lambda x, c: functools.partial(chunked, compiled(cdist_argmin), x, c)),
     "cdist": (None, lambda x, c: functools.partial(chunked, cdist_argmin, x.float(), c.float())),
-    "faiss-gpu": ("faiss", faiss_gpu),
+    "faiss-gpu": ("faiss", faiss_gpu),  # faiss-cpu has the same name, and fails
     "cuVS": ("cuvs", cuvs),
     "vq-pytorch": ("vector_quantize_pytorch", vector_quantize),
 }

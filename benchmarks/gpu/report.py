@@ -52,7 +52,7 @@ def summary(out: Path, parts: Mapping[str, str]) -> str:
 def plot(out: Path, parts: Sequence[str]) -> None:
     """Median times over fastvq's, a bar a competitor and case; right of the line fastvq is faster."""
     rows = [r for name in parts for r in read_rows(out / f"{name}.csv") if r.get("ratio")]
-    rows = [r for r in rows if not r["provider"].startswith("fastvq")]
+    rows = [r for r in rows if not r["provider"].startswith("fastvq") and r["case"] != "ceilings"]
     if not rows or importlib.util.find_spec("matplotlib") is None:
         return
     import matplotlib
@@ -69,5 +69,5 @@ def plot(out: Path, parts: Sequence[str]) -> None:
     axes.set(xscale="log", xlabel="its time over fastvq's, median")
     axes.invert_yaxis()
     figure.tight_layout()
-    figure.savefig(out / "ratios.png", dpi=110)
+    figure.savefig(out / "ratios.png", dpi=110, bbox_inches="tight")
     plt.close(figure)

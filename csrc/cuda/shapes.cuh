@@ -1,4 +1,4 @@
-// Which shape of block serves which width of vectors. None was timed on a GPU: wide enough that a stage of codes serves
+// Which shape of block serves which width of vectors. Not tuned: wide enough that a stage of codes serves
 // many rows, small enough that the shared memory of the card holds it, several blocks to a multiprocessor where it can.
 #pragma once
 #include <type_traits>

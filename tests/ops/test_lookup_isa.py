@@ -18,7 +18,7 @@ OTHER = _native.ISAS[HERE[-1]]
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """tiles(name): lookups take ``name`` for AMX. Returns the list of the instruction sets that the kernels ran with."""
+    """tiles(name): lookups take ``name`` for AMX. Returns what the kernels ran with."""
     ran = []
 
     def take(name):
@@ -68,7 +68,9 @@ def test_a_small_call_and_a_packed_codebook_try_nothing(tiles):
     x, codebook = gaussian(5000, 40, 33, generator(0))
     few = nearest(x[:1000], codebook, backend="cpu")
     packed = pack_codebook(codebook)
-    assert torch.equal(nearest(x, packed)[:1000], few) and torch.equal(few, oracle.nearest(x[:1000], codebook, "euclidean"))
+    assert torch.equal(nearest(x, packed)[:1000], few) and torch.equal(
+        few, oracle.nearest(x[:1000], codebook, "euclidean")
+    )
     assert [isa for isa, *_ in ran] == [OTHER, OTHER]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _triton
-from fastvq._tiles import Tile, pick
+from fastvq._tiles import NOT_MEASURED, Tile, pick
 from fastvq.ops.nearest.triton_exact import _few, _scan
 from fastvq.ops.nearest.triton_filter import CAP, _decide, _filter, _survivors
 from fastvq.ops.nearest.triton_pack import COLUMNS, FIRST_DATA, _pack_codes, _survey, gamma
@@ -43,22 +43,26 @@ WIDEST_FILTERED = 1 << 14  # gamma, and so the share of rows that the filter pro
 FEW_SCORES = 1 << 12  # K * D below which packing costs more than the definition itself
 
 
-def _rows(capability: int, dim: int, **meta: int) -> list[Tile]:
-    return [Tile(capability, dim, dtype, meta) for dtype in (torch.float16, torch.bfloat16)]
+def _rows(capability: int, dim: int, measured: str = NOT_MEASURED, **meta: int) -> list[Tile]:
+    return [Tile(capability, dim, dtype, meta, measured) for dtype in (torch.float16, torch.bfloat16)]
+
+
+def _on_h100(shape: str) -> str:
+    return f"H100 80GB HBM3, {shape}, 2026-11, of 43 tiles"
 
 
 # fmt: off
 TILES = [
     *_rows(80, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=4, num_stages=3),
     *_rows(80, 64, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
-    *_rows(80, 128, BM=128, BN=128, BD=128, GROUP=4, num_warps=8, num_stages=2),
+    *_rows(80, 128, BM=128, BN=128, BD=128, GROUP=8, num_warps=8, num_stages=2),
     *_rows(80, 256, BM=128, BN=64, BD=256, GROUP=4, num_warps=8, num_stages=2),
     *_rows(80, WIDEST, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
-    *_rows(90, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(90, 64, BM=128, BN=64, BD=64, GROUP=4, num_warps=4, num_stages=3),
-    *_rows(90, 128, BM=128, BN=128, BD=128, GROUP=4, num_warps=8, num_stages=2),
-    *_rows(90, 256, BM=128, BN=64, BD=256, GROUP=4, num_warps=8, num_stages=3),
-    *_rows(90, WIDEST, BM=128, BN=256, BD=64, GROUP=4, num_warps=8, num_stages=3),
+    *_rows(90, 32, _on_h100("262144 x 16384 x 8"), BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),
+    *_rows(90, 64, _on_h100("1048576 x 1024 x 64"), BM=128, BN=64, BD=64, GROUP=4, num_warps=4, num_stages=3),
+    *_rows(90, 128, _on_h100("262144 x 1024 x 128"), BM=128, BN=128, BD=128, GROUP=4, num_warps=8, num_stages=2),
+    *_rows(90, 256, _on_h100("1048576 x 8192 x 256"), BM=128, BN=64, BD=256, GROUP=4, num_warps=8, num_stages=3),
+    *_rows(90, WIDEST, BM=128, BN=256, BD=64, GROUP=8, num_warps=8, num_stages=3),
     *_rows(100, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),
     *_rows(100, 64, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
     *_rows(100, 128, BM=128, BN=128, BD=128, GROUP=4, num_warps=8, num_stages=3),

@@ -40,6 +40,7 @@ from fastvq.ops.nearest.triton_rows import columns_of, norms_of, round_piece, ro
 __all__ = ["TILES", "as_work", "residual_quantize", "served"]
 
 WIDEST = 128  # elements of a row whose residual the registers hold
+MOST_ROWS = 1 << 15  # more are faster a launch a level: the lookup's own kernels keep more of a card busy
 
 
 def _rows(capability: int, dim: int, **meta: int) -> Tile:
@@ -286,14 +287,17 @@ def _levels(
 
 
 def served(x: Tensor, codebooks: Tensor) -> bool:
-    """Whether the levels run in one launch: two levels and more, of float32 and narrower, D up to WIDEST.
+    """Whether the levels run in one launch: two levels and more, of float32 and narrower, D and N not too large.
+
+    On an H100, 8 levels of 1024 codes of width 128: 300,000 rows take 10.8 ms so and 7.4 as eight lookups; 2,000 rows
+    0.4 ms, and 0.9 a launch a level.
 
     One level gains nothing; float64 residuals take twice the registers; and codebooks that the lookup does not pack
     (up to FEW_SCORES elements) go to the definition, level by level.
     """
     n_levels, n_codes, dim = codebooks.shape
     return (
-        n_levels > 1 and dim <= WIDEST and n_codes * dim > lookup.FEW_SCORES and x.numel() > 0
+        n_levels > 1 and dim <= WIDEST and 0 < x.numel() <= MOST_ROWS * dim and n_codes * dim > lookup.FEW_SCORES
         and torch.float64 not in (x.dtype, codebooks.dtype)
     )  # fmt: skip
 
