@@ -220,7 +220,7 @@ def test_the_cases_are_made_on_the_cpu_whatever_the_default_device(unknown_card)
 
 
 def test_recorded_cards_and_cpu_tensors_run_nothing(unknown_card, monkeypatch):
-    assert {("triton", 90), ("cuda", 90)} == _golden.RECORDED
+    monkeypatch.setattr(_golden, "RECORDED", frozenset({("triton", 90)}))
     assert _golden.mismatch("triton", torch.device("cpu"), None, None, F32) is None
     monkeypatch.setattr(_golden._triton, "capability", lambda device: 90)
     assert _golden.mismatch("triton", unknown_card, None, None, F32) is None
