@@ -23,8 +23,8 @@ from fastvq._golden_cases import Configuration, cases, widened
 
 __all__ = ["RECORDED", "differs", "mismatch"]
 
-# (backend, capability times ten) on which every test marked needs_gpu passed with the kernels as they are: an H100.
-# Triton's lookup passed them too, but has been made faster since.
+# (backend, capability times ten) whose lookup, as it is, passed every test marked needs_gpu: an H100. Triton's passed
+# them too, but has been made faster since.
 RECORDED: frozenset[tuple[str, int]] = frozenset({("cuda", 90)})
 
 Lookup = Callable[[Tensor, Tensor, str, str], Tensor]

@@ -38,8 +38,9 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512_vnni": 3, "amx": 4, "emulated": 5}
 # Where a lookup runs on tiles unless it is told to: on how many rows and codes it is tried, the share of rows up to
-# which it pays that bfloat16 leaves more than one code open, and the rows of a call that is too small to try.
-TRIED_ROWS, TRIED_CODES, MOST_OPEN, FEW_ROWS = 256, 1024, 0.5, 4096
+# which it pays that bfloat16 leaves more than one code open, the rows of a head that are too few to try, and the least
+# width that tiles are made for (csrc/cpu/nearest.cpp).
+TRIED_ROWS, TRIED_CODES, MOST_OPEN, FEW_ROWS, LEAST_DIM = 256, 1024, 0.5, 8192, 32
 
 
 def unavailable() -> str | None:
@@ -88,18 +89,18 @@ def packing_isa() -> int:
     return ISAS[_ISAS_HERE[-2]] if _tiles_by_choice() else isa()
 
 
-def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int) -> int:
+def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int, fast: bool) -> int:
     """The instruction set to look ``rows`` up with; the views are those of ``rows_view`` and ``codes_view``.
 
     Tiles are the fastest where vectors spread in all directions. Where they share most of their length with their
     neighbours, as patches of photographs do, bfloat16 leaves most rows with several codes, and 16-bit integers are
-    faster. So a few rows of the first head, evenly spread, are tried against a few of its codes. Indices are the same
-    either way.
+    faster. So a few rows of the first head, evenly spread, are tried against a few of its codes. Exact indices are the
+    same either way; ``fast`` ones are not, and must not depend on what else is in the call, so nothing is tried.
     """
     data, dtype, _, n_outer, n_inner, dim, _, stride_outer, stride_inner, stride_d = rows
     if not _tiles_by_choice():
         return isa()
-    if n_outer * n_inner < FEW_ROWS:
+    if fast or dim < LEAST_DIM or n_outer * n_inner < FEW_ROWS:
         return packing_isa()
     inner = min(n_inner, max(16, TRIED_ROWS // n_outer))
     outer = min(n_outer, TRIED_ROWS // inner)
@@ -110,7 +111,8 @@ def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int) -> in
     step = max(1, codes[3] // TRIED_CODES)
     few_codes = (*codes[:2], 1, codes[3] // step, codes[4], 0, step * codes[6], codes[7])
     indices = torch.empty(outer * inner, dtype=torch.int64)
-    open_rows = sum(_cpu.nearest(tried, few_codes, metric, False, indices.data_ptr(), ISAS["amx"], 1, 0))
+    threads = torch.get_num_threads()
+    open_rows = sum(_cpu.nearest(tried, few_codes, metric, False, indices.data_ptr(), ISAS["amx"], threads, 0))
     return isa() if open_rows <= MOST_OPEN * outer * inner else packing_isa()
 
 

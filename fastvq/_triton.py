@@ -23,6 +23,7 @@ __all__ = ["capability", "float64_bits", "interpreting", "lazily", "refuse", "re
 
 OLDEST_TRITON = (3, 6)
 OLDEST = 80  # compute capability times ten: the first with bf16 tensor cores and asynchronous copies
+ROWS_OF_ALL_LEVELS = 1 << 15  # of a residual quantization in one launch (fastvq/ops/residual/triton_levels.py)
 MOST_ROWS = 2**31 - 2**16  # a last block that reaches over the end is still numbered in 32 bits
 
 

@@ -219,6 +219,17 @@ def test_the_cases_are_made_on_the_cpu_whatever_the_default_device(unknown_card)
         assert _golden.mismatch("triton", unknown_card, reference.nearest, reference.nearest, F32) is None
 
 
+@pytest.mark.parametrize("n, levels", [(32768, 2), (32769, 1)])
+def test_residuals_are_checked_by_the_kernels_that_will_run(n, levels, monkeypatch):
+    """Too many rows for all levels in one launch: by one level, which is never one launch."""
+    asked = []
+    monkeypatch.setattr(_golden, "mismatch", lambda *given: asked.append(given[4]))
+    x, codebooks = torch.empty(1, 64).expand(n, -1), torch.empty(3, 100, 64)
+    refuse = residual._refuse("triton", lambda x: None, None)
+    assert refuse(x, codebooks, None, "euclidean", 1.0, False, "exact") is None
+    assert [call.others[:1] for call in asked] == [(levels,)]
+
+
 def test_recorded_cards_and_cpu_tensors_run_nothing(unknown_card, monkeypatch):
     monkeypatch.setattr(_golden, "RECORDED", frozenset({("triton", 90)}))
     assert _golden.mismatch("triton", torch.device("cpu"), None, None, F32) is None

@@ -26,11 +26,9 @@ def isa(request, monkeypatch):
 
 
 def few(isa, d):
-    """The share of Gaussian rows that may be scored twice. Rounded operands decide fewer: bfloat16, unless split in
-    two, and integers of 16 bits, which are for wider vectors."""
-    rounded = {"amx": (0.35, 11), "emulated": (0.35, 11), "avx512_vnni": (0.1, 32)}
-    share, least = rounded.get(isa, (0.01, 1))
-    return share if d >= least else 0.01
+    """The share of Gaussian rows that may be scored twice. Rounded operands, which are for wide vectors, decide fewer:
+    bfloat16, and integers of 16 bits."""
+    return {"amx": 0.35, "emulated": 0.35, "avx512_vnni": 0.1}.get(isa, 0.01) if d >= 32 else 0.01
 
 
 def gaussian(n, k, d):

@@ -167,4 +167,5 @@ def test_where_one_launch_serves():
     ):
         x, codebooks = torch.empty(5, d, dtype=x_dtype), torch.empty(q, k, d, dtype=dtype)
         assert triton_levels.served(x, codebooks) == served
-    assert not triton_levels.served(torch.empty(0, 64), torch.empty(2, 1024, 64))
+    for n, served in ((0, False), (32768, True), (32769, False)):
+        assert triton_levels.served(torch.empty(n, 64), torch.empty(2, 1024, 64)) == served

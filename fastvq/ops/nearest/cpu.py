@@ -19,10 +19,10 @@ def nearest(
 ) -> Tensor:  # [...] or [H, ...] int64
     indices = torch.empty(x.shape[:-1], dtype=torch.int64)
     x, rows = _native.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
-    codes, metric_code = _native.codes_view(codebook), _native.metric_code(metric)
-    isa = _native.lookup_isa(rows, codes, metric_code) if layout is None else _native.packing_isa()
+    codes, metric_code, fast = _native.codes_view(codebook), _native.metric_code(metric), precision == "fast"
+    isa = _native.lookup_isa(rows, codes, metric_code, fast) if layout is None else _native.packing_isa()
     _native._cpu.nearest(
-        rows, codes, metric_code, precision == "fast", indices.data_ptr(), isa, torch.get_num_threads(),
+        rows, codes, metric_code, fast, indices.data_ptr(), isa, torch.get_num_threads(),
         0 if layout is None else layout.data_ptr(),
     )  # fmt: skip
     return indices

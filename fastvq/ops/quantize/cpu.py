@@ -31,10 +31,10 @@ def quantize(
     quantized = Output(x, heads)
     x, rows = _native.rows_view(x, heads)
     mask = None if mask is None else mask.contiguous()
-    codes, metric_code = _native.codes_view(codebook), _native.metric_code(metric)
-    isa = _native.lookup_isa(rows, codes, metric_code) if layout is None else _native.packing_isa()
+    codes, metric_code, fast = _native.codes_view(codebook), _native.metric_code(metric), precision == "fast"
+    isa = _native.lookup_isa(rows, codes, metric_code, fast) if layout is None else _native.packing_isa()
     square, n_rows = _native._cpu.quantize_forward(
-        rows, codes, metric_code, precision == "fast",
+        rows, codes, metric_code, fast,
         0 if mask is None else mask.data_ptr(), _native.rows_of(quantized.rows), indices.data_ptr(), isa,
         torch.get_num_threads(), 0 if layout is None else layout.data_ptr(),
         None if statistics is None else _native.statistics_view(*statistics),

@@ -41,12 +41,14 @@ def _refuse(
     """Why a GPU backend cannot serve: ``refuse``, or the golden set, run by two levels where the call has more.
 
     Not the lookup's own: all levels may be one kernel, and then a call would have the lookup's compiled for nothing.
+    Where they are too many rows for that, by one level, which is never one kernel.
     """
 
     def reason(
         x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: str, beta: float, statistics: bool, precision: str
     ) -> str | None:
-        levels = min(2, codebooks.shape[0]), mask is not None
+        many = x.numel() > _triton.ROWS_OF_ALL_LEVELS * x.shape[-1]
+        levels = 1 if many else min(2, codebooks.shape[0]), mask is not None
         return refuse(x) or _golden.mismatch(
             backend,
             x.device,

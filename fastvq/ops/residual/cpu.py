@@ -31,11 +31,11 @@ def residual_quantize(
     x, rows = _native.rows_view(x, None)
     levels = _native.codes_view(codebooks)
     mask = None if mask is None else mask.contiguous()
-    metric_code = _native.metric_code(metric)
+    metric_code, fast = _native.metric_code(metric), precision == "fast"
     n_rows = _native._cpu.residual_quantize(
-        rows, levels, metric_code, precision == "fast", 0 if mask is None else mask.data_ptr(),
+        rows, levels, metric_code, fast, 0 if mask is None else mask.data_ptr(),
         _native.rows_of(quantized.rows), indices.data_ptr(), squares.data_ptr(), finite_levels.data_ptr(),
-        _native.lookup_isa(rows, levels, metric_code), threads,
+        _native.lookup_isa(rows, levels, metric_code, fast), threads,
     )  # fmt: skip
     dtype = reference.residual_dtype(x, codebooks)
     sums = torch.empty((n_levels, n_codes, dim) if statistics else (0,), dtype=dtype)

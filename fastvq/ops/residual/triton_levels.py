@@ -40,7 +40,7 @@ from fastvq.ops.nearest.triton_rows import columns_of, norms_of, round_piece, ro
 __all__ = ["TILES", "as_work", "residual_quantize", "served"]
 
 WIDEST = 128  # elements of a row whose residual the registers hold
-MOST_ROWS = 1 << 15  # more are faster a launch a level: the lookup's own kernels keep more of a card busy
+MOST_ROWS = _triton.ROWS_OF_ALL_LEVELS  # more are faster a launch a level: the lookup's kernels keep a card busier
 
 
 def _rows(capability: int, dim: int, **meta: int) -> Tile:
