@@ -15,9 +15,9 @@ rows once more and notes, for each, the groups that reach its L; triton_exact.py
 
 Nothing of size N x K exists. Shared memory: BM * D' + stages * BN * (D' + 16) elements of 16 bits, D' being BD where
 the row tile is not kept. Arithmetic: (GROUP - 1 + 4) / GROUP operations a score, 1.75 for groups of 4, 1.375 for groups
-of 8; but these give step 3 twice as many codes to read. In one run on an H100 a whole lookup took 0.79 ms with groups of
-4 and 0.96 with 8 (1048576 x 1024 x 64, bfloat16; float32 1.05 and 1.41), 9.45 and 9.93 (1048576 x 8192 x 256, bfloat16),
-but 0.87 and 0.83 at 262144 x 16384 x 8 (float32).
+of 8; but these give step 3 twice as many codes to read. In one run on an H100 a whole lookup took 0.79 ms with groups
+of 4 and 0.96 with 8 (1048576 x 1024 x 64, bfloat16; float32 1.05 and 1.41), 9.45 and 9.93 (1048576 x 8192 x 256,
+bfloat16), but 0.87 and 0.83 at 262144 x 16384 x 8 (float32).
 """
 
 from __future__ import annotations
