@@ -89,8 +89,10 @@ def packing_isa() -> int:
     return ISAS[_ISAS_HERE[-2]] if _tiles_by_choice() else isa()
 
 
-def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int, fast: bool) -> int:
+def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int, fast: bool, packed: bool = False) -> int:
     """The instruction set to look ``rows`` up with; the views are those of ``rows_view`` and ``codes_view``.
+
+    packed: that of the layout which is there already.
 
     Tiles are the fastest where vectors spread in all directions. Where they share most of their length with their
     neighbours, as patches of photographs do, bfloat16 leaves most rows with several codes, and 16-bit integers are
@@ -100,7 +102,7 @@ def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int, fast:
     data, dtype, _, n_outer, n_inner, dim, _, stride_outer, stride_inner, stride_d = rows
     if not _tiles_by_choice():
         return isa()
-    if fast or dim < LEAST_DIM or n_outer * n_inner < FEW_ROWS:
+    if packed or fast or dim < LEAST_DIM or n_outer * n_inner < FEW_ROWS:
         return packing_isa()
     inner = min(n_inner, max(16, TRIED_ROWS // n_outer))
     outer = min(n_outer, TRIED_ROWS // inner)

@@ -20,7 +20,7 @@ def nearest(
     indices = torch.empty(x.shape[:-1], dtype=torch.int64)
     x, rows = _native.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
     codes, metric_code, fast = _native.codes_view(codebook), _native.metric_code(metric), precision == "fast"
-    isa = _native.lookup_isa(rows, codes, metric_code, fast) if layout is None else _native.packing_isa()
+    isa = _native.lookup_isa(rows, codes, metric_code, fast, layout is not None)
     _native._cpu.nearest(
         rows, codes, metric_code, fast, indices.data_ptr(), isa, torch.get_num_threads(),
         0 if layout is None else layout.data_ptr(),

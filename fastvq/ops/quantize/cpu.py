@@ -32,7 +32,7 @@ def quantize(
     x, rows = _native.rows_view(x, heads)
     mask = None if mask is None else mask.contiguous()
     codes, metric_code, fast = _native.codes_view(codebook), _native.metric_code(metric), precision == "fast"
-    isa = _native.lookup_isa(rows, codes, metric_code, fast) if layout is None else _native.packing_isa()
+    isa = _native.lookup_isa(rows, codes, metric_code, fast, layout is not None)
     square, n_rows = _native._cpu.quantize_forward(
         rows, codes, metric_code, fast,
         0 if mask is None else mask.data_ptr(), _native.rows_of(quantized.rows), indices.data_ptr(), isa,

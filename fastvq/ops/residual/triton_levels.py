@@ -349,9 +349,8 @@ def residual_quantize(
     """The sum of the codes [N, D] float32, the indices [N, Q], and the squares of the differences [Q, programs]."""
     code, fast = lookup.METRICS[metric], precision == "fast"
 
-    def launch(meta: Mapping[str, int]) -> None:  # for tuning: a slab at most
-        part = slice(0, lookup.ROWS_A_SLAB)
-        _launch(x[part], codebooks, None if mask is None else mask[part], code, fast, meta)
+    def launch(meta: Mapping[str, int]) -> None:  # for tuning
+        _launch(x, codebooks, mask, code, fast, meta)
 
     meta = pick("residual_quantize", TILES, x.device, codebooks.shape[-1], torch.float16, launch)
     return _launch(x, codebooks, mask, code, fast, meta)
