@@ -16,6 +16,7 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
 
 from fastvq import _native, _triton
 from fastvq._env import VARIABLES
+from tests.fuzz import shares
 
 # reference, then the CPU kernels once for each instruction set that this machine has.
 ENGINES = ["reference", *(f"cpu-{isa}" for isa in _native.available_isas())]
@@ -25,6 +26,30 @@ BEYOND = ("emulated", "avx512_vnni")
 OWN = ("test_nearest", "test_quantize", "test_residual", "test_step", "test_pack_codebook", "test_masked_conv_tiles")
 # The Triton kernels on CPU tensors: a hundred times slower, so only for tests marked `interpreted`.
 INTERPRETED = ["triton"] if _triton.interpreting() and _triton.unavailable() is None else []
+SHARES = pytest.StashKey[dict[str, int]]()  # examples of each fuzz test
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fuzz")
+    group.addoption("--fuzz", type=int, default=shares.DEFAULT, metavar="N", help="examples of all fuzz tests together")
+    group.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="what they are generated from")
+
+
+@pytest.fixture
+def fuzz(request, record_property):
+    """fuzz(check, **strategies) runs the test's share of the examples."""
+    from tests.fuzz.examples import Examples  # hypothesis, which the other tests do without
+
+    count = request.config.stash[SHARES].get(request.node.nodeid, 1)
+    record_property("fuzz", count)
+    return Examples(count, request.config.getoption("--fuzz-seed"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    ran = [(r.nodeid, n) for r in terminalreporter.getreports("passed") for k, n in r.user_properties if k == "fuzz"]
+    if ran:
+        seed = config.getoption("--fuzz-seed")
+        terminalreporter.write_line(f"fuzz: {sum(n for _, n in ran):,} examples passed, --fuzz-seed={seed}")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +92,9 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.hookimpl(trylast=True)  # the tests that -k and -m have left
 def pytest_collection_modifyitems(config, items):
+    config.stash[SHARES] = shares.share(items, config.getoption("--fuzz"))
     repeated = [i for i in items if any(isa in i.nodeid for isa in BEYOND) and not i.path.name.startswith(OWN)]
     if repeated:
         config.hook.pytest_deselected(items=repeated)
