@@ -8,11 +8,19 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
-#include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
 namespace fastvq {
+
+// Threads that are joined wherever the scope is left, by an exception too.
+struct JoinedThreads {
+  std::vector<std::thread> threads;
+  ~JoinedThreads() {
+    for (std::thread& t : threads) t.join();
+  }
+};
 
 // Calls body(chunk, thread) for every chunk in [0, n_chunks), chunks handed out in order to whichever thread is free.
 // An exception in a body stops the hand-out and is thrown again here.
@@ -24,28 +32,30 @@ void parallel_chunks(int64_t n_chunks, int n_threads, const Body& body) {
     return;
   }
   std::atomic<int64_t> next{0};
-  std::exception_ptr error;
-  std::mutex error_lock;
-  auto work = [&](int thread) {
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // of the first body that throws; read once all threads are joined
+  const auto stop = [&] { next.store(n_chunks, std::memory_order_relaxed); };
+  const auto work = [&](int thread) noexcept {
     try {
       for (int64_t c; (c = next.fetch_add(1, std::memory_order_relaxed)) < n_chunks;) body(c, thread);
     } catch (...) {
-      std::lock_guard<std::mutex> hold(error_lock);
-      if (!error) error = std::current_exception();
-      next.store(n_chunks, std::memory_order_relaxed);
+      if (!failed.exchange(true)) error = std::current_exception();
+      stop();
     }
   };
-  std::vector<std::thread> threads;
-  threads.reserve(static_cast<size_t>(n_threads) - 1);
-  for (int t = 1; t < n_threads; ++t) {
+  {
+    JoinedThreads joined;
+    joined.threads.reserve(static_cast<size_t>(n_threads) - 1);
     try {
-      threads.emplace_back(work, t);
+      for (int t = 1; t < n_threads; ++t) joined.threads.emplace_back(work, t);
     } catch (const std::system_error&) {
-      break;  // the system gives no more threads: those there are do the work
+      // The system gives no more threads: the ones made so far do the work.
+    } catch (...) {
+      stop();
+      throw;
     }
+    work(0);
   }
-  work(0);
-  for (auto& t : threads) t.join();
   if (error) std::rethrow_exception(error);
 }
 

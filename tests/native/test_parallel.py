@@ -1,0 +1,27 @@
+"""How threads share work (csrc/cpu/parallel.h), in a program of its own: a fault there ends the process."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def compile_program(name: str, folder: Path, *flags: str) -> Path:
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler on this machine")
+    program = folder / name
+    options = ["-std=c++17", "-O1", "-pthread", *flags, "-o", str(program)]
+    done = subprocess.run([*compiler.split(), str(HERE / f"{name}.cpp"), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def test_an_allocation_that_fails_joins_every_thread_and_raises(tmp_path):
+    # Threads, their list and the work itself allocate: any of them may be the one that fails.
+    done = subprocess.run([compile_program("parallel", tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
