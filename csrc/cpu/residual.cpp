@@ -4,8 +4,11 @@
 //
 // Statistics of the residuals take a second pass, over columns: a column of every residual follows from that column
 // of x and the codes alone, so each task adds up its columns of every level, rows in order, whatever the threads.
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "elements.h"
 #include "lookup_driver.h"
