@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import fastvq
-from drop_in_cases import CASES, Prepared
+from drop_in.cases import CASES, Prepared
 from harness import Call, PeakMemory, Progress, Row, interleave, paired_ratio, print_notes, write_csv
 from harness.machine import commit, describe_machine, describe_versions
 from harness.report import print_cells

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from harness import Row
-from learning_measure import measure, parse, run
-from learning_providers import STATISTICS
+from learning.measure import measure, parse, run
+from learning.providers import STATISTICS
 
 SHAPES = ((65536, 1024, 64), (65536, 1024, 256), (65536, 16384, 8), (4096, 512, 64))
 LARGE = (1048576, 1024, 64)

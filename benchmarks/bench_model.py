@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from harness.machine import commit, describe_machine, describe_versions
-from model_quality import digits, photographs
-from model_speed import drawings, training_steps
+from model.quality import digits, photographs
+from model.speed import drawings, training_steps
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("digits", "photographs", "steps", "generate")

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 import fastvq
-import photographs
 from fastvq.models import PixelCNN
 from fastvq.ops import nearest
-from harness import Row, write_csv
+from harness import Row, photographs, write_csv
 from harness.machine import describe_machine
 from harness.report import print_cells
 

@@ -17,14 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fastvq
-import photographs
-from harness import Progress, Row, missing_extras, print_notes, print_table, write_csv
+from harness import Progress, Row, missing_extras, photographs, print_notes, print_table, write_csv
 from harness.machine import commit, describe_machine, describe_versions, read_bandwidth
 from harness.report import print_cells
 from harness.timing import thread_count
-from providers import Provider, all_providers
-from quantize_cases import PICTURE_CODES, QUICK_CODES, Case, chosen_cases
-from quantize_measure import DEFAULT, FULL, QUICK, SWEEP, Budget, measure
+from lookup.cases import PICTURE_CODES, QUICK_CODES, Case, chosen_cases
+from lookup.measure import DEFAULT, FULL, QUICK, SWEEP, Budget, measure
+from lookup.providers import Provider, all_providers
 
 OPTIONAL = {
     "matplotlib": "plots and the picture",
@@ -126,20 +125,20 @@ def print_sweep(axis: str, results: Sequence[tuple[Case, Row]]) -> None:
 
 
 def draw(out: Path, results: Sequence[tuple[Case, Row]], options: argparse.Namespace) -> list[Path]:
-    import quantize_plots
+    from lookup import plots
 
     written = []
     if any(case.sweep for case, _ in results):
-        quantize_plots.plot_speed(out / "speed.png", results)
+        plots.plot_speed(out / "speed.png", results)
         written.append(out / "speed.png")
     if any(row.gflops is not None and row.threads == 1 for _, row in results):
         with thread_count(1):
             bandwidth = read_bandwidth()
-        quantize_plots.plot_roofline(out / "roofline.png", results, bandwidth)
+        plots.plot_roofline(out / "roofline.png", results, bandwidth)
         written.append(out / "roofline.png")
     if "photographs" in options.data:
         codes = QUICK_CODES if options.quick else PICTURE_CODES
-        quantize_plots.plot_photographs(out / "photographs.png", codes)
+        plots.plot_photographs(out / "photographs.png", codes)
         written.append(out / "photographs.png")
     return written
 

@@ -17,8 +17,8 @@ import torch
 
 from fastvq.ops import nearest
 from harness import Row
-from learning_measure import measure, parse, run
-from learning_providers import RESIDUAL_STEPS, STEPS, exact_levels
+from learning.measure import measure, parse, run
+from learning.providers import RESIDUAL_STEPS, STEPS, exact_levels
 
 SHAPE, QUICK_SHAPE = (65536, 1024, 64), (4096, 512, 64)
 # levels, N, K, D; a step of the peer's takes a quarter of a minute at the full size

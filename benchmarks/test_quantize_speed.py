@@ -11,12 +11,11 @@ import functools
 import pytest
 import torch
 
-import photographs
-from harness import thread_count
+from harness import photographs, thread_count
 from harness.timing import environment
-from providers import all_providers
-from quantize_cases import Case, gaussian_cases, photograph_cases
-from quantize_measure import Sample, set_up
+from lookup.cases import Case, gaussian_cases, photograph_cases
+from lookup.measure import Sample, set_up
+from lookup.providers import all_providers
 
 CALL_SECONDS = 0.05
 N_CHECKED = 1024

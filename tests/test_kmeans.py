@@ -140,7 +140,7 @@ def test_inertia_of_scikit_learn_on_photographs(monkeypatch):
     pytest.importorskip("skimage")
     cluster = pytest.importorskip("sklearn.cluster")
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    import photographs
+    from harness import photographs
 
     x = torch.from_numpy(photographs.patches("8x8")[::2])
     ours = sum(kmeans(x, 64, n_iter=25, generator=generator(seed)).inertia for seed in range(3))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench_masked_conv import CASES, QUICK, Case, cropped, dense, inputs, one_crop
-from bench_sampling import recompute
+from conv.masked import CASES, QUICK, Case, cropped, dense, inputs, one_crop
+from conv.sampling import recompute
 from fastvq.models import PixelCNN
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
 from gpu.card import read_ceilings

@@ -10,8 +10,8 @@ from gpu.card import read_ceilings
 from gpu.lookup import ours, under
 from gpu.timing import captured, rows_of, timed
 from harness import Row
-from learning_providers import STATISTICS, fastvq_step, index_add, peer_step, torch_step
-from providers import needs
+from learning.providers import STATISTICS, fastvq_step, index_add, peer_step, torch_step
+from lookup.providers import needs
 
 SHAPES = ((1 << 20, 1024, 64, False), (1 << 20, 1024, 64, True), (65536, 8192, 256, False), (1 << 18, 16384, 8, False))
 REHEARSED = ((130, 65, 16, False), (130, 65, 16, True))

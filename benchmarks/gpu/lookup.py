@@ -15,7 +15,7 @@ from fastvq.ops import nearest, residual_quantize
 from gpu.card import lookup_seconds, read_ceilings
 from gpu.timing import captured, rows_of, timed
 from harness import Row, count_differing, nearest_float64
-from providers import cdist_argmin, compiled, needs, prepare_vector_quantize
+from lookup.providers import cdist_argmin, compiled, needs, prepare_vector_quantize
 
 SHAPES = ((1 << 20, 1024, 64), (1 << 20, 8192, 256), (1 << 18, 16384, 8), (65536, 512, 64))
 REHEARSED = ((130, 65, 16),)

@@ -69,7 +69,7 @@ def test_quick_run_writes_table_csv_and_pictures(tmp_path, benchmarks):
     assert "gaussian: N 4096, K 512, D 64" in done.stdout and "Sweep over K" in done.stdout
     data = {row["data"] for row in rows}
     kinds = {"gaussian"}
-    if benchmarks("photographs").unavailable() is None:
+    if benchmarks("harness.photographs").unavailable() is None:
         kinds |= {"photographs 4x4x3", "photographs 8x8"}
     assert data == kinds
     if importlib.util.find_spec("matplotlib"):

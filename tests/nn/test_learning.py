@@ -80,7 +80,7 @@ def patches():
 
     sys.path.insert(0, str(Path(__file__).parent.parent.parent / "benchmarks"))
     try:
-        import photographs
+        from harness import photographs
     finally:
         sys.path.pop(0)
     x = torch.from_numpy(photographs.patches("4x4x3"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvq.nn import ResidualVQ, VectorQuantizer
 from fastvq.ops import code_statistics, nearest, quantize
-from providers import addmm_argmin, always, needs
+from lookup.providers import addmm_argmin, always, needs
 
 DECAY, EPS, BETA = 0.99, 1e-5, 0.25
 

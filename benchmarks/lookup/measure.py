@@ -24,8 +24,8 @@ from harness import (
 )
 from harness.machine import available_mib
 from harness.timing import environment
-from providers import Lookup, Provider
-from quantize_cases import SEED, Case
+from lookup.cases import SEED, Case
+from lookup.providers import Lookup, Provider
 
 # Beside fastvq's strongest; scaling a few vectors up would charge these for every call's fixed costs many times.
 HEADLINE = ("cdist", "faiss")

@@ -18,7 +18,7 @@ from fastvq.models import VQVAE, VQVAE2, Prior
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.nn import update_codebooks
 from harness.timing import Call, interleave, paired_ratio, thread_count
-from model_peers import dense_prior, peer_autoencoder
+from model.peers import dense_prior, peer_autoencoder
 
 __all__ = ["drawings", "training_steps"]
 

@@ -41,7 +41,7 @@ def part(module: str) -> ModuleType:
 
 
 def doubles() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "tests" / "compat" / "doubles.py"
+    path = Path(__file__).resolve().parents[2] / "tests" / "compat" / "doubles.py"
     spec = importlib.util.spec_from_file_location("doubles", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is missing")

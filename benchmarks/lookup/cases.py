@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastvq
-import photographs
+from harness import photographs
 
 SHAPES = (
     (65536, 1024, 64),

@@ -13,10 +13,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-import photographs
 from fastvq.ops import nearest
-from harness import Row
-from quantize_cases import SWEEP_CENTRE, THREADS_SHAPE, Case, photograph_codebook
+from harness import Row, photographs
+from lookup.cases import SWEEP_CENTRE, THREADS_SHAPE, Case, photograph_codebook
 
 COLOURS = {
     "fastvq amx": "#9b1d3a",

@@ -12,7 +12,7 @@ from harness import Call, PeakMemory, Progress, Row, interleave, missing_extras,
 from harness.machine import commit, describe_machine, describe_versions
 from harness.report import write_csv
 from harness.timing import thread_count
-from learning_providers import Learner
+from learning.providers import Learner
 
 OURS, THEIRS = "#d1495b", "#00798c"
 

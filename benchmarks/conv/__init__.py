@@ -1,0 +1,1 @@
+"""Masked convolution and sampling: cases, peers, measuring."""

@@ -1,0 +1,1 @@
+"""Quantizers of other packages before and after the patch: the cases."""

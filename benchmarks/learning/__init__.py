@@ -1,0 +1,1 @@
+"""Codebook learning: peers and measuring of statistics and training steps."""

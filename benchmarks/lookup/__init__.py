@@ -1,0 +1,1 @@
+"""The lookup benchmark: cases, peers, measuring, plots."""

@@ -1,0 +1,1 @@
+"""The reference model: quality, speed and the peers' networks."""
