@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from fastvq._json import read_json, write_json
 from fastvq.cli import app
 from fastvq.data import ImageFolder
 
@@ -75,7 +76,7 @@ def test_training_writes_a_model_a_log_and_pictures(runs):
 def test_a_second_run_needs_resume(runs):
     again = ["train", "vqvae", "--data", runs / "pictures", "--out", runs / "vqvae", "--levels", 2, "--downsample", 2,
              "--steps", 6, *SMALL]  # fmt: skip
-    assert "resume it" in " ".join(fastvq(*again, status=1).output.split())
+    assert "resume it" in " ".join(fastvq(*again, status=2).output.split())
     before = (runs / "vqvae" / "model.safetensors").read_bytes()
     fastvq(*again, "--resume")
     assert (runs / "vqvae" / "model.safetensors").read_bytes() == before
@@ -85,7 +86,7 @@ def test_a_run_is_not_gone_on_with_other_data(runs):
     before = (runs / "vqvae" / "data.json").read_text()
     for way in ([], ["--resume"]):
         said = fastvq("train", "vqvae", "--data", runs / "pictures" / "a", "--out", runs / "vqvae", *SMALL, *way,
-                      status=1).output  # fmt: skip
+                      status=2).output  # fmt: skip
         assert "holds a run on other data" in " ".join(said.split())
     assert (runs / "vqvae" / "data.json").read_text() == before
 
@@ -100,7 +101,7 @@ def test_priors_of_another_model_are_refused(runs, tmp_path):
         ["edit", *other, "--prior", runs / "prior", "--label", 0],
         ["train", "prior", *other, "--out", runs / "prior", "--resume"],
     ):
-        assert "ids of another model" in " ".join(fastvq(*command, status=1).output.split())
+        assert "ids of another model" in " ".join(fastvq(*command, status=2).output.split())
 
 
 def test_no_run_ends_for_pictures_that_cannot_be_used(runs, tmp_path):
@@ -130,7 +131,7 @@ def test_samples_by_label_and_of_every_class(runs, tmp_path):
     assert len(list((tmp_path / "each").iterdir())) == 4 and side(tmp_path / "each" / "00000.png") == (16, 16)
     assert side(tmp_path / "all.png")[0] > 3 * 96
     assert "one of the prior's classes (0 .. 1)" in " ".join(
-        fastvq("sample", *both, "--label", 5, status=1).output.split()
+        fastvq("sample", *both, "--label", 5, status=2).output.split()
     )
 
 
@@ -174,7 +175,7 @@ def test_encoding_is_resumed_and_decoded(runs, tmp_path):
     fastvq("decode", tmp_path / "ids", "--model", runs / "vqvae", "--out", tmp_path / "decoded", "--limit", 7)
     assert len(list((tmp_path / "decoded").glob("*.png"))) == 7 and (tmp_path / "decoded" / "log.jsonl").is_file()
     assert side(tmp_path / "decoded" / "a_00.png") == (16, 16)
-    assert "another shard_size" in fastvq(*order, "--shard-size", 5, status=1).output
+    assert "another shard_size" in fastvq(*order, "--shard-size", 5, status=2).output
 
 
 def test_shards_are_encoded_without_those_that_are_broken(runs, tmp_path):
@@ -186,10 +187,10 @@ def test_shards_are_encoded_without_those_that_are_broken(runs, tmp_path):
     assert [s["pictures"] for s in manifest["shards"]] == [16, 14]
     assert list(manifest["skipped"]) == ["set.tar/broken"]
     # Another number of processes would cut the stream elsewhere, and the folder would hold pictures twice.
-    order = json.loads((tmp_path / "ids" / "order.json").read_text())
-    (tmp_path / "ids" / "order.json").write_text(json.dumps({**order, "processes": 2}))
+    path = tmp_path / "ids" / "order.json"
+    write_json(path, {**read_json("test", path), "processes": 2}, seal=True)
     said = fastvq("encode", tmp_path / "set.tar", "--model", runs / "vqvae", "--out", tmp_path / "ids",
-                  "--shard-size", 16, status=1).output  # fmt: skip
+                  "--shard-size", 16, status=2).output  # fmt: skip
     assert "was begun with another processes" in " ".join(said.split())
 
 
@@ -226,7 +227,7 @@ def test_errors_are_one_line(runs, tmp_path):
         (["decode", tmp_path / "foreign", "--model", runs / "vqvae"], "manifest.json must be an object with"),
         (["encode", tmp_path / "none", "--model", runs / "vqvae"], "data must be digits"),
     ):
-        output = fastvq(*arguments, status=1).output
+        output = fastvq(*arguments, status=2).output
         assert message in " ".join(output.split()) and "Traceback" not in output
 
 

@@ -7,10 +7,9 @@ made in batches within a shard, so that the tokens are the same on any number of
 
 from __future__ import annotations
 
-import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,19 +18,20 @@ import torch
 import typer
 from torch import Tensor
 
+from fastvq._files import lock_folder
+from fastvq._json import read_json, write_json
 from fastvq.cli import shared
+from fastvq.cli.id_shards import MANIFEST, MANIFEST_KIND, ORDER_KIND, SKIPPED_KIND, check_listed, load_shard, save_shard
 from fastvq.cli.pictures import PAIRED, grid, paired, save_picture, save_png, usage_plot
 from fastvq.data import Picture, Shards, Source, normalise, open_data
 from fastvq.models.autoencoder import Autoencoder
-from fastvq.models.checkpoints import load_tensors, read_json, save_tensors, write_json
-from fastvq.training import Place, barrier, find_device, processes
+from fastvq.training import Place, barrier, find_device, processes, run_folder
 from fastvq.training.log import write_line
 
 __all__ = ["decode", "encode"]
 
 OP = "fastvq encode"
-FORMAT = "fastvq id maps"
-MANIFEST, LOG = "manifest.json", "log.jsonl"
+LOG = "log.jsonl"
 SHOWN, COLUMNS = 16, 8  # pictures of the grid of reconstructions
 NO_LABEL = -1
 
@@ -50,7 +50,7 @@ def encode(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Encode pictures to maps of code ids."""
-    with shared.reported(), processes(device) as place:
+    with shared.reported(), processes(device) as place, run_folder(OP, out, place):
         autoencoder = shared.read_model(model, place.device)
         if size is None:
             size = shared.read_data(model)[1]["size"]
@@ -67,7 +67,7 @@ def encode(
         n_shards = -(-len(source) // shard_size) if isinstance(source, Source) else 0
         with shared.progress(n_shards, "encode", shown=place.first) as advance:
             for number, (name, pictures) in enumerate(_shards(source, shard_size, place)):
-                if not _is_whole(out / name):
+                if not _is_whole(out / name, autoencoder.n_codes):
                     began = time.perf_counter()
                     n = _encode_shard(autoencoder, pictures, out / name, batch_size, place.device)
                     seconds = time.perf_counter() - began
@@ -79,7 +79,8 @@ def encode(
         if source.skipped:
             # Shards that were whole already were not read again: what they left out was named when they were made.
             path = out / f"skipped-{place.rank}.json"
-            write_json(path, {**(read_json(OP, path) if path.is_file() else {}), **source.skipped})
+            before = read_json(OP, path, SKIPPED_KIND) if path.is_file() else {}
+            write_json(path, {**before, **source.skipped}, seal=True)
         barrier()
         if place.first:
             manifest, counts = _write_manifest(out, autoencoder, order)
@@ -113,10 +114,10 @@ def decode(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
 ) -> None:
     """Decode maps of code ids to pictures (PNG)."""
-    with shared.reported():
+    with shared.reported(), lock_folder("fastvq decode", out):
         place = find_device(device)
         autoencoder = shared.read_model(model, place)
-        manifest = read_json("fastvq decode", ids / MANIFEST, entries=["model_sha256", "pictures", "shards"])
+        manifest = read_json("fastvq decode", ids / MANIFEST, MANIFEST_KIND)
         if manifest["model_sha256"] != shared.fingerprint(model):
             raise ValueError(f"{ids} was made by another model than {model}; its ids mean nothing to this one")
         total = min(manifest["pictures"], limit or manifest["pictures"])
@@ -126,11 +127,13 @@ def decode(
                 if done >= total:
                     break
                 began, before = time.perf_counter(), done
-                tensors, metadata = load_tensors("fastvq decode", ids / shard["name"], FORMAT)
-                names = json.loads(metadata["names"])
+                path = ids / Path(shard["name"]).name
+                loaded = load_shard("fastvq decode", path, autoencoder.n_codes)
+                check_listed("fastvq decode", path, shard, loaded)
+                names = loaded.names
                 for first in range(0, min(len(names), total - done), batch_size):
                     last = min(first + batch_size, len(names), first + total - done)
-                    maps = [tensors[f"level{level}"][first:last].long() for level in range(autoencoder.levels)]
+                    maps = [ids[first:last].long() for ids in loaded.maps]
                     images = autoencoder.decode_maps([m.to(place) for m in maps])
                     for name, image in zip(names[first:last], images, strict=True):
                         save_picture(out / f"{_file_name(name)}.png", image)
@@ -169,9 +172,7 @@ def _encode_shard(
             levels[level].append(ids.cpu().to(_narrow(model.n_codes[level])))
         names += [p.name for p in batch]
         labels += [NO_LABEL if p.label is None else p.label for p in batch]
-    tensors = {f"level{i}": torch.cat(maps) for i, maps in enumerate(levels) if maps}
-    tensors["labels"] = torch.tensor(labels, dtype=torch.int64)
-    save_tensors(path, tensors, {"format": FORMAT, "names": json.dumps(names)})
+    save_shard(path, names, torch.tensor(labels, dtype=torch.int64), [torch.cat(maps) for maps in levels if maps])
     return len(names)
 
 
@@ -180,9 +181,9 @@ def _narrow(n_codes: int) -> torch.dtype:
     return torch.uint8 if n_codes <= 1 << 8 else torch.int16 if n_codes <= 1 << 15 else torch.int32
 
 
-def _is_whole(path: Path) -> bool:
+def _is_whole(path: Path, n_codes: Sequence[int]) -> bool:
     try:
-        load_tensors(OP, path, FORMAT)
+        load_shard(OP, path, n_codes)
     except (FileNotFoundError, ValueError):
         return False
     return True
@@ -192,12 +193,12 @@ def _check_order(out: Path, order: dict[str, Any], place: Place) -> None:
     """Writes what this folder is to hold, or compares with what it was begun with."""
     path = out / "order.json"
     if path.is_file():
-        begun = read_json(OP, path)
+        begun = read_json(OP, path, ORDER_KIND)
         if begun != order:
             differing = ", ".join(sorted(k for k in order if begun.get(k) != order[k]))
             raise ValueError(f"{out} was begun with another {differing}; take another --out")
     elif place.first:
-        write_json(path, order)
+        write_json(path, order, seal=True)
     barrier()
 
 
@@ -208,18 +209,18 @@ def _write_manifest(
     shards: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
     for path in sorted(out.glob("ids-*.safetensors")):
-        tensors, _ = load_tensors(OP, path, FORMAT)
-        for level, k in enumerate(model.n_codes):
-            if f"level{level}" in tensors:  # a shard may hold no picture that could be used
-                counts[level] += torch.bincount(tensors[f"level{level}"].flatten().long(), minlength=k)
-        shards.append({"name": path.name, "pictures": len(tensors["labels"])})
+        shard = load_shard(OP, path, model.n_codes)
+        for level, ids in enumerate(shard.maps):  # none where the shard holds no picture that could be used
+            counts[level] += torch.bincount(ids.flatten().long(), minlength=model.n_codes[level])
+        listed = {"name": path.name, "pictures": len(shard.names)}
+        shards.append({**listed, "sha256": shard.digest} if shard.digest else listed)
     for path in sorted(out.glob("skipped-*.json")):
-        skipped |= read_json(OP, path)
+        skipped |= read_json(OP, path, SKIPPED_KIND)
     manifest = {
         **order, "levels": model.levels, "n_codes": model.n_codes, "strides": model.strides,
         "pictures": sum(s["pictures"] for s in shards), "skipped": skipped, "shards": shards,
     }  # fmt: skip
-    write_json(out / MANIFEST, manifest)
+    write_json(out / MANIFEST, manifest, seal=True)
     return manifest, counts
 
 

@@ -9,9 +9,11 @@ from typing import Annotated, Any
 import typer
 
 import fastvq
+from fastvq._json import read_json
 from fastvq.cli import shared
-from fastvq.models.checkpoints import Pretrained, load_tensors, read_json
-from fastvq.training.state import FORMAT, OP, STATE
+from fastvq.cli.id_shards import MANIFEST, MANIFEST_KIND
+from fastvq.models.checkpoints import Pretrained
+from fastvq.training.state import STATE, saved_step
 
 __all__ = ["info"]
 
@@ -24,8 +26,8 @@ def info(
         described: dict[str, Any]
         if folder is None:
             described = {"version": fastvq.__version__, "build": fastvq.build_info()}
-        elif (folder / "manifest.json").is_file():
-            manifest = read_json("fastvq info", folder / "manifest.json", entries=["model_sha256", "shards"])
+        elif (folder / MANIFEST).is_file():
+            manifest = read_json("fastvq info", folder / MANIFEST, MANIFEST_KIND)
             described = {name: value for name, value in manifest.items() if name != "shards"}
         else:
             model = Pretrained.from_pretrained(folder)
@@ -35,5 +37,5 @@ def info(
                 "parameters": sum(p.numel() for p in model.parameters()),
             }
             if (folder / STATE).is_file():
-                described["step"] = int(load_tensors(OP, folder / STATE, FORMAT)[1]["step"])
+                described["step"] = saved_step(folder)
         typer.echo(json.dumps(described, indent=2, default=str))

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from fastvq._files import write_atomically
 from fastvq.data import to_pixels
-from fastvq.models.checkpoints import write_atomically
 
 __all__ = ["PAIRED", "edit_picture", "grid", "save_picture", "save_png", "usage_plot"]
 

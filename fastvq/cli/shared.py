@@ -15,10 +15,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from fastvq._json import read_json, record, text, whole, write_json
 from fastvq.data import Batch, Loader, Shards, normalise, open_data, read_picture
 from fastvq.data.sources import Source
 from fastvq.models.autoencoder import Autoencoder
-from fastvq.models.checkpoints import WEIGHTS, read_json, write_json
+from fastvq.models.checkpoints import WEIGHTS
 from fastvq.models.prior import Prior
 from fastvq.training import find_device
 from fastvq.training.state import STATE
@@ -32,16 +33,20 @@ console = Console(stderr=True)
 MODEL, PRIOR = Path("runs/vqvae"), Path("runs/prior")
 DATA = "data.json"  # beside a model: what it was trained on
 MADE_FOR = "model.json"  # beside priors: the model whose ids they were trained on
+DATA_KIND = record({"data": text, "size": whole(1, 1 << 16), "channels": whole(1, 1 << 16), "odd": text})
+MADE_FOR_KIND = record({"model_sha256": text})
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turns errors that a user can do something about into one line and exit status 1."""
+    """Turns errors that a user can do something about into one line and exit status 2."""
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from error
+        # Names from files may hold line breaks and terminal codes.
+        said = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(str(error).split()))
+        console.print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
 
 
 @contextmanager
@@ -74,11 +79,11 @@ def write_data(folder: Path, name: str, size: int, channels: int, odd: str) -> N
     """Writes what a run is trained on; ValueError where the folder holds a run on something else."""
     described = {"data": name, "size": size, "channels": channels, "odd": odd}
     if (folder / STATE).is_file() and (folder / DATA).is_file():
-        before = read_json("fastvq", folder / DATA)
+        before = read_json("fastvq", folder / DATA, DATA_KIND)
         if before != described:
             raise ValueError(f"{folder} holds a run on other data ({before}, not {described}); take another --out")
         return
-    write_json(folder / DATA, described)
+    write_json(folder / DATA, described, seal=True)
 
 
 def write_made_for(folder: Path, model: Path) -> None:
@@ -86,11 +91,11 @@ def write_made_for(folder: Path, model: Path) -> None:
     if (folder / MADE_FOR).is_file() and any(folder.glob(f"level*/{STATE}")):
         _check_made_for(folder, model)
     else:
-        write_json(folder / MADE_FOR, {"model_sha256": fingerprint(model)})
+        write_json(folder / MADE_FOR, {"model_sha256": fingerprint(model)}, seal=True)
 
 
 def _check_made_for(folder: Path, model: Path) -> None:
-    if read_json("fastvq", folder / MADE_FOR, entries=["model_sha256"])["model_sha256"] != fingerprint(model):
+    if read_json("fastvq", folder / MADE_FOR, MADE_FOR_KIND)["model_sha256"] != fingerprint(model):
         raise ValueError(
             f"{folder} was trained on the ids of another model than {model}, which mean nothing to this one; "
             f"train a prior for it with `fastvq train prior --model {model} --out` another folder"
@@ -101,7 +106,7 @@ def read_data(folder: Path) -> tuple[str, dict[str, Any]]:
     """(name, options of ``open_data``) of the pictures that a model was trained on."""
     if not (folder / DATA).is_file():
         raise ValueError(f"{folder} does not say what it was trained on ({DATA} is missing); give --data")
-    described = read_json("fastvq", folder / DATA, entries=["data", "size", "channels", "odd"])
+    described = read_json("fastvq", folder / DATA, DATA_KIND)
     return described.pop("data"), described
 
 

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from fastvq._json import write_json
 from fastvq.cli import shared
 from fastvq.cli.pictures import PAIRED, grid, paired, save_png, usage_plot
 from fastvq.data import Loader, open_data
 from fastvq.models import VQVAE, VQVAE2, Prior
 from fastvq.models.autoencoder import Autoencoder
-from fastvq.models.checkpoints import write_json
-from fastvq.training import TrainConfig, autoencoder_objective, prior_objective, processes, train
+from fastvq.training import TrainConfig, autoencoder_objective, prior_objective, processes, run_folder, train
 
 __all__ = ["PRESETS", "PRIOR_PRESETS", "train_prior", "train_vqvae"]
 
@@ -83,7 +83,7 @@ def train_vqvae(
     preset = PRESETS.get(data, PRESETS["photographs"])
     chosen = _filled(preset, levels=levels, codes=codes, code_dim=code_dim, hidden=hidden, steps=steps,
                      batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
-    with shared.reported(), processes(device) as place:
+    with shared.reported(), processes(device) as place, run_folder("fastvq train vqvae", out, place):
         source = open_data(data, "train", size=size, channels=channels, odd=odd)
         torch.manual_seed(seed)
         arguments: dict[str, Any] = dict(
@@ -139,7 +139,7 @@ def train_prior(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train a prior for every level of a model, the top's first; each goes to a folder levelN of --out."""
-    with shared.reported(), processes(device) as place:
+    with shared.reported(), processes(device) as place, run_folder("fastvq train prior", out, place):
         autoencoder = shared.read_model(model, place.device)
         if autoencoder.depth > 1:
             raise ValueError(

@@ -1,114 +1,129 @@
-"""Weights on disk: safetensors written whole or not at all, and a JSON config beside them. Nothing is unpickled."""
+"""Weights on disk: safetensors written whole or not at all, with a digest that is checked, and the config in JSON.
+
+Nothing is unpickled.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+import mmap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Pretrained", "load_state", "load_tensors", "read_json", "save_tensors", "write_atomically", "write_json"]
+from fastvq._files import write_atomically
+from fastvq._json import Kind, anything, mapping_of, parse_json, text, write_json
+
+__all__ = ["Pretrained", "load_state", "load_tensors", "save_tensors"]
 
 Model = TypeVar("Model", bound="Pretrained")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 METADATA = "fastvq"
-
-
-def write_atomically(path: Path | str, data: bytes) -> None:
-    """Writes a file so that whoever reads it, after a crash too, finds the whole old one or the whole new one.
-
-    Raises:
-        OSError: it could not be written (a full disk, say); a file that was there stays as it was.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner may read.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk does not say what it was asked to hold
-        raise
-    with contextlib.suppress(OSError):  # a file system that has no fsync of folders
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def write_json(path: Path | str, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
-
-
-def read_json(op: str, path: Path | str, *, entries: Sequence[str] | None = None) -> Any:
-    """What a JSON file holds; with ``entries`` that must be an object which has them.
-
-    Raises:
-        ValueError: it is no JSON or not such an object; the message names the file.
-        FileNotFoundError: it is not there.
-    """
-    try:
-        value = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{op}: {path} must be JSON, and is not ({error}); it may be truncated") from None
-    if entries is not None and not (isinstance(value, dict) and all(entry in value for entry in entries)):
-        raise ValueError(f"{op}: {path} must be an object with {', '.join(entries)}; it is a file of something else")
-    return value
+DIGEST = "sha256"  # entry of the metadata: the digest of the file, with zeros in the place of the digest
+ZEROS = "0" * 64
+# A config may hold whole numbers up to the number of elements of its weights, or up to the first; counts of layers and
+# the like up to the number of tensors, or up to the second: larger ones are refused before anything is made.
+SMALL_NUMBER, SMALL_COUNT = 1 << 16, 1 << 10
+COUNTS = ("levels", "n_blocks", "depth", "n_layers", "n_heads")
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, atomically: ``metadata["format"]`` names what it is, and ``load_tensors`` asks for it."""
+    """A safetensors file, atomically: ``metadata["format"]`` names what it is, and ``load_tensors`` asks for it.
+
+    The digest is inside the file, so that a rename commits both at once.
+    """
     from safetensors.torch import save
 
     # Clones: safetensors refuses tensors that share memory, as tied codebooks do.
     whole = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     # One entry: safetensors writes several in an order that changes, and equal contents should be equal files.
-    write_atomically(path, save(whole, {METADATA: json.dumps(dict(metadata))}))
+    data = save(whole, {METADATA: json.dumps({**metadata, DIGEST: ZEROS})})
+    at = _digest_place(data, ZEROS)
+    digest = hashlib.sha256(data).hexdigest().encode()
+    view = memoryview(data)
+    write_atomically(path, [view[:at], digest, view[at + len(ZEROS) :]])
 
 
-def load_tensors(op: str, path: Path | str, kind: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def load_tensors(
+    op: str, path: Path | str, kind: str, entries: Sequence[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a file that ``save_tensors`` wrote with ``metadata["format"] == kind``.
+
+    Args:
+        entries: names of the metadata beside the format; those that end in "?" may be absent.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file, it is cut off, or it is one of something else; the message says which.
+        ValueError: it is no safetensors file, it is cut off, it was changed after it was written, it is one of
+            something else or its metadata has other entries; the message says which.
     """
-    from safetensors import SafetensorError, safe_open
+    tensors, metadata = _read_tensors(op, path)
+    _check_format(op, path, metadata, kind, entries)
+    return tensors, metadata
+
+
+def _read_tensors(op: str, path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors import safe_open
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{op}: there is no file {path}")
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+            described = (file.metadata() or {}).get(METADATA, "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except Exception as error:  # safetensors and torch raise many types for what a damaged header may say
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{op}: {path} must be a safetensors file, and cannot be read as one ({error}); "
+            f"{op}: {path} must be a safetensors file, and cannot be read as one ({reason}); "
             "it is truncated or of another format: take an older checkpoint or write it again"
         ) from None
+    metadata, _ = parse_json(op, f"the metadata of {path}", described, mapping_of(text))
+    if DIGEST in metadata and not _is_intact(Path(path), metadata[DIGEST]):
+        raise ValueError(
+            f"{op}: {path} was damaged after it was written: its digest differs; "
+            "copy it again, take an older one or write it again"
+        )
+    return tensors, metadata
+
+
+def _check_format(op: str, path: Path | str, metadata: Mapping[str, str], kind: str, entries: Sequence[str]) -> None:
     if metadata.get("format") != kind:
         raise ValueError(
             f"{op}: {path} must hold a {kind}, got format {metadata.get('format')!r}; "
             "it is a safetensors file of something else"
         )
-    return tensors, metadata
+    needed = {"format", *(name for name in entries if not name.endswith("?"))}
+    known = {*needed, DIGEST, *(name.rstrip("?") for name in entries)}
+    if not needed <= metadata.keys() <= known:
+        missing, unknown = sorted(needed - metadata.keys()), sorted(metadata.keys() - known)
+        raise ValueError(
+            f"{op}: {path} must have the metadata {', '.join(sorted(needed))} (missing: {missing}, not known: "
+            f"{unknown[:3]}); it is damaged or of another version"
+        )
+
+
+def _digest_place(data: bytes | mmap.mmap, digest: str) -> int:
+    """Where the digest stands in the bytes of a file; -1 where it does not."""
+    entry = json.dumps(json.dumps({DIGEST: digest})[1:-1])[1:-1].encode()  # as text inside the header's JSON
+    at = data.find(entry, 0, 8 + int.from_bytes(data[:8], "little"))
+    return -1 if at < 0 else at + entry.index(digest.encode())
+
+
+def _is_intact(path: Path, digest: str) -> bool:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = _digest_place(data, digest)
+        if len(digest) != len(ZEROS) or at < 0:
+            return False
+        with memoryview(data) as view:
+            found = hashlib.sha256(view[:at])
+            found.update(ZEROS.encode())
+            found.update(view[at + len(ZEROS) :])
+        return found.hexdigest() == digest
 
 
 def load_state(op: str, path: Path | str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -116,19 +131,22 @@ def load_state(op: str, path: Path | str, module: nn.Module, tensors: Mapping[st
     expected = module.state_dict()
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
-    differing = [
-        f"{name} is {list(tensors[name].shape)}, not {list(t.shape)}"
-        for name, t in expected.items()
-        if name in tensors and tensors[name].shape != t.shape
+    both = [(name, tensors[name], t) for name, t in expected.items() if name in tensors]
+    shapes = [f"{name} is {list(a.shape)}, not {list(b.shape)}" for name, a, b in both if a.shape != b.shape]
+    types = [
+        f"{name} is {a.dtype}, not {b.dtype}"
+        for name, a, b in both
+        if a.dtype != b.dtype and not (a.is_floating_point() and b.is_floating_point())
     ]
-    if missing or unknown or differing:
-        parts = [("missing", missing), ("not known", unknown), ("of another shape", differing)]
+    if missing or unknown or shapes or types:
+        parts = [("missing", missing), ("not known", unknown), ("of another shape", shapes), ("of another type", types)]
         said = "; ".join(f"{what}: {', '.join(names[:3])}" for what, names in parts if names)
         raise ValueError(
             f"{op}: {path} must hold the weights of this {type(module).__name__}, and does not ({said}); "
             "it belongs to a model of another configuration"
         )
-    module.load_state_dict(dict(tensors))
+    if not any(t.is_meta for t in expected.values()):
+        module.load_state_dict(dict(tensors))
 
 
 class Pretrained(nn.Module):
@@ -142,12 +160,32 @@ class Pretrained(nn.Module):
         Pretrained._kinds[cls.__name__] = cls
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Writes ``folder/model.safetensors`` and ``folder/config.json``, each atomically."""
+        """Writes ``folder/model.safetensors``, config included, and the config again as ``folder/config.json``.
+
+        The first file is the model: a crash between the two leaves a whole one.
+        """
         folder = Path(folder)
-        kind = type(self).__name__
-        config = {"class": kind, **self.config}
-        save_tensors(folder / WEIGHTS, self.state_dict(), {"format": kind, "config": json.dumps(config)})
-        write_json(folder / CONFIG, config)
+        config = self._described()
+        save_tensors(folder / WEIGHTS, self.state_dict(), {"format": config["class"], "config": json.dumps(config)})
+        write_json(folder / CONFIG, config, seal=True)
+
+    def is_saved_in(self, folder: Path | str) -> bool:
+        """Whether ``folder`` holds this model, to the bit, and nothing in it is damaged."""
+        op = f"fastvq.models.{type(self).__name__}"
+        try:
+            config, tensors = _read_model(op, Path(folder))
+        except (ValueError, OSError):
+            return False
+        state = self.state_dict()
+        return (
+            (Path(folder) / CONFIG).is_file()
+            and config == json.loads(json.dumps(self._described()))
+            and tensors.keys() == state.keys()
+            and all(t.dtype == state[name].dtype and torch.equal(t, state[name].cpu()) for name, t in tensors.items())
+        )
+
+    def _described(self) -> dict[str, Any]:
+        return {"class": type(self).__name__, **self.config}
 
     @classmethod
     def from_pretrained(cls: type[Model], folder: Path | str, device: torch.device | str = "cpu") -> Model:
@@ -155,21 +193,89 @@ class Pretrained(nn.Module):
 
         Raises:
             FileNotFoundError: there is no such model.
-            ValueError: the config is of another class, or the weights are truncated, foreign or do not fit it.
+            ValueError: the config is of another class, or the weights are truncated, damaged, foreign or do not fit it.
         """
         op = f"fastvq.models.{cls.__name__}.from_pretrained"
         folder = Path(folder)
-        if not (folder / CONFIG).is_file():
-            raise FileNotFoundError(f"{op}: {folder} must be a folder with {CONFIG} and {WEIGHTS}; train a model first")
-        config = read_json(op, folder / CONFIG)
-        kind = config.pop("class", None) if isinstance(config, dict) else None
-        made = Pretrained._kinds.get(kind) if isinstance(kind, str) else None
-        if made is None or not issubclass(made, cls):
+        config, tensors = _read_model(op, folder)
+        kind = config.pop("class")
+        made = Pretrained._kinds[kind]
+        if not issubclass(made, cls):
             raise ValueError(f"{op}: {folder / CONFIG} must describe a {cls.__name__}, got class {kind!r}")
+        _check_sizes(op, folder, config, tensors)
         try:
+            # Without memory first: what the config asks for must be what the file holds.
+            with torch.device("meta"), _misfits(op, folder, kind):
+                load_state(op, folder / WEIGHTS, made(**config), tensors)
+        except NotImplementedError:  # a model that computes in its constructor
+            pass
+        with _misfits(op, folder, kind):
             model = made(**config)
-        except TypeError as error:
-            raise ValueError(f"{op}: {folder / CONFIG} does not fit this version of {kind} ({error})") from None
-        tensors, _ = load_tensors(op, folder / WEIGHTS, str(kind))
         load_state(op, folder / WEIGHTS, model, tensors)
         return model.to(device).eval()
+
+
+def _read_model(op: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config with its class, tensors) of a folder. The config inside the weights counts, unless ``config.json`` has
+    no digest: then it was edited, or written by an older version."""
+    described: Kind = mapping_of(anything)
+    path, config, sealed = folder / CONFIG, None, True
+    if path.is_file():
+        config, sealed = parse_json(op, str(path), path.read_bytes(), described)
+    elif not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{op}: {folder} must be a folder with {CONFIG} and {WEIGHTS}; train a model first")
+    tensors, metadata = _read_tensors(op, folder / WEIGHTS)
+    if sealed and "config" in metadata:
+        config, _ = parse_json(op, f"the config in {folder / WEIGHTS}", metadata["config"], described)
+    kind = (config or {}).get("class")
+    if not isinstance(kind, str) or kind not in Pretrained._kinds:
+        raise ValueError(f"{op}: {path} must describe a model of this version, got class {kind!r}")
+    _check_format(op, folder / WEIGHTS, metadata, kind, ["config?"])
+    assert config is not None
+    return config, tensors
+
+
+def _check_sizes(op: str, folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Refuses numbers of a config that its weights cannot have, before anything of such a size is made."""
+    most = max(SMALL_NUMBER, sum(t.numel() for t in tensors.values()))
+    most_count = max(SMALL_COUNT, len(tensors))
+    for name, value in config.items():
+        limit = most_count if name in COUNTS else most
+        for number in _numbers(value):
+            if abs(number) > limit:
+                raise ValueError(
+                    f"{op}: the config of {folder} must fit its weights, got {name} {str(number)[:20]}, which no part "
+                    f"of them can have (at most {limit}); it is damaged"
+                )
+        if isinstance(value, list) and len(value) > most_count:
+            raise ValueError(
+                f"{op}: the config of {folder} must fit its weights, got {name} with {len(value)} elements, "
+                f"and {WEIGHTS} has {len(tensors)} tensors; it is damaged"
+            )
+
+
+def _numbers(value: Any) -> Iterator[int]:
+    """The whole numbers in a value and in its lists."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, int):
+            yield value
+        elif isinstance(value, list):
+            waiting += value
+
+
+@contextlib.contextmanager
+def _misfits(op: str, folder: Path, kind: str) -> Iterator[None]:
+    """Any error of a constructor that a file's config was given to becomes one line that names the folder."""
+    try:
+        yield
+    except NotImplementedError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(op):
+            raise
+        if isinstance(error, RuntimeError) and "meta" in str(error):
+            raise NotImplementedError from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{op}: the config of {folder} does not fit this version of {kind} ({reason})") from None

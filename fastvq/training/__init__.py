@@ -3,7 +3,7 @@
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Objective, train
 from fastvq.training.objectives import autoencoder_objective, prior_objective
-from fastvq.training.processes import Place, barrier, find_device, processes
+from fastvq.training.processes import Place, barrier, find_device, processes, run_folder
 
 __all__ = [
     "Objective",
@@ -14,5 +14,6 @@ __all__ = [
     "find_device",
     "prior_objective",
     "processes",
+    "run_folder",
     "train",
 ]

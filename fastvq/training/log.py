@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastvq.models.checkpoints import write_atomically
+from fastvq._files import write_atomically
 
 __all__ = ["Log", "write_line"]
 
@@ -45,9 +45,11 @@ class Log:
 
     def _lines(self) -> list[dict[str, Any]]:
         lines = []
-        for text in self.path.read_text().splitlines() if self.path.is_file() else []:
+        for text in self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []:
             try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # the line that a killed run was writing
+                line = json.loads(text)
+            except (ValueError, RecursionError):  # the line that a killed run was writing
                 continue
+            if isinstance(line, dict) and isinstance(line.get("step", 0), int):
+                lines.append(line)
         return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastvq.models.checkpoints import Pretrained
 from fastvq.nn import update_codebooks
 from fastvq.training.config import TrainConfig
 from fastvq.training.log import Log
-from fastvq.training.processes import Place, average, barrier
+from fastvq.training.processes import Place, average, barrier, run_folder
 from fastvq.training.state import OP, STATE, Averages, load_run, save_run
 
 __all__ = ["Objective", "train"]
@@ -42,9 +42,10 @@ def train(
     """Trains ``model`` in place and leaves it, with the averaged weights where there are any, in ``eval()``.
 
     Every ``save_every`` steps and at the end ``folder`` gets ``state.safetensors``, all that a resumed run needs, and
-    the model itself (``from_pretrained``); ``log.jsonl`` a line every ``log_every`` steps. A run that was killed at any
+    the model itself (``from_pretrained``); ``log.jsonl`` a line every ``log_every`` steps. The state is the checkpoint:
+    a resumed run writes the model again where a crash kept it from following the state. A run that was killed at any
     moment and is resumed ends with the weights of one that was not, to the bit on a CPU with as many threads: the data,
-    and every random number, follow from the seed and the step.
+    and every random number, follow from the seed and the step. One run at a time holds the folder.
 
     Args:
         objective: the loss of one micro-batch; it must call what it is given, not the model, for the gradients of
@@ -54,12 +55,19 @@ def train(
         on_step: called after each step with the number of steps done; on_log: with each line of the log (rank 0).
 
     Raises:
-        ValueError: there is a state in ``folder`` and ``resume`` is False; the state is truncated, foreign or of
-            another run; the loss is not finite.
+        ValueError: there is a state in ``folder`` and ``resume`` is False; another run holds the folder; the state is
+            truncated, damaged, foreign or of another run; the loss is not finite.
         OSError: a checkpoint cannot be written; the one before it is whole.
     """
     place = place or Place(0, 1, torch.device("cpu"))
-    folder.mkdir(parents=True, exist_ok=True)
+    with run_folder(OP, folder, place):
+        _train(model, objective, loader, config, folder, place, resume, on_step, on_log)
+
+
+def _train(
+    model: Pretrained, objective: Objective, loader: Loader, config: TrainConfig, folder: Path, place: Place,
+    resume: bool, on_step: Callable[[int], None] | None, on_log: Callable[[dict[str, Any]], None] | None,
+) -> None:  # fmt: skip
     model.to(place.device).train()
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], config.lr, weight_decay=config.weight_decay
@@ -70,6 +78,9 @@ def train(
         if not resume:
             raise ValueError(f"{OP}: {folder} holds a run already; resume it, or train into another folder")
         done = load_run(folder, model, optimizer, averages, config)
+        if place.first:
+            with _disk_errors(folder, done, done):
+                _export(folder, model, averages, compare=True)
     net = _wrap(model, config, place)
     log = Log(folder, done) if place.first else None
     batches = loader.batches(start=done * config.accumulate)
@@ -167,13 +178,26 @@ def _save(
     folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer, averages: Averages, step: int, saved: int,
     config: TrainConfig,
 ) -> None:  # fmt: skip
-    try:
+    with _disk_errors(folder, step, saved):
         save_run(folder, model, optimizer, averages, step, config)
-        averages.swap()
-        try:
+        _export(folder, model, averages)
+
+
+def _export(folder: Path, model: Pretrained, averages: Averages, *, compare: bool = False) -> None:
+    """Writes the model, with the averaged weights where there are any; with ``compare`` only where the folder holds
+    another."""
+    averages.swap()
+    try:
+        if not (compare and model.is_saved_in(folder)):
             model.save_pretrained(folder)
-        finally:
-            averages.swap()
+    finally:
+        averages.swap()
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path, step: int, saved: int) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         before = f"the last good one, of step {saved}, is still there" if saved else "there was none before it"
         raise OSError(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Place", "average", "barrier", "find_device", "processes"]
+from fastvq._files import lock_folder
+
+__all__ = ["Place", "average", "barrier", "find_device", "processes", "run_folder"]
 
 
 class Place(NamedTuple):
@@ -75,3 +78,28 @@ def barrier() -> None:
     """Waits for every process; nothing where there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+
+
+@contextmanager
+def run_folder(op: str, folder: Path, place: Place) -> Iterator[None]:
+    """Holds ``folder`` for one run, whose first process takes the lock for all of them (``lock_folder``).
+
+    Raises:
+        ValueError: another run holds the folder; every process of this one raises.
+        OSError: the folder cannot be made or written to.
+    """
+    with ExitStack() as held:
+        failed: Exception | None = None
+        if place.first:
+            try:
+                held.enter_context(lock_folder(op, folder))
+            except (OSError, ValueError) as error:
+                failed = error
+        if dist.is_available() and dist.is_initialized():
+            flag = torch.tensor([failed is not None], dtype=torch.int64, device=place.device)
+            dist.broadcast(flag, 0)
+            if flag.item() and failed is None:
+                failed = ValueError(f"{op}: the first process could not take {folder}; its error says why")
+        if failed is not None:
+            raise failed
+        yield

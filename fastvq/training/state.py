@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvq._json import anything, list_of, mapping_of, parse_json, shorten, whole
 from fastvq.models.checkpoints import Pretrained, load_state, load_tensors, save_tensors
 from fastvq.training.config import TrainConfig
 
-__all__ = ["STATE", "Averages", "load_run", "save_run"]
+__all__ = ["STATE", "Averages", "load_run", "save_run", "saved_step"]
 
 OP = "fastvq.training"
 STATE, FORMAT = "state.safetensors", "fastvq training state"
+ENTRIES = ("step", "model", "training", "optimizer?")
+MOST_STEPS = 1 << 40
 # An average that starts at the first weights forgets them at this pace, however slow its own decay.
 WARM_NUMERATOR, WARM_DENOMINATOR = 1, 10
 
@@ -55,13 +57,15 @@ def save_run(
     """Writes ``folder/state.safetensors``; OSError, with the earlier file untouched, where it cannot."""
     tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"average.{name}": t for name, t in averages.tensors.items()}
-    for number, state in optimizer.state_dict()["state"].items():
+    optimized = optimizer.state_dict()["state"]
+    for number, state in optimized.items():
         tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value) for name, value in state.items()}
     metadata = {
         "format": FORMAT,
         "step": str(step),
         "model": json.dumps({"class": type(model).__name__, **model.config}),
         "training": json.dumps(config.fixed()),
+        "optimizer": json.dumps(sorted(optimized)),  # parameters that it has a state of
     }
     save_tensors(folder / STATE, tensors, metadata)
 
@@ -73,18 +77,21 @@ def load_run(
 
     Raises:
         FileNotFoundError: nothing was saved there.
-        ValueError: the file is truncated or foreign, or belongs to a run with another model or other settings.
+        ValueError: the file is truncated, damaged or foreign, does not hold all that a run needs, or belongs to a run
+            with another model or other settings.
     """
     path = folder / STATE
-    tensors, metadata = load_tensors(OP, path, FORMAT)
+    tensors, metadata = load_tensors(OP, path, FORMAT, ENTRIES)
+    step = _step(path, metadata)
     described = {"class": type(model).__name__, **model.config}
     for what, saved, wanted in (
-        ("model", json.loads(metadata["model"]), described),
-        ("settings", json.loads(metadata["training"]), config.fixed()),
+        ("model", metadata["model"], described),
+        ("settings", metadata["training"], config.fixed()),
     ):
+        saved, _ = parse_json(OP, f"the {what} in {path}", saved, mapping_of(anything))
         wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they did in the file
         differing = [
-            f"{name} was {saved.get(name)!r}, is {wanted.get(name)!r}"
+            f"{shorten(name)[1:-1]} was {shorten(saved.get(name))}, is {shorten(wanted.get(name))}"
             for name in sorted({*saved, *wanted})
             if saved.get(name) != wanted.get(name)
         ]
@@ -94,15 +101,72 @@ def load_run(
                 "resume with the same ones or train into another folder"
             )
     groups = _by_prefix(tensors)
+    if unknown := groups.keys() - {"model", "average", "optimizer"}:
+        raise ValueError(
+            f"{OP}: {path} must hold a run's tensors alone, got {shorten(sorted(unknown)[0])}; it is damaged"
+        )
     load_state(OP, path, model, groups.get("model", {}))
-    for name, tensor in groups.get("average", {}).items():
+    _load_averages(path, averages, groups.get("average", {}))
+    _load_optimizer(path, optimizer, groups.get("optimizer", {}), metadata, step)
+    return step
+
+
+def saved_step(folder: Path) -> int:
+    """The step of the state in ``folder``; raises as ``load_run`` does."""
+    return _step(folder / STATE, load_tensors(OP, folder / STATE, FORMAT, ENTRIES)[1])
+
+
+def _step(path: Path, metadata: dict[str, str]) -> int:
+    step, _ = parse_json(OP, f"the step in {path}", metadata["step"], whole(1, MOST_STEPS))
+    return int(step)
+
+
+def _load_averages(path: Path, averages: Averages, tensors: dict[str, Tensor]) -> None:
+    expected = {f"average.{name}": tuple(t.shape) for name, t in averages.tensors.items()}
+    _check_tensors(path, {f"average.{name}": t for name, t in tensors.items()}, expected)
+    for name, tensor in tensors.items():
         averages.tensors[name].copy_(tensor)
-    state: dict[int, dict[str, Any]] = {}
-    for name, tensor in groups.get("optimizer", {}).items():
-        number, _, key = name.partition(".")
-        state.setdefault(int(number), {})[key] = tensor
+
+
+def _load_optimizer(
+    path: Path, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], metadata: dict[str, str], step: int
+) -> None:
+    """AdamW's two moments and its count of each parameter that had a gradient."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if "optimizer" in metadata:
+        kind = list_of(whole(0, len(parameters) - 1))
+        numbers, _ = parse_json(OP, f"the optimizer's list in {path}", metadata["optimizer"], kind)
+    else:  # of an earlier version, which kept no list: those that it holds anything of
+        numbers = [i for i in range(len(parameters)) if any(name.startswith(f"{i}.") for name in tensors)]
+    expected: dict[str, tuple[int, ...]] = {}
+    for i in numbers:
+        shape = tuple(parameters[i].shape)
+        expected |= {f"optimizer.{i}.step": (), f"optimizer.{i}.exp_avg": shape, f"optimizer.{i}.exp_avg_sq": shape}
+    _check_tensors(path, {f"optimizer.{name}": t for name, t in tensors.items()}, expected)
+    counts = [float(tensors[f"{i}.step"]) for i in numbers] or [step]
+    if max(counts) != step or not all(0 < count <= step for count in counts):  # not all is true of NaN
+        raise ValueError(
+            f"{OP}: {path} must be of one step, got {step} and the optimizer's {min(counts)} .. {max(counts)}; "
+            "it is damaged"
+        )
+    state = {i: {key: tensors[f"{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")} for i in numbers}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(metadata["step"])
+
+
+def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]) -> None:
+    """ValueError unless the tensors are floating and have exactly these names and shapes."""
+    for name in [*expected, *tensors]:
+        if name not in tensors:
+            fault = f"misses {name}"
+        elif name not in expected:
+            fault = f"has {shorten(name)}, which this run does not"
+        elif tuple(tensors[name].shape) != expected[name]:
+            fault = f"has {name} of shape {list(tensors[name].shape)}, not {list(expected[name])}"
+        elif not tensors[name].is_floating_point():
+            fault = f"has {name} as {tensors[name].dtype}, not as floating"
+        else:
+            continue
+        raise ValueError(f"{OP}: {path} {fault}; it is damaged or of a run with another model or optimizer")
 
 
 def _by_prefix(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:

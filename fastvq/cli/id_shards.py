@@ -1,0 +1,92 @@
+"""Files of ``fastvq encode``: shards of id maps, and the JSON files beside them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq._json import list_of, mapping_of, parse_json, record, shorten, text, whole
+from fastvq.models.checkpoints import DIGEST, load_tensors, save_tensors
+
+__all__ = [
+    "MANIFEST",
+    "MANIFEST_KIND",
+    "ORDER_KIND",
+    "SKIPPED_KIND",
+    "IdShard",
+    "check_listed",
+    "load_shard",
+    "save_shard",
+]
+
+FORMAT = "fastvq id maps"
+MANIFEST = "manifest.json"
+MOST = 1 << 40
+LABELS = "labels"
+ID_TYPES = (torch.uint8, torch.int16, torch.int32)
+
+ORDER_ENTRIES = {
+    "model_sha256": text, "data": text, "split": text, "size": whole(1, 1 << 16), "shard_size": whole(1, MOST),
+}  # fmt: skip
+ORDER_OPTIONS = {"processes": whole(1, MOST)}
+ORDER_KIND = record(ORDER_ENTRIES, ORDER_OPTIONS)
+SKIPPED_KIND = mapping_of(text)
+MANIFEST_KIND = record(
+    {
+        **ORDER_ENTRIES, "levels": whole(1, MOST), "n_codes": list_of(whole(1, MOST)),
+        "strides": list_of(whole(1, MOST)), "pictures": whole(0, MOST), "skipped": SKIPPED_KIND,
+        "shards": list_of(record({"name": text, "pictures": whole(0, MOST)}, {"sha256": text})),
+    },
+    ORDER_OPTIONS,
+)  # fmt: skip
+
+
+class IdShard(NamedTuple):
+    names: list[str]  # of n pictures
+    labels: Tensor  # [n] int64
+    maps: list[Tensor]  # one a level, top first: [n, h, w] or [n, h, w, Q]; none where n is 0
+    digest: str | None  # of the file; None where an earlier version wrote it
+
+
+def save_shard(path: Path, names: Sequence[str], labels: Tensor, maps: Sequence[Tensor]) -> None:
+    tensors = {**{f"level{i}": ids for i, ids in enumerate(maps)}, LABELS: labels}
+    save_tensors(path, tensors, {"format": FORMAT, "names": json.dumps(list(names))})
+
+
+def load_shard(op: str, path: Path, n_codes: Sequence[int]) -> IdShard:
+    """A shard of a model with ``n_codes`` codes, one number a level.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, of something else, or holds ids that are no codes of the model.
+    """
+    tensors, metadata = load_tensors(op, path, FORMAT, ["names"])
+    names, _ = parse_json(op, f"the names in {path}", metadata["names"], list_of(text))
+    expected = [LABELS, *(f"level{i}" for i in range(len(n_codes) if names else 0))]
+    if tensors.keys() != set(expected):
+        _refuse(op, path, f"must hold {', '.join(expected)}, got {shorten(sorted(tensors))}")
+    labels, maps = tensors[LABELS], [tensors[name] for name in expected[1:]]
+    if labels.shape != (len(names),) or labels.dtype != torch.int64:
+        _refuse(op, path, f"must hold labels [{len(names)}] int64, got {list(labels.shape)} {labels.dtype}")
+    for level, (ids, k) in enumerate(zip(maps, n_codes, strict=False)):
+        if ids.dtype not in ID_TYPES or ids.dim() not in (3, 4) or len(ids) != len(names):
+            _refuse(op, path, f"must hold level{level} [{len(names)}, h, w], got {list(ids.shape)} {ids.dtype}")
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+        if not 0 <= low <= high < k:
+            _refuse(op, path, f"must hold ids in 0 .. {k - 1} at level {level}, got {low} .. {high}")
+    return IdShard(names, labels, maps, metadata.get(DIGEST))
+
+
+def check_listed(op: str, path: Path, listed: Mapping[str, Any], shard: IdShard) -> None:
+    """ValueError where a shard is not the one that the manifest lists."""
+    if listed["pictures"] != len(shard.names) or listed.get("sha256", shard.digest) != shard.digest:
+        _refuse(op, path, f"is not the shard that {MANIFEST} lists")
+
+
+def _refuse(op: str, path: Path, fault: str) -> None:
+    raise ValueError(f"{op}: {path} {fault}; it is damaged or of another model: encode again")
