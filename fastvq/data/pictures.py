@@ -15,13 +15,17 @@ from torch import Tensor
 
 from fastvq._checks import check_option
 
-__all__ = ["BadPicture", "Picture", "normalise", "psnr", "read_picture", "to_pixels"]
+__all__ = ["MAX_SIZE", "BadPicture", "Picture", "check_size", "normalise", "psnr", "read_picture", "to_pixels"]
 
 ODD = ("skip", "convert")
 MIN_SIDE = 8  # a smaller picture holds less than one position of the coarsest map
 MAX_PIXELS = 64_000_000
+MAX_SIZE = 8000  # a larger square has more than MAX_PIXELS
+# The decoders of the extensions that are documented. Pillow would try all others too, and run programs for some.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PLAIN_MODES = ("L", "RGB", "1", "CMYK", "YCbCr")
 PNG_SIGNATURE, PNG_DEPTH_AT = b"\x89PNG\r\n\x1a\n", 24
+TIFF_BITS, TIFF_SAMPLE_FORMAT, TIFF_UNSIGNED = 258, 339, 1
 
 
 class Picture(NamedTuple):
@@ -36,6 +40,14 @@ class BadPicture(ValueError):
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
         self.name, self.reason = name, reason
+
+
+def check_size(op: str, size: int | None, stride: int = 1) -> None:
+    """ValueError where ``size`` can be the side of no picture, or is no multiple of ``stride``."""
+    if size is not None and not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"{op}: size must be in 1 .. {MAX_SIZE} pixels, got {size}")
+    if size is not None and size % stride:
+        raise ValueError(f"{op}: size must be multiples of {stride}, the stride of the model's top level, got {size}")
 
 
 def normalise(
@@ -78,7 +90,8 @@ def read_picture(
     Args:
         channels: 1 (luma) or 3.
         odd: what to do with a palette, transparency or more than 8 bits: "skip", or "convert" (transparent pixels on
-            white, 16 bits scaled to 8).
+            white, more than 8 bits scaled to 8: 16 bits by their range, other whole and floating numbers by the
+            picture's largest value; a picture that this would make black is refused).
 
     Raises:
         BadPicture: it cannot be read (truncated, no picture), is odd and ``odd="skip"``, has a side below ``min_side``
@@ -88,35 +101,55 @@ def read_picture(
 
     check_option("fastvq.data", "odd", odd, ODD)
     try:
-        picture: Any = Image.open(io.BytesIO(data))
+        picture: Any = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = picture.size
         if min(width, height) < min_side:
             raise BadPicture(name, f"too small: {width}x{height}, a side below {min_side}")
         if width * height > max_pixels:
             raise BadPicture(name, f"huge: {width}x{height}, more than {max_pixels} pixels")
-        oddity = _oddity(picture, data)
+        depth = _depth(picture, data)
+        oddity = _oddity(picture, depth)
         if oddity and odd == "skip":
             raise BadPicture(name, f"odd: {oddity}")
         picture.load()
         picture = ImageOps.exif_transpose(picture)
-        picture = _plain(picture).convert("L" if channels == 1 else "RGB")
+        picture = _plain(picture, depth).convert("L" if channels == 1 else "RGB")
+        if depth.bits > 8 and np.asarray(picture).max() <= 1:
+            raise BadPicture(name, f"black: of {depth.bits} bits a channel the upper 8 hold next to nothing")
         if size is not None:
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     except BadPicture:
         raise
-    except Image.DecompressionBombError:  # Pillow's own limit, which it checks before it tells a size
+    # Pillow's own limits, which it checks before it tells a size. The warning is one that was made an error.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadPicture(name, f"huge: more than {max_pixels} pixels") from None
     except UnidentifiedImageError:  # its own message holds an address of memory
-        raise BadPicture(name, "cannot be read: no picture of a known format") from None
+        raise BadPicture(name, f"cannot be read: no picture of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise whatever they like on foreign bytes, and a run must go on
         raise BadPicture(name, f"cannot be read: {type(error).__name__}: {error}") from None
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))  # a copy: PIL's memory is read-only
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 
 
-def _oddity(picture: Any, data: bytes) -> str | None:
-    if data.startswith(PNG_SIGNATURE) and len(data) > PNG_DEPTH_AT and data[PNG_DEPTH_AT] == 16:
-        return "16 bits a channel"
+class _Depth(NamedTuple):
+    bits: int  # a channel
+    any_range: bool  # the numbers need not fill their bits
+    unsigned: bool
+
+
+def _depth(picture: Any, data: bytes) -> _Depth:
+    if data.startswith(PNG_SIGNATURE) and len(data) > PNG_DEPTH_AT:
+        return _Depth(data[PNG_DEPTH_AT], False, True)
+    if picture.format == "TIFF":
+        unsigned = TIFF_UNSIGNED in picture.tag_v2.get(TIFF_SAMPLE_FORMAT, (TIFF_UNSIGNED,))
+        return _Depth(max(picture.tag_v2.get(TIFF_BITS, (1,))), True, unsigned)
+    # Pillow scales a PGM to 16 bits.
+    return _Depth(16 if picture.mode.startswith("I") else 8, False, True)
+
+
+def _oddity(picture: Any, depth: _Depth) -> str | None:
+    if depth.bits > 8:
+        return f"{depth.bits} bits a channel"
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "RGBa", "La"):
         return f"transparency (mode {picture.mode})"
     if picture.mode in ("P", "PA"):
@@ -124,16 +157,36 @@ def _oddity(picture: Any, data: bytes) -> str | None:
     return None if picture.mode in PLAIN_MODES else f"mode {picture.mode}"
 
 
-def _plain(picture: Any) -> Any:
+def _plain(picture: Any, depth: _Depth) -> Any:
     """Odd modes to 8 bits without transparency; the others as they are."""
     from PIL import Image
 
     if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture).astype(np.float64)
-        top = 65535.0 if picture.mode.startswith("I") else max(float(values.max()), 1.0)
-        return Image.fromarray((values / top * 255).round().clip(0, 255).astype(np.uint8))
+        return Image.fromarray(_eight_bits(picture, depth))
     if "transparency" in picture.info or picture.mode in ("P", "PA", "RGBA", "LA", "RGBa", "La"):
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, picture)
     return picture
+
+
+def _eight_bits(
+    picture: Any,  # of whole numbers or of float32
+    depth: _Depth,
+) -> np.ndarray:  # [H, W] uint8
+    values = np.asarray(picture)
+    if picture.mode == "I" and depth.bits == 32 and depth.unsigned:
+        values = values.view(np.uint32)  # Pillow knows 32 bits with a sign only
+    values = values.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds NaN or infinity")
+    low = min(0.0, float(values.min()))
+    span = 65535.0
+    if depth.any_range:
+        # Numbers of 10, 12 or 14 bits come in TIFFs of 16; other whole numbers, and floating ones, have any range.
+        largest = float(values.max())
+        known = (1.0, 255.0) if picture.mode == "F" else (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
+        span = next((top for top in known if low == 0 and largest <= top), largest - low)
+    if span == 0:
+        raise ValueError("all of its numbers are the same, and none is above 0")
+    return ((values - low) / span * 255).round().clip(0, 255).astype(np.uint8)

@@ -6,50 +6,62 @@ any disk here.
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import glob
-import json
+import gzip
+import io
+import lzma
+import os
 import re
-import tarfile
-import urllib.request
+import stat
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import numpy as np
 
+from fastvq.data.http import HttpFile
 from fastvq.data.pictures import BadPicture, Picture, read_picture
-from fastvq.data.sources import EXTENSIONS, OP
+from fastvq.data.samples import Sample, check_field, read_samples
+from fastvq.data.sources import OP
+from fastvq.data.tar import BROKEN, BrokenArchive, TarReader
 
-__all__ = ["Shards", "expand"]
+__all__ = ["Shards", "expand", "is_archive"]
 
-MAX_MEMBER_BYTES = 256 << 20  # a larger member is no picture
-
-
-class _Sample(NamedTuple):
-    name: str
-    data: bytes | None  # None: the member is too large to be read
-    label: int | None
+MAX_SHARDS = 1_000_000
+BUFFER_BYTES = 1 << 16
+# How compressed files begin; what is not here is read as it is.
+GZIP, BZIP2, XZ, ZSTANDARD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"
+SUFFIXES = r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$"
 
 
 class Shards:
-    """Pictures of WebDataset shards: members of one name, ``x.jpg`` and ``x.cls`` (or ``x.json`` with ``label``), are
-    one sample.
+    """Pictures of WebDataset shards; ``fastvq.data.samples`` says which members are a sample. A shard that cannot be
+    read to its end, and a sample that cannot be used, is left out with its name and the reason in ``skipped``.
 
     Args:
         pattern: a path or http(s) address, with ``{000..127}`` or ``*`` (paths only) for many.
+        field: which member of a sample is its picture, where there are several.
+        n_classes: labels are below it, where it is given.
         buffer: how many pictures a shuffle holds at a time.
     """
 
-    n_classes: int | None = None
-
     def __init__(
         self, pattern: str, size: int = 64, channels: int = 3, odd: str = "skip", n_classes: int | None = None,
-        buffer: int = 1000,
+        buffer: int = 1000, field: str | None = None,
     ) -> None:  # fmt: skip
+        check_field(field)
         self.name, self.size, self.channels, self.odd, self.buffer = "shards", size, channels, odd, buffer
-        self.n_classes = n_classes
+        self.n_classes, self.field = n_classes, field
         self.shards = expand(pattern)
+        self.labels = _short_names(self.shards)
         self.skipped: dict[str, str] = {}
+
+    def listing(self) -> list[tuple[str, int]]:
+        """(name, bytes) of every shard; bytes are -1 on a web server."""
+        sizes = [-1 if _is_address(shard) else os.stat(shard).st_size for shard in self.shards]
+        return list(zip(self.labels, sizes, strict=True))
 
     def stream(self, *, rank: int = 0, world: int = 1) -> Iterator[Picture]:
         """All pictures once, in order: this rank's shards, or its share of the pictures where there are fewer shards
@@ -60,7 +72,7 @@ class Shards:
         """All pictures once, shards in a random order and pictures shuffled within ``buffer``; one seed, one order."""
         order = [int(i) for i in np.random.default_rng((seed, epoch)).permutation(len(self.shards))]
         rng = np.random.default_rng((seed, epoch, rank))
-        held: list[_Sample] = []
+        held: list[Sample] = []
         for sample in self._samples(order, rank, world):
             held.append(sample)
             if len(held) == self.buffer:
@@ -68,73 +80,92 @@ class Shards:
         for i in rng.permutation(len(held)):
             yield from self._decoded(iter([held[int(i)]]))
 
-    def _decoded(self, samples: Iterator[_Sample]) -> Iterator[Picture]:
-        for sample in samples:
-            try:
-                if sample.data is None:
-                    raise BadPicture(sample.name, f"huge: a member of more than {MAX_MEMBER_BYTES} bytes")
-                pixels = read_picture(sample.data, sample.name, channels=self.channels, size=self.size, odd=self.odd)
-            except BadPicture as bad:
-                self.skipped[bad.name] = bad.reason
-                continue
-            yield Picture(sample.name, pixels, sample.label)
+    def samples(self, number: int) -> Iterator[Sample]:
+        """The samples of one shard, as it holds them. Where it cannot be read to its end, ``skipped`` names it."""
+        shard = self.shards[number]
+        self.skipped.pop(shard, None)
+        last = ""
+        try:
+            with _open(shard) as tar:
+                note = self.skipped.__setitem__
+                for sample in read_samples(tar, self.labels[number], self.field, note, self.n_classes):
+                    last = sample.name
+                    yield sample
+        except BROKEN as error:
+            after = f"; what follows {last} is left out" if last else ""
+            self.skipped[shard] = f"shard cannot be read to its end: {str(error) or type(error).__name__}{after}"
 
-    def _samples(self, order: list[int], rank: int, world: int) -> Iterator[_Sample]:
+    def is_whole(self, number: int) -> bool:
+        """Whether a shard whose ``samples`` were all taken was read to its end."""
+        return self.shards[number] not in self.skipped
+
+    def decode(self, sample: Sample) -> Picture | None:
+        """The picture of a sample, or None where it has to be left out."""
+        try:
+            if sample.data is None:
+                raise BadPicture(sample.name, sample.problem)
+            pixels = read_picture(sample.data, sample.name, channels=self.channels, size=self.size, odd=self.odd)
+        except BadPicture as bad:
+            self.skipped[bad.name] = bad.reason
+            return None
+        return Picture(sample.name, pixels, sample.label)
+
+    def _decoded(self, samples: Iterator[Sample]) -> Iterator[Picture]:
+        yield from (picture for picture in map(self.decode, samples) if picture is not None)
+
+    def _samples(self, order: list[int], rank: int, world: int) -> Iterator[Sample]:
         by_shard = len(self.shards) >= world
         count = 0
         for shard in order[rank::world] if by_shard else order:
-            for sample in self._read(self.shards[shard]):
+            for sample in self.samples(shard):
                 if by_shard or count % world == rank:
                     yield sample
                 count += 1
 
-    def _read(self, shard: str) -> Iterator[_Sample]:
-        """The samples of one shard; what follows a broken place in it is left out, with its name."""
-        stem = Path(shard).name
-        try:
-            with _open(shard) as file, tarfile.open(fileobj=file, mode="r|*") as tar:
-                key, picture, label, too_large = None, None, None, False
-                for member in tar:
-                    if not member.isfile():
-                        continue
-                    folder, _, base = member.name.rpartition("/")
-                    name, _, extension = base.partition(".")
-                    if (folder, name) != key:
-                        if key is not None and (picture is not None or too_large):
-                            yield _Sample(f"{stem}/{'/'.join(filter(None, key))}", picture, label)
-                        key, picture, label, too_large = (folder, name), None, None, False
-                    kind = "." + extension.lower().rpartition(".")[2]
-                    if kind not in (*EXTENSIONS, ".cls", ".json"):
-                        continue
-                    if member.size > MAX_MEMBER_BYTES:
-                        too_large = kind in EXTENSIONS
-                        continue
-                    handle = tar.extractfile(member)
-                    data = handle.read() if handle else b""
-                    if kind in EXTENSIONS:
-                        picture = data
-                    else:
-                        label = _label(data, kind) if label is None else label
-                if key is not None and (picture is not None or too_large):
-                    yield _Sample(f"{stem}/{'/'.join(filter(None, key))}", picture, label)
-        except (tarfile.TarError, OSError, EOFError) as error:
-            self.skipped[shard] = f"shard cannot be read to its end: {error}"
+
+@contextlib.contextmanager
+def _open(shard: str) -> Iterator[TarReader]:
+    with contextlib.ExitStack() as stack:
+        raw: io.RawIOBase = HttpFile(shard) if _is_address(shard) else io.FileIO(shard)
+        file = stack.enter_context(io.BufferedReader(stack.enter_context(raw), BUFFER_BYTES))
+        start = file.peek(len(XZ))[: len(XZ)]
+        if start.startswith(ZSTANDARD):
+            raise BrokenArchive("compressed with Zstandard, which is not read; unpack it, or pack it with gzip")
+        size = None
+        if isinstance(raw, io.FileIO) and stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
+            size = os.fstat(raw.fileno()).st_size
+        if start.startswith(GZIP):
+            yield TarReader(stack.enter_context(gzip.GzipFile(fileobj=file)))
+        elif start.startswith(BZIP2):
+            yield TarReader(stack.enter_context(bz2.BZ2File(file)))
+        elif start.startswith(XZ):
+            yield TarReader(stack.enter_context(lzma.LZMAFile(file)))
+        else:
+            yield TarReader(file, size)
 
 
-def _label(data: bytes, kind: str) -> int | None:
-    try:
-        if kind == ".cls":
-            return int(data.decode().strip())
-        value = json.loads(data)
-        return int(value["label"]) if isinstance(value, dict) and "label" in value else None
-    except (ValueError, TypeError):
-        return None
+def _is_address(shard: str) -> bool:
+    return re.match(r"https?://", shard) is not None
 
 
-def _open(shard: str) -> IO[bytes]:
-    if re.match(r"https?://", shard):
-        return urllib.request.urlopen(shard)
-    return open(shard, "rb")
+def is_archive(name: str) -> bool:
+    """Whether a name stands for shards: .tar, .tar.gz, .tgz, .tbz2 and .txz files, web addresses."""
+    return _is_address(name) or re.search(SUFFIXES, name, re.IGNORECASE) is not None
+
+
+def _short_names(shards: list[str]) -> list[str]:
+    """The shards' names below the folder that all of them lie in, all different."""
+    paths = [urllib.parse.unquote(urllib.parse.urlsplit(s).path) if _is_address(s) else s for s in shards]
+    parts = [Path(path).parts or ("shard",) for path in paths]
+    shared = 0
+    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    short = ["/".join(p[shared:]) for p in parts]
+    if len(set(short)) == len(short):
+        return short
+    # Addresses that differ in what follows the path.
+    digits = len(str(len(shards)))
+    return [f"{number:0{digits}d}-{name}" for number, name in enumerate(short)]
 
 
 def expand(pattern: str) -> list[str]:
@@ -146,12 +177,14 @@ def expand(pattern: str) -> list[str]:
     braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if braces:
         low, high = braces.group(1), braces.group(2)
+        if int(high) - int(low) >= MAX_SHARDS:
+            raise ValueError(f"{OP}: {pattern} stands for more than {MAX_SHARDS} shards")
         numbers = (str(i).zfill(len(low)) for i in range(int(low), int(high) + 1))
         found = [s for n in numbers for s in expand(pattern[: braces.start()] + n + pattern[braces.end() :])]
-    elif re.match(r"https?://", pattern):
+    elif _is_address(pattern):
         found = [pattern]
     else:
-        found = sorted(glob.glob(pattern)) or ([pattern] if Path(pattern).is_file() else [])
+        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
     if not found:
         raise ValueError(f"{OP}: there is no shard {pattern}")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
@@ -23,6 +24,10 @@ OP = "fastvq.data"
 SPLITS = ("train", "held-out", "all")
 HELD_OUT_EVERY = 10  # every tenth picture is held out
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Pictures that are not read: they are named as left out, where other files are none of the pictures'.
+OTHER_FORMATS = (
+    ".avif", ".heic", ".heif", ".jxl", ".jp2", ".jfif", ".svg", ".ico", ".psd", ".eps", ".exr", ".hdr", ".tga", ".dng",
+)  # fmt: skip
 # Photographs inside scikit-image itself; the others it would download.
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "ihc.png")
 PHOTOGRAPH_CROPS = {"train": 20_000, "held-out": 500, "all": 20_000}
@@ -48,6 +53,11 @@ class Source(ABC):
     @abstractmethod
     def read(self, index: int) -> Picture:
         """Picture ``index``; raises BadPicture."""
+
+    def listing(self) -> list[tuple[str, int]]:
+        """(name, bytes) of all that pictures are read from, in order; two equal listings are the same pictures. A set
+        that never changes is one entry, with the number of its pictures."""
+        return [(self.name, len(self))]
 
     def get(self, index: int) -> Picture | None:
         """Picture ``index``, or None where it has to be left out."""
@@ -121,16 +131,41 @@ class ImageFolder(Source):
         super().__init__(split)
         self.folder = Path(folder)
         self.name, self.size, self.channels, self.odd = self.folder.name, size, channels, odd
-        found = sorted(p for p in self.folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+        found = self._find()
         classes = {p.relative_to(self.folder).parts[0] for p in found if p.parent != self.folder}
         self.classes = sorted(classes)
         self.n_classes = len(classes) or None
         self.paths: list[Path] = self._split(found)
         if not self.paths:
-            raise ValueError(f"{OP}: {folder} must hold pictures ({', '.join(EXTENSIONS)}), split {split!r} has none")
+            why = next((f"; {name}: {reason}" for name, reason in self.skipped.items()), "")
+            raise ValueError(
+                f"{OP}: {folder} must hold pictures ({', '.join(EXTENSIONS)}), split {split!r} of {len(found)} "
+                f"has none{why}"
+            )
+
+    def _find(self) -> list[Path]:
+        """The pictures in order. What looks like one and cannot be read goes to ``skipped``."""
+
+        def unreadable(error: OSError) -> None:
+            inner = Path(str(error.filename)).relative_to(self.folder)
+            self.skipped[str(inner)] = f"folder cannot be read: {error.strerror}"
+
+        found: list[Path] = []
+        for folder, _, names in os.walk(self.folder, onerror=unreadable):
+            for name in names:
+                path = Path(folder, name)
+                kind = path.suffix.lower()
+                if kind in OTHER_FORMATS:
+                    self.skipped[str(path.relative_to(self.folder))] = f"no format that is read: {kind}"
+                elif kind in EXTENSIONS and (path.is_file() or path.is_symlink()):
+                    found.append(path)
+        return sorted(found)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def listing(self) -> list[tuple[str, int]]:
+        return [(p.relative_to(self.folder).as_posix(), _bytes(p)) for p in self.paths]
 
     def read(self, index: int) -> Picture:
         path = self.paths[index]
@@ -138,7 +173,7 @@ class ImageFolder(Source):
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise BadPicture(str(inner), f"cannot be read: {error}") from None
+            raise BadPicture(str(inner), f"cannot be read: {error.strerror}") from None
         pixels = read_picture(data, str(inner), channels=self.channels, size=self.size, odd=self.odd)
         label = self.classes.index(inner.parts[0]) if len(inner.parts) > 1 else None
         return Picture(str(inner), pixels, label)
@@ -181,6 +216,13 @@ class Torchvision(Source):
     @cached_property
     def classes(self) -> list[str]:
         return list(getattr(self.items, "classes", []))
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:  # a link to nothing, say
+        return -1
 
 
 @lru_cache(maxsize=1)
