@@ -92,8 +92,9 @@ class HttpFile(io.RawIOBase):
 
     def _open(self) -> None:
         self._waited_s, self._came = 0.0, 0
-        request = urllib.request.Request(self._address, headers={"Range": f"bytes={self._at}-"} if self._at else {})
+        wanted = {"Range": f"bytes={self._at}-"} if self._at else {}
         try:
+            request = urllib.request.Request(self._address, headers=wanted)
             response = _within(TIMEOUT_S, lambda: urllib.request.urlopen(request, timeout=TIMEOUT_S))
         except ValueError as error:  # an address that is none
             raise _FinalError(f"{self._address} cannot be opened: {error}") from None

@@ -155,7 +155,8 @@ def is_archive(name: str) -> bool:
 
 def _short_names(shards: list[str]) -> list[str]:
     """The shards' names below the folder that all of them lie in, all different."""
-    paths = [urllib.parse.unquote(urllib.parse.urlsplit(s).path) if _is_address(s) else s for s in shards]
+    # Of an address, what lies between the server's name and the query.
+    paths = [urllib.parse.unquote(re.sub(r"^https?://[^/]*|[?#].*$", "", s)) if _is_address(s) else s for s in shards]
     parts = [Path(path).parts or ("shard",) for path in paths]
     shared = 0
     while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
