@@ -2,12 +2,11 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
+
+#include "aligned_memory.h"
 
 namespace fastvq {
 
-constexpr size_t kAlign = 64;
 constexpr size_t kKeep = size_t{1} << 20;
 
 // Uninitialised memory. The calling thread keeps up to 1 MiB in each slot from call to call: fresh pages would cost
@@ -18,20 +17,20 @@ class Buffer {
   Buffer(size_t bytes, Slot slot) {
     bytes = (bytes + kAlign - 1) / kAlign * kAlign + kAlign;
     if (slot == no_slot || bytes > kKeep) {
-      own_ = data_ = allocate(bytes);
+      own_ = data_ = allocate_aligned(bytes);
       return;
     }
     thread_local Kept kept[no_slot];
     if (kept[slot].bytes < bytes) {
-      std::free(kept[slot].memory);
+      free_aligned(kept[slot].memory);
       kept[slot].memory = nullptr;
       kept[slot].bytes = 0;
-      kept[slot].memory = allocate(bytes);
+      kept[slot].memory = allocate_aligned(bytes);
       kept[slot].bytes = bytes;
     }
     data_ = kept[slot].memory;
   }
-  ~Buffer() { std::free(own_); }
+  ~Buffer() { free_aligned(own_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   char* data() const { return static_cast<char*>(data_); }
@@ -40,13 +39,8 @@ class Buffer {
   struct Kept {
     void* memory = nullptr;
     size_t bytes = 0;
-    ~Kept() { std::free(memory); }
+    ~Kept() { free_aligned(memory); }
   };
-  static void* allocate(size_t bytes) {
-    void* p = std::aligned_alloc(kAlign, bytes);
-    if (!p) throw std::bad_alloc();
-    return p;
-  }
   void* own_ = nullptr;
   void* data_ = nullptr;
 };

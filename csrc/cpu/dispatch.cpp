@@ -1,6 +1,9 @@
 // Which instruction sets this build holds and this machine runs.
 #include "../fastvq.h"
 
+#include <string>
+#include <vector>
+
 #if defined(__x86_64__) && defined(FASTVQ_AMX) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>

@@ -2,6 +2,8 @@
 // one code (early in a training) has as little to decide as any other.
 // For sources compiled for the baseline instruction set.
 #pragma once
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 

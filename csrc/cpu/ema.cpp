@@ -8,6 +8,7 @@
 //
 // Arithmetic is float64 and each stored value is rounded once, so neither threads nor compilers change a bit.
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
 #include "../fastvq.h"

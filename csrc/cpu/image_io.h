@@ -1,10 +1,12 @@
 // Between images of any strides (float32 or bfloat16) and the kernels' channels-last float32 scratch.
 #pragma once
-#include <cstdlib>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
-#include <new>
+#include <vector>
 
 #include "../masked_conv.h"
+#include "aligned_memory.h"
 #include "elements.h"
 
 namespace fastvq {
@@ -16,14 +18,13 @@ class Floats {
   explicit Floats(int64_t n) { resize(n); }
   Floats(const Floats&) = delete;
   Floats& operator=(const Floats&) = delete;
-  ~Floats() { std::free(data_); }
+  ~Floats() { free_aligned(data_); }
   void resize(int64_t n) {
     if (n <= size_) return;
-    std::free(data_);
+    free_aligned(data_);
+    data_ = nullptr;  // the next line may throw
     size_ = 0;
-    const size_t bytes = (static_cast<size_t>(n) * sizeof(float) + 63) / 64 * 64;
-    data_ = static_cast<float*>(std::aligned_alloc(64, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
+    data_ = static_cast<float*>(allocate_aligned(static_cast<size_t>(n) * sizeof(float)));
     size_ = n;
   }
   float* get() const { return data_; }

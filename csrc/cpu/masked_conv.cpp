@@ -8,6 +8,13 @@
 //   4. the row is stored in the output's own layout, or gated first.
 // Where there are matrix tiles, bfloat16 images and weights keep their type in steps 1 to 3; everything else is float32.
 // The order of additions for an element does not depend on bands, tiles or threads.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
 #include "masked_conv_common.h"
 
 namespace fastvq {

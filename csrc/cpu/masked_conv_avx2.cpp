@@ -1,4 +1,6 @@
 // AVX2 kernels of the masked convolution: 4 pixels x 24 channels a tile (12 of 16 registers hold sums).
+#include <cstdint>
+
 #include <immintrin.h>
 
 #include "../masked_conv.h"

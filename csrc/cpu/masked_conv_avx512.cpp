@@ -1,4 +1,6 @@
 // AVX-512 kernels of the masked convolution: 8 pixels x 48 channels a tile.
+#include <cstdint>
+
 #include <immintrin.h>
 
 #include "../masked_conv.h"

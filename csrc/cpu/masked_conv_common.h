@@ -1,7 +1,6 @@
 // What the masked convolution's forward and gradients share. For sources compiled for the baseline instruction set.
 #pragma once
-#include <algorithm>
-#include <memory>
+#include <cstdint>
 
 #include "image_io.h"
 #include "parallel.h"

@@ -1,4 +1,6 @@
 // Kernels of the masked convolution for any machine: 4-lane compiler vectors, a product and a sum rounded apart.
+#include <cstdint>
+
 #include "../masked_conv.h"
 
 namespace fastvq {

@@ -1,4 +1,10 @@
 // The weight gradient of the masked convolution on the CPU.
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
 #include "masked_conv_common.h"
 
 namespace fastvq {

@@ -5,6 +5,8 @@
 //   16 pixels   | sum 0         | sum 1 |            gradient: channels in (lines of pixels) times channels out
 //   16 more     | sum 2         | sum 3 |            both: a step is one instruction, 32 channels or 32 pixels deep
 #pragma once
+#include <cstdint>
+
 #include <immintrin.h>
 
 #include "../masked_conv.h"

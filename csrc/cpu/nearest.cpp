@@ -1,6 +1,10 @@
 // Lookup and quantization over heads, blocks of rows and threads. The work on one block is nearest_filter.h and
 // quantize_rows.h, compiled per instruction set.
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "lookup_driver.h"
 #include "statistics_table.h"

@@ -2,6 +2,9 @@
 // their scores lists only codes that reach it. Clusters of codes that differ in last bits end here, at the price of the
 // filter's own time again and some tens of cycles a code; what is still too much is nearest_quick.h's.
 #pragma once
+#include <cmath>
+#include <cstdint>
+
 #include "nearest_exact.h"
 #include "nearest_rows.h"
 

@@ -8,6 +8,10 @@
 //   [step]   | sum 2 | sum 3 |                                        while the next panel is under way
 //   [32][32] +-------+-------+                                     3., 4. as in nearest_filter.h
 #pragma once
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
 #include "nearest_pack.h"
 
 namespace fastvq {

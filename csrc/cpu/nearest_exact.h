@@ -6,6 +6,7 @@
 // A code that holds NaN or infinity is no candidate. Without a candidate, or where no d_k is below infinity: index 0.
 #pragma once
 #include <cmath>
+#include <cstdint>
 
 #include "nearest.h"
 #include "vectors.h"

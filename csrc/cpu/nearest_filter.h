@@ -13,6 +13,9 @@
 // The bound is derived in nearest_pack.h. A chunk is small enough for the second-level cache with the block of rows,
 // so a codebook of any size is read from memory once per block. Nothing of size N x K exists.
 #pragma once
+#include <cmath>
+#include <cstdint>
+
 #include "nearest_pack.h"
 #include "nearest_scores.h"
 

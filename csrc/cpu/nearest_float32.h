@@ -1,5 +1,7 @@
 // The filter's operands in float32: sums of fused multiply-adds, one element of D after another.
 #pragma once
+#include <cstdint>
+
 #include "nearest_pack.h"
 
 namespace fastvq {

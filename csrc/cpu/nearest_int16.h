@@ -5,6 +5,10 @@
 // is below 2^31. What rounding took, sqrt(D) / 2 at most of 16000 or more, is measured. How a vector's elements are spread
 // matters little, as it would with fewer bits.
 #pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
 #include "nearest_pack.h"
 
 namespace fastvq {

@@ -11,6 +11,7 @@
 // Collected: bound(row, code) = |x'| slope + offset + row_part |x'|^2, each times 1 + 2^-10.
 #pragma once
 #include <cmath>
+#include <cstdint>
 
 #include "nearest.h"
 #include "vectors.h"

@@ -5,6 +5,9 @@
 // codes of a row as the definition's d_k do, so truth_k = constant of the row - d_k (euclidean: - d_k / 2), d_k evaluated
 // as the definition says. The constant is |x - m|^2 / 2, or minus x.m (dot), in twice the precision of double.
 #pragma once
+#include <cmath>
+#include <cstdint>
+
 #include "nearest_exact.h"
 #include "nearest_rows.h"
 

@@ -7,6 +7,9 @@
 //   E_k = (D + 8) 2^-51 (|x| + |c_k|)^2,  dot (D + 8) 2^-51 |x| |c_k|,  cosine (D + 8) 2^-51 |x|
 // as long as no square overflows or comes near underflow; elsewhere the definition decides.
 #pragma once
+#include <cmath>
+#include <cstdint>
+
 #include "nearest_exact.h"
 #include "nearest_noted.h"
 

@@ -2,6 +2,9 @@
 // by best_of; of the others the filter lists the codes once more (nearest_again.h), those left then meet every code in
 // double (nearest_quick.h), and the definition decides the rest.
 #pragma once
+#include <cstddef>
+#include <cstdint>
+
 #include "nearest_again.h"
 #include "nearest_quick.h"
 #include "nearest_rows.h"
@@ -28,7 +31,7 @@ inline size_t search_layout(int64_t D, char* base, SearchScratch* s) {
   };
   SearchScratch out;
   const int64_t rows = block_rows(D);
-  out.filter = filter_scratch(D <= kMaxFilterDim ? D : 0, take);
+  out.filter = filter_scratch(D <= kMaxFilterDim ? D : 1, take);  // wider rows are not filtered
   out.rows = reinterpret_cast<RowState*>(take(static_cast<int64_t>(sizeof(RowState)) * rows));
   out.exact.pending = reinterpret_cast<int64_t*>(take(8 * rows));
   out.exact.best = reinterpret_cast<double*>(take(8 * rows));

@@ -1,6 +1,9 @@
 // The part of the lookup that looks at one row: what may still be nearest after a chunk of panels was scored. Shared by
 // every filter; the including file names its vectors and kRounded first.
 #pragma once
+#include <cmath>
+#include <cstdint>
+
 #include "nearest.h"
 #include "nearest_noted.h"
 

@@ -1,5 +1,7 @@
 // Where the filter keeps the scores of a group of rows against a chunk of panels, and the largest of each lane.
 #pragma once
+#include <cstdint>
+
 #include "nearest_rows.h"
 
 namespace fastvq {

@@ -1,7 +1,10 @@
 // The machine's ceilings, measured: what a benchmark sets a kernel's speed against.
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "nearest.h"
 #include "parallel.h"

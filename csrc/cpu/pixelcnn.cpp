@@ -11,9 +11,12 @@
 #include "../pixelcnn.h"
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "image_io.h"
 #include "parallel.h"

@@ -1,6 +1,7 @@
 // What quantize adds to the lookup, row by row: the chosen code and its squared distance; and the gradient for x.
 #pragma once
 #include <cmath>
+#include <cstdint>
 #include <type_traits>
 
 #include "nearest.h"

@@ -2,6 +2,8 @@
 // For sources compiled for the baseline instruction set.
 #pragma once
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "statistics_kernels.h"
@@ -38,6 +40,7 @@ class RowAdder {
   // Rows [begin, end) of a head. index and keep (null: all rows) are those of the head.
   void add(const CodeRange& range, int64_t head, int64_t begin, int64_t end, const int64_t* index, const uint8_t* keep,
            double* table) {
+    if (begin >= end) return;  // without rows n_inner may be 0, which RowWalk divides by
     const int64_t width = range.d_end - range.d_begin;
     const bool is_double = x_.dtype == DType::f64;
     const bool direct = x_.stride_d == 1 && (is_double || x_.dtype == DType::f32);

@@ -1,6 +1,9 @@
 // Eight elements of any input type at once, in the compiler's own vectors: each instruction set's file compiles
 // them to what it has. Included by files compiled per instruction set: everything has internal linkage.
 #pragma once
+#include <cstdint>
+#include <cstring>
+
 #include "elements.h"
 
 #if defined(__AVX__)
