@@ -7,11 +7,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from fastvq import _env
+
 __all__ = [
     "FLOATS",
     "check_codebook",
     "check_codes",
     "check_float",
+    "check_indices",
     "check_mask",
     "check_option",
     "check_same_device",
@@ -86,6 +89,27 @@ def check_codebook(op: str, x: Tensor, codebook: Tensor) -> None:
             )
         if codebook.shape[0] == 0:
             raise ValueError(f"{op}: codebook must have at least one head (H >= 1), got {shape}")
+
+
+def check_indices(op: str, argument: str, indices: object, lowest: int, n: int) -> Tensor:
+    """Integers of any dtype as int64; TypeError for others, ValueError for values outside [lowest, n).
+
+    The range is checked on a CPU. Elsewhere that would wait for the device: there only under FASTVQ_CHECK=1.
+    """
+    if not isinstance(indices, Tensor):
+        raise TypeError(
+            f"{op}: {argument} must be an integer tensor, got {type(indices).__name__}; convert it with torch.as_tensor"
+        )
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(f"{op}: {argument} must be an integer tensor, got {indices.dtype}; convert it with .long()")
+    indices = indices.long()
+    if torch.compiler.is_compiling() or not indices.numel():
+        return indices
+    if indices.device.type == "cpu" or (not indices.is_meta and _env.read("FASTVQ_CHECK") in ("1", "2")):
+        low, high = map(int, torch.aminmax(indices))
+        if low < lowest or high >= n:
+            raise ValueError(f"{op}: {argument} must be in [{lowest}, {n}), got {low} .. {high}")
+    return indices
 
 
 def check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:

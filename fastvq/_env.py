@@ -28,7 +28,12 @@ VARIABLES = {
             "call",
         ),
         Variable("FASTVQ_EMULATED_TILES", ("0", "1"), "build the emulated tiles, for tests without AMX", "build"),
-        Variable("FASTVQ_CHECK", ("0", "1"), "check indices on a GPU too, where that waits for the device", "call"),
+        Variable(
+            "FASTVQ_CHECK",
+            ("0", "1", "2"),
+            "1: check indices on a GPU too, which waits for the device; 2: also that ranks hold the same codebooks",
+            "call",
+        ),
         Variable("FASTVQ_AUTOTUNE", ("0", "1"), "time the Triton kernels' tiles, and keep the fastest on disk", "call"),
         Variable("FASTVQ_CUDA", ("0", "1"), "0: leave the CUDA C++ kernels out, 1: stop without nvcc", "build"),
     )

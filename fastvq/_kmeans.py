@@ -110,10 +110,12 @@ def kmeans(
             f"{OP}: data must be a tensor [N, D] or a callable returning batches, got {type(data).__name__}"
         )
     with torch.no_grad():
-        return fit(
+        result = fit(
             batches, n_codes, metric=metric, n_iter=n_iter, init=init, tolerance=tolerance, generator=generator,
             progress=progress, enough=True,
         )  # fmt: skip
+    assert result is not None  # too few vectors raise, with enough=True
+    return result
 
 
 def fit(
@@ -128,19 +130,22 @@ def fit(
     progress: bool = False,
     enough: bool = False,
     collective: Collective | None = None,
-) -> KMeans:
+) -> KMeans | None:
     """``kmeans`` after its checks; over all processes of ``collective``, which must hold equal generators.
 
-    With fewer vectors than codes it raises where ``enough`` is asked for, and otherwise repeats vectors.
+    With fewer finite vectors than codes it raises if ``enough``. Otherwise it repeats vectors, and without any vector
+    it returns None, on every process.
     """
     collective = collective or Collective()
     normalise = metric == "cosine"
     sample = collective.join(_sample(batches, _sample_size(n_codes), generator, normalise))
-    if len(sample) < (n_codes if enough else 1):
+    if enough and len(sample) < n_codes:
         raise ValueError(
-            f"{OP}: data must hold at least {n_codes if enough else 1} finite vectors (n_codes = {n_codes}), got "
-            f"{len(sample)}; ask for fewer codes or give more data"
+            f"{OP}: data must hold at least {n_codes} finite vectors (n_codes = {n_codes}), got {len(sample)}; "
+            "ask for fewer codes or give more data"
         )
+    if not len(sample):
+        return None
     codebook = _start(sample, n_codes, init, generator)
     # unbiased=False: the population's variance, defined for one vector too.
     limit = tolerance * sample.double().var(dim=0, unbiased=False).mean().item()

@@ -6,7 +6,7 @@ hold batches of different sizes, or none: messages have sizes that do not depend
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from fastvq._checks import check_codebook, check_option
 from fastvq.ops import nearest
 from fastvq.ops.nearest import METRICS, reference
 
-__all__ = ["all_reduce_packed", "gather_rows", "nearest_sharded", "rank", "world_size"]
+__all__ = ["all_reduce_packed", "check_same", "gather_rows", "nearest_sharded", "rank", "world_size"]
 
 OP = "fastvq.distributed.nearest_sharded"
 # A count is sent as two float32 numbers, count // BASE and count % BASE: both, summed over up to 4096 ranks, stay below
@@ -78,6 +78,41 @@ def gather_rows(
     every = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(every, padded, group=group)
     return torch.cat([part[: int(n)] for part, n in zip(every, sizes, strict=True)])
+
+
+def check_same(
+    owner: str,  # who holds the tensors, for the message
+    tensors: Mapping[str, Tensor],  # float32, the same names and shapes on every rank
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Compares checksums of tensors over ranks; every rank has to call it. It waits for the device.
+
+    ``FASTVQ_CHECK=2`` makes every quantizer compare its codebook before each synchronised update.
+
+    Raises:
+        RuntimeError: on every rank, if the bits of a tensor differ between ranks; it names the tensor and the ranks.
+    """
+    world = world_size(group)
+    if world == 1:
+        return
+    mine = torch.stack([_checksum(t) for t in tensors.values()])
+    every = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(every, mine, group=group)
+    for name, of_ranks in zip(tensors, torch.stack(every, dim=1).tolist(), strict=True):
+        others = [r for r, checksum in enumerate(of_ranks) if checksum != of_ranks[0]]
+        if others:
+            raise RuntimeError(
+                f"{owner}: {name} must be the same on every rank, but rank{'s' if len(others) > 1 else ''} "
+                f"{', '.join(map(str, others))} of the group {'differ' if len(others) > 1 else 'differs'} from rank 0; "
+                "load the same state_dict, or construct the module with the same seed, on every rank"
+            )
+
+
+def _checksum(t: Tensor) -> Tensor:  # [] int64
+    """A sum of the bits, weighted by position, so that rows in another order differ too."""
+    bits = t.detach().float().contiguous().view(torch.int32).reshape(-1).long()
+    weight = torch.arange(1, 2 * bits.numel(), 2, device=t.device) * 0x9E3779B1
+    return (bits * weight).sum()
 
 
 def nearest_sharded(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
+from fastvq._checks import check_indices
+from fastvq.nn._projection import Projected
 from fastvq.nn.codebook import LearnedCodebook
 from fastvq.ops import ResidualQuantized, residual_quantize
 
@@ -13,12 +16,12 @@ __all__ = ["ResidualVQ"]
 OP = "fastvq.nn.ResidualVQ"
 
 
-class ResidualVQ(LearnedCodebook):
+class ResidualVQ(Projected, LearnedCodebook):
     """Replaces vectors by sums of codes, one of each level (Zeghidour et al. 2021), and learns the codes.
 
-    Learning, ``update``, ``sync``, ``dead_code_threshold``, checkpointing, ``freeze()`` and buffers are as in
-    ``VectorQuantizer``; all levels share one message. Dead codes of a level take what the levels before left of a
-    vector.
+    Learning, ``update``, ``sync``, ``group``, ``dead_code_threshold``, checkpointing, ``freeze()``, ``freeze_codes()``,
+    ``set_codebook()``, ``usage()`` and buffers are as in ``VectorQuantizer``; all levels share one message. Dead codes
+    of a level take what the levels before left of a vector.
 
     Args:
         dim, n_codes, n_levels: D, K, Q.
@@ -57,6 +60,7 @@ class ResidualVQ(LearnedCodebook):
         channel_first: bool = False,
         update: str = "forward",
         sync: str = "auto",
+        group: dist.ProcessGroup | None = None,
         precision: str = "exact",
     ) -> None:
         if dim < 1 or n_levels < 1:
@@ -69,12 +73,10 @@ class ResidualVQ(LearnedCodebook):
             OP, () if shared_codebook else (n_levels,), n_codes, dim if code_dim is None else code_dim,
             decay=decay, eps=eps, metric=metric, estimator=estimator, commitment_weight=commitment_weight,
             learnable=learnable, kmeans_init=kmeans_init, dead_code_threshold=dead_code_threshold, update=update,
-            sync=sync, precision=precision,
+            sync=sync, group=group, precision=precision,
         )  # fmt: skip
-        self.dim, self.n_levels, self.channel_first = dim, n_levels, channel_first
-        self.shared_codebook, self.quantize_dropout = shared_codebook, quantize_dropout
-        self.project_in = nn.Linear(dim, self.code_dim) if self.code_dim != dim else nn.Identity()
-        self.project_out = nn.Linear(self.code_dim, dim) if self.code_dim != dim else nn.Identity()
+        self.n_levels, self.shared_codebook, self.quantize_dropout = n_levels, shared_codebook, quantize_dropout
+        self._add_projections(dim, self.code_dim, channel_first)
 
     def forward(
         self,
@@ -85,9 +87,11 @@ class ResidualVQ(LearnedCodebook):
 
         The last two are what was learned from, None in eval.
         """
-        vectors = self._vectors(x)
+        self._settle()
+        vectors = self._inward(x)
+        self._check_mask(x, mask)
         learns = self._learns()
-        if self._waits_for_kmeans and learns:
+        if learns and self._needs_start():
             self._start_from(vectors.detach().reshape(-1, self.code_dim), _flat(mask), residual=True)
         n_used = self.n_levels
         if self.quantize_dropout and self.training:
@@ -98,36 +102,48 @@ class ResidualVQ(LearnedCodebook):
         )  # fmt: skip
         if n_used < self.n_levels:
             q = self._pad(q, self.n_levels - n_used)
+        counts = None if not learns or q.counts is None else q.counts
+        self._count(
+            counts.sum(dim=0) if counts is not None and self.shared_codebook else counts,
+            q.indices.movedim(-1, 0),
+            vectors,
+        )
         if learns:
             self._learn(q, vectors.detach(), mask)
-        quantized = q.quantized.to(x.dtype)
-        if not isinstance(self.project_out, nn.Identity):
-            quantized = self.project_out(q.quantized.to(self.project_out.weight.dtype))
-            if mask is not None:
-                quantized = torch.where(mask[..., None], quantized, 0)
-        return q._replace(quantized=self._outward(quantized))
+        return q._replace(quantized=self._outward(q.quantized, mask, x.dtype))
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices [..., Q] of all levels, as ``forward`` in eval returns them."""
         with torch.no_grad():
-            return residual_quantize(
-                self._vectors(x), self._levels(self.codebook), metric=self.metric, precision=self.precision
-            ).indices
+            levels = self._levels(self._stored())
+            return residual_quantize(self._inward(x), levels, metric=self.metric, precision=self.precision).indices
 
-    def decode(self, indices: Tensor) -> Tensor:
-        """The vectors that ``forward`` gives for these indices [..., Q]; a level with -1 adds nothing.
+    def decode(
+        self,
+        indices: Tensor,  # [..., Q] or fewer levels, the first ones; any integer dtype
+    ) -> Tensor:
+        """The vectors that ``forward`` gives for these indices; a level with -1 adds nothing.
 
-        Fewer levels than Q may be given: the first ones.
+        They have the dtype of the module: the one it was made or loaded under, or was cast to.
+
+        Raises:
+            ValueError: an index that is neither -1 nor a code (checked on a CPU, elsewhere under FASTVQ_CHECK=1), more
+                levels than Q.
+            TypeError: indices that are not integers.
         """
-        levels = self._levels(self.codebook)
-        total = torch.zeros(*indices.shape[:-1], self.code_dim, device=levels.device, dtype=levels.dtype)
+        name = f"{self.owner}.decode"
+        indices = check_indices(name, "indices", indices, -1, self.n_codes)
+        if indices.dim() < 1 or indices.shape[-1] > self.n_levels:
+            raise ValueError(
+                f"{name}: indices must be [..., Q] with Q at most {self.n_levels} levels, got {list(indices.shape)}"
+            )
+        levels = self._levels(self._stored())
+        dtype = torch.float64 if torch.float64 in (levels.dtype, self._module_dtype) else torch.float32  # as forward
+        total = torch.zeros(*indices.shape[:-1], self.code_dim, device=levels.device, dtype=dtype)
         for q in range(indices.shape[-1]):
             index = indices[..., q]
             total = total + torch.where((index >= 0)[..., None], levels[q][index.clamp(min=0)], 0)
-        if isinstance(self.project_out, nn.Identity):
-            return self._outward(total)
-        vectors = self.project_out(total.to(self.project_out.weight.dtype))
-        return self._outward(torch.where((indices >= 0).any(dim=-1)[..., None], vectors, 0))
+        return self._outward(total, (indices >= 0).any(dim=-1), self._module_dtype)
 
     def extra_repr(self) -> str:
         shared = ", shared codebook" if self.shared_codebook else ""
@@ -135,19 +151,6 @@ class ResidualVQ(LearnedCodebook):
 
     def _levels(self, codebook: Tensor) -> Tensor:  # [Q, K, c]
         return codebook.expand(self.n_levels, -1, -1) if self.shared_codebook else codebook
-
-    def _vectors(self, x: Tensor) -> Tensor:
-        axis = 1 if self.channel_first else -1
-        if x.dim() < (2 if self.channel_first else 1) or x.shape[axis] != self.dim:
-            layout = "[B, dim, ...]" if self.channel_first else "[..., dim]"
-            raise ValueError(
-                f"{OP}: x must be {layout} with dim = {self.dim}, got {list(x.shape)}; "
-                f"channel_first is {self.channel_first}"
-            )
-        return self.project_in(x.movedim(1, -1) if self.channel_first else x)
-
-    def _outward(self, vectors: Tensor) -> Tensor:
-        return vectors.movedim(-1, 1) if self.channel_first else vectors
 
     def _pad(self, q: ResidualQuantized, n_missing: int) -> ResidualQuantized:
         def zeros(t: Tensor) -> Tensor:

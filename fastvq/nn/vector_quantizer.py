@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import Tensor
 
+from fastvq._checks import check_indices
+from fastvq.nn._projection import Projected
 from fastvq.nn.codebook import LearnedCodebook
 from fastvq.ops import Quantized, VQStep, nearest, quantize, vq_step
 
 __all__ = ["GroupedVQ", "VectorQuantizer"]
 
 
-class VectorQuantizer(LearnedCodebook):
+class VectorQuantizer(Projected, LearnedCodebook):
     """Replaces vectors by their nearest codes, and learns the codes (van den Oord et al. 2017).
 
     In training each forward also updates the codebook by the exponential moving average of ``fastvq.ops.ema_update_``,
@@ -28,7 +31,8 @@ class VectorQuantizer(LearnedCodebook):
         estimator: gradient to the input: "straight_through", "rotation" or "none".
         commitment_weight: beta of the commitment loss.
         learnable: codes are a parameter; add ``codebook_loss`` to the loss.
-        kmeans_init: the first training batch starts the codebook by k-means (over all ranks together).
+        kmeans_init: the first training batch with a usable vector starts the codebook by k-means (over all ranks
+            together). The buffer ``initialised`` says whether that has happened, and is saved with the codes.
         dead_code_threshold: a code whose average number of vectors a step falls below it takes a random vector of the
             batch.
         code_dim: width of the codes, D/heads unless given; where heads * code_dim is not D, linear layers
@@ -40,13 +44,17 @@ class VectorQuantizer(LearnedCodebook):
             ``decode(indices)`` equals ``quantized`` through a whole step, and micro-batches count as one.
         sync: "auto": statistics are summed over the ranks of ``torch.distributed`` where there are several (one message
             a forward, or one for the whole model with ``update_codebooks``); "none": each rank learns by itself.
+        group: the processes that hold this quantizer, a group of ``torch.distributed``; None: all of them. Ranks
+            without the quantizer must not be in it, as every rank of the group takes part in each message.
         precision: of the lookup, see ``fastvq.ops.nearest``.
 
     A forward that runs inside a backward (activation checkpointing) neither updates nor records, and uses the codes of
-    the last training forward. ``freeze()`` stops all learning. ``usage()`` tells how many codes are used.
+    the last training forward. ``freeze()`` stops all learning, ``freeze_codes(mask)`` that of single codes.
+    ``set_codebook(codes, sizes)`` starts from given codes. ``usage()`` tells how many codes are used, with
+    ``track_usage()`` over an epoch or a validation set.
 
-    The buffers stay float32 when the module is cast. ``codebook`` is [K, code_dim], with separate heads
-    [H, K, code_dim].
+    The buffers stay float32 when the module is cast, loaded or wrapped in another dtype. ``codebook`` is [K, code_dim],
+    with separate heads [H, K, code_dim]. docs/what_happens_when.md says what each way of loading does.
 
     Raises:
         ValueError: sizes or options that do not fit, named in the message.
@@ -77,6 +85,7 @@ class VectorQuantizer(LearnedCodebook):
         channel_first: bool = False,
         update: str = "forward",
         sync: str = "auto",
+        group: dist.ProcessGroup | None = None,
         precision: str = "exact",
     ) -> None:
         name = f"fastvq.nn.{type(self).__name__}"
@@ -92,12 +101,10 @@ class VectorQuantizer(LearnedCodebook):
             name, (heads,) if separate_codebook_per_head and heads > 1 else (), n_codes, code_dim,
             decay=decay, eps=eps, metric=metric, estimator=estimator, commitment_weight=commitment_weight,
             learnable=learnable, kmeans_init=kmeans_init, dead_code_threshold=dead_code_threshold, update=update,
-            sync=sync, precision=precision,
+            sync=sync, group=group, precision=precision,
         )  # fmt: skip
-        self.dim, self.heads, self.channel_first = dim, heads, channel_first
-        width = heads * code_dim
-        self.project_in = nn.Linear(dim, width) if width != dim else nn.Identity()
-        self.project_out = nn.Linear(width, dim) if width != dim else nn.Identity()
+        self.heads = heads
+        self._add_projections(dim, heads * code_dim, channel_first)
 
     def forward(
         self,
@@ -106,10 +113,14 @@ class VectorQuantizer(LearnedCodebook):
     ) -> Quantized:
         """``Quantized(quantized, indices, commitment_loss, codebook_loss)``.
 
-        quantized has x's shape; indices [...], with several heads [..., heads]; -1 and zeros where masked.
+        quantized has x's shape and dtype; indices [...], with several heads [..., heads]; -1 and zeros where masked.
         """
-        vectors, heads_mask = self._vectors(x), self._heads_mask(mask)
-        if self._waits_for_kmeans and self._learns():
+        self._settle()
+        vectors = self._vectors(x)
+        self._check_mask(x, mask)
+        heads_mask = self._heads_mask(mask)
+        learns = self._learns()
+        if learns and self._needs_start():
             self._start_from(vectors.detach(), heads_mask)
         codes = self._codes()
         options: dict[str, Any] = {
@@ -117,24 +128,40 @@ class VectorQuantizer(LearnedCodebook):
             "precision": self.precision,
         }  # fmt: skip
         q: Quantized | VQStep
-        if self._learns():
+        if learns:
             q = vq_step(vectors, codes, **options)
+            self._count(q.counts, q.indices, vectors)
             self._learn(vectors.detach(), q, heads_mask)
         else:
             q = quantize(vectors, codes, **options)
-        quantized = self._join(q.quantized, x.dtype)
-        if mask is not None and not isinstance(self.project_out, nn.Identity):
-            quantized = torch.where(mask[..., None], quantized, 0)  # a projection has a bias
-        return Quantized(self._outward(quantized), self._heads_last(q.indices), q.commitment_loss, q.codebook_loss)
+            self._count(None, q.indices, vectors)
+        quantized = self._outward(self._heads_joined(q.quantized), mask, x.dtype)
+        return Quantized(quantized, self._heads_last(q.indices), q.commitment_loss, q.codebook_loss)
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices as ``forward`` returns them."""
         with torch.no_grad():
-            indices = nearest(self._vectors(x), self._stored(), metric=self.metric, precision=self.precision)
+            codes = self._stored()
+            indices = nearest(self._vectors(x), codes, metric=self.metric, precision=self.precision)
         return self._heads_last(indices)
 
-    def decode(self, indices: Tensor) -> Tensor:
-        """The vectors that ``forward`` gives for these indices, laid out as its input; zeros for -1."""
+    def decode(
+        self,
+        indices: Tensor,  # [...], with several heads [..., heads]; any integer dtype
+    ) -> Tensor:
+        """The vectors that ``forward`` gives for these indices, laid out as its input; zeros for -1.
+
+        They have the dtype of the module: the one it was made or loaded under, or was cast to.
+
+        Raises:
+            ValueError: an index that is neither -1 nor a code (checked on a CPU, elsewhere under FASTVQ_CHECK=1),
+                another number of heads.
+            TypeError: indices that are not integers.
+        """
+        name = f"{self.owner}.decode"
+        indices = check_indices(name, "indices", indices, -1, self.n_codes)
+        if self.heads > 1 and (indices.dim() < 1 or indices.shape[-1] != self.heads):
+            raise ValueError(f"{name}: indices must be [..., {self.heads}], one a head, got {list(indices.shape)}")
         real = indices >= 0
         codes, index = self._stored(), indices.clamp(min=0)
         head = torch.arange(self.heads, device=codes.device)
@@ -142,29 +169,14 @@ class VectorQuantizer(LearnedCodebook):
         if self.heads > 1:
             chosen = chosen.flatten(-2)
             real = real.any(dim=-1)
-        if isinstance(self.project_out, nn.Identity):
-            return self._outward(chosen)
-        vectors = self.project_out(chosen.to(self.project_out.weight.dtype))
-        return self._outward(torch.where(real[..., None], vectors, 0))
+        return self._outward(chosen, real, self._module_dtype)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, n_codes={self.n_codes}, code_dim={self.code_dim}, heads={self.heads}, {self.metric}"
 
-    def _stored(self) -> Tensor:
-        if self.learnable and self.metric == "cosine":
-            return nn.functional.normalize(self.codebook, dim=-1)
-        return self.codebook
-
     def _vectors(self, x: Tensor) -> Tensor:
         """x as the lookup takes it: [..., c]; [..., H, c] with a shared codebook; [H, ..., c] with separate ones."""
-        axis = 1 if self.channel_first else -1
-        if x.dim() < (2 if self.channel_first else 1) or x.shape[axis] != self.dim:
-            layout = "[B, dim, ...]" if self.channel_first else "[..., dim]"
-            raise ValueError(
-                f"fastvq.nn.{type(self).__name__}: x must be {layout} with dim = {self.dim}, got {list(x.shape)}; "
-                f"channel_first is {self.channel_first}"
-            )
-        vectors = self.project_in(x.movedim(1, -1) if self.channel_first else x)
+        vectors = self._inward(x)
         if self.heads > 1:
             vectors = vectors.unflatten(-1, (self.heads, self.code_dim))
             if self.lead:
@@ -179,15 +191,10 @@ class VectorQuantizer(LearnedCodebook):
     def _heads_last(self, indices: Tensor) -> Tensor:
         return indices.movedim(0, -1) if self.lead else indices
 
-    def _join(self, quantized: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.heads > 1:
-            quantized = (quantized.movedim(0, -2) if self.lead else quantized).flatten(-2)
-        if isinstance(self.project_out, nn.Identity):
-            return quantized.to(dtype)
-        return self.project_out(quantized.to(self.project_out.weight.dtype))
-
-    def _outward(self, vectors: Tensor) -> Tensor:
-        return vectors.movedim(-1, 1) if self.channel_first else vectors
+    def _heads_joined(self, quantized: Tensor) -> Tensor:
+        if self.heads == 1:
+            return quantized
+        return (quantized.movedim(0, -2) if self.lead else quantized).flatten(-2)
 
     def _learn(self, vectors: Tensor, step: VQStep, mask: Tensor | None) -> None:
         rows = vectors.reshape(*self.lead, -1, self.code_dim)

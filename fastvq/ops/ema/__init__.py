@@ -134,7 +134,8 @@ def ema_update_(
     - ``smoothing="none"``: ``n^_k = max(n_k, eps)``.
 
     Arithmetic is float64, each stored value is rounded once; deterministic whatever the number of threads. A head
-    whose counts are all zero is left as it is: a batch without a usable vector teaches nothing.
+    whose counts are all zero is left as it is: a batch without a usable vector teaches nothing. With ``eps=0`` a code
+    whose size has become zero keeps its codebook row.
 
     ``debias`` is for buffers whose sizes start at zero. There S_k is a mere starting value that no size stands for, and
     dividing by almost zero would throw unused codes far out. With it, a code of size zero drops its S_k, and keeps its
@@ -169,6 +170,8 @@ def ema_update_(
                 f"{UPDATE}: {name} must be {list(like.shape)} to match the buffers, got {list(value.shape)}; "
                 "pass what code_statistics returned"
             )
+    # Without eps a code may have no weight at all: 0 / 0 is no place for it, so it stays.
+    before = codebook.detach().clone() if eps == 0 else None
     with torch.no_grad():
         torch.ops.fastvq.ema_update_(
             codebook.detach(),
@@ -182,6 +185,8 @@ def ema_update_(
             debias,
             backend,
         )
+        if before is not None:
+            codebook.detach().copy_(torch.where(cluster_size[..., None] > 0, codebook, before))
 
 
 def replace_dead_codes_(

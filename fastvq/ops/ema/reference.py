@@ -21,7 +21,7 @@ def raise_bad_index(op: str, indices: Tensor, n_codes: int, flat_row: int) -> No
 
 def check_indices(indices: Tensor, n_codes: int) -> None:
     """Raises on the first index that is neither -1 nor a code. Elsewhere than on the CPU that waits for the device."""
-    if indices.device.type == "cpu" or _env.read("FASTVQ_CHECK") == "1":
+    if indices.device.type == "cpu" or _env.read("FASTVQ_CHECK") in ("1", "2"):
         bad = ((indices < -1) | (indices >= n_codes)).reshape(-1)
         if bad.any():
             raise_bad_index("fastvq.ops.code_statistics", indices, n_codes, int(bad.nonzero()[0]))
