@@ -21,6 +21,13 @@ from fastvq.data import ImageFolder
 from .test_data import BAD
 
 ROOT = Path(__file__).parents[1]
+HOLD = """
+import sys, time
+from fastvq._files import lock_folder
+with lock_folder("test", sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(99)
+"""
 SMALL = ["--size", "16", "--channels", "1", "--hidden", "8", "--codes", "16", "--code-dim", "4", "--blocks", "1",
          "--batch-size", "8", "--device", "cpu", "--log-every", "2"]  # fmt: skip
 
@@ -192,6 +199,43 @@ def test_shards_are_encoded_without_those_that_are_broken(runs, tmp_path):
     said = fastvq("encode", tmp_path / "set.tar", "--model", runs / "vqvae", "--out", tmp_path / "ids",
                   "--shard-size", 16, status=2).output  # fmt: skip
     assert "was begun with another processes" in " ".join(said.split())
+
+
+def test_a_second_run_into_a_folder_is_refused(runs, tmp_path):
+    model = ["--model", runs / "vqvae"]
+    for i, command in enumerate((
+        ["train", "vqvae", "--data", runs / "pictures", "--levels", 1, "--steps", 2, *SMALL],
+        ["train", "prior", *model, "--steps", 1],
+        ["encode", runs / "pictures", *model],
+    )):  # fmt: skip
+        out = tmp_path / str(i)
+        # Another process: a folder that this one holds counts as the command's own.
+        first = subprocess.Popen([sys.executable, "-c", HOLD, out], cwd=ROOT, stdout=subprocess.PIPE)
+        assert first.stdout.readline()
+        said = fastvq(*command, "--out", out, status=2).output
+        first.kill()
+        first.wait()
+        first.stdout.close()
+        assert f"another run (process {first.pid}" in said and [p.name for p in out.iterdir()] == [".fastvq-lock"]
+
+
+def test_a_damaged_shard_is_named_and_made_again(runs, tmp_path):
+    both = ["--model", runs / "vqvae", "--out"]
+    order = ["encode", runs / "pictures", *both, tmp_path / "ids", "--shard-size", 10, "--device", "cpu"]
+    fastvq(*order)
+    path = sorted((tmp_path / "ids").glob("ids-*"))[1]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    leftover = tmp_path / "ids" / ".ids.12345678.fastvq-tmp"
+    leftover.touch()
+    said = fastvq("decode", tmp_path / "ids", *both, tmp_path / "decoded", status=2).output
+    assert path.name in said and "its digest differs" in said
+    fastvq(*order)
+    assert path.read_bytes() == content and not leftover.exists()
+    other = sorted((tmp_path / "ids").glob("ids-*"))[0]
+    path.write_bytes(other.read_bytes())  # whole, and not what belongs there
+    said = fastvq("decode", tmp_path / "ids", *both, tmp_path / "decoded", status=2).output
+    assert "is not the shard that manifest.json lists" in said
 
 
 def test_info_describes_what_it_is_given(runs):

@@ -46,6 +46,8 @@ class Prior(Pretrained):
         **pixelcnn_options: Any,
     ) -> None:
         super().__init__()
+        if shape is not None and not (len(shape) == 2 and all(isinstance(side, int) and side >= 1 for side in shape)):
+            raise ValueError(f"fastvq.models.Prior: shape must be (h, w), two sides of at least 1, got {shape!r}")
         self.config = {
             "n_codes": n_codes, "channels": channels, "n_layers": n_layers, "n_classes": n_classes,
             "above": [list(pair) for pair in above], "shape": None if shape is None else list(shape),
