@@ -7,8 +7,10 @@ the first whose predicate has nothing against the call; the same predicates writ
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+
+import torch
 
 from fastvq import _cuda_native, _env, _native, _triton
 
@@ -98,7 +100,22 @@ def choose(
         else:
             reason = BACKENDS[name].unavailable() or implementation.refuse(*args)
             if reason is None:
-                return implementation.run
+                return _outside_autocast(implementation.run) if name == "reference" else implementation.run
         refusals.append(f"{name}: {reason}")
     remedy = "; pass backend=None to let fastvq choose" if named else ""
     raise ValueError(f"{op}: no backend can serve this call ({'; '.join(refusals)}){remedy}")
+
+
+def _outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` without autocast, which casts, or refuses, what torch's ``stack`` and ``cat`` are given."""
+    devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    if not devices:
+        return run
+
+    def plain(*args: Any) -> Any:
+        with ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            return run(*args)
+
+    return plain

@@ -141,7 +141,7 @@ def residual_quantize(
         if not codebooks or any(c.dim() != 2 or c.shape != codebooks[0].shape for c in codebooks):
             shapes = [list(c.shape) for c in codebooks]
             raise ValueError(f"{OP}: codebooks must be at least one [K, D], all of one shape, got {shapes}")
-        codebooks = torch.stack(codebooks)
+        codebooks = _stacked(codebooks)
     if codebooks.dim() != 3 or codebooks.shape[0] == 0:
         raise ValueError(f"{OP}: codebooks must be [Q, K, D] with Q >= 1, got {list(codebooks.shape)}")
     check_codebook(OP, x, codebooks[0])
@@ -160,6 +160,14 @@ def residual_quantize(
         quantized = quantized.detach()
     found = (sums.detach(), counts) if statistics else (None, None)
     return ResidualQuantized(quantized, indices, commitment, codebook, *found)
+
+
+def _stacked(levels: list[Tensor]) -> Tensor:  # [Q, K, D]
+    device = levels[0].device.type
+    if device not in ("cpu", "cuda"):
+        return torch.stack(levels)
+    with torch.autocast(device, enabled=False):  # it refuses float16 on the CPU, bfloat16 on a GPU
+        return torch.stack(levels)
 
 
 def _run(
