@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvq.cli.pictures import PAIRED, edit_picture, grid, paired, save_png, usage_plot
+from fastvq.cli.pictures import PAIRED, edit_picture, grid, paired, save_image, usage_plot
 from fastvq.cli.shared import count_codes, read_model, read_priors
 from fastvq.cli.train import PRESETS, PRIOR_PRESETS, train_prior, train_vqvae
 from fastvq.data import Digits, Loader, Photographs, normalise, psnr
@@ -87,8 +87,8 @@ def digits(folder: Path, figures: Path, report: Report, *, share: float = 1.0) -
     used = float((count_codes(model, maps)[0] > 0).float().mean())
     report("digits, share of codes in use", used, ">", 0.8, note=f"K = {model.n_codes[0]}, on the held-out digits")
     shown = torch.arange(0, 500, 500 // 16)[:16]
-    save_png(figures / "model_digits.png", grid(paired(images[shown], decoded[shown], 16), 16, title=PAIRED))
-    save_png(figures / "model_usage.png", usage_plot(count_codes(model, maps)))
+    save_image(figures / "model_digits.png", grid(paired(images[shown], decoded[shown], 16), 16, title=PAIRED))
+    save_image(figures / "model_usage.png", usage_plot(count_codes(model, maps)))
 
     classifier = _classifier(_steps(700, share))
     right = (classifier(images).argmax(1) == held_out.labels).float().mean()
@@ -104,7 +104,7 @@ def digits(folder: Path, figures: Path, report: Report, *, share: float = 1.0) -
                note=f"{PER_CLASS} of each class")  # fmt: skip
     first = drawn.view(10, PER_CLASS, 1, 28, 28)[:, :16].flatten(0, 1)
     title = f"drawn for each label, temperature {TEMPERATURES[-1]}"
-    save_png(figures / "model_samples.png", grid(first, 16, title=title, rows=[str(c) for c in range(10)]))
+    save_image(figures / "model_samples.png", grid(first, 16, title=title, rows=[str(c) for c in range(10)]))
     wall, busy = trained[0] + time.perf_counter() - began[0], trained[1] + time.process_time() - began[1]
     report("digits, wall seconds in all", wall, "<=", 600,
            note=f"{busy:.0f} processor seconds; load of the machine at the end {os.getloadavg()[0]:.1f}")  # fmt: skip
@@ -131,7 +131,7 @@ def photographs(folder: Path, figures: Path, report: Report, *, share: float = 1
     top, two, _ = reached.values()
     report("photographs, two levels over the top alone, dB", two - top, ">=", 2)
     names = ["picture", *(n.partition(",")[0] for n in PHOTOGRAPH_MODELS)]
-    save_png(figures / "model_photographs.png", grid(torch.cat(rows), SHOWN_CROPS, rows=names))
+    save_image(figures / "model_photographs.png", grid(torch.cat(rows), SHOWN_CROPS, rows=names))
     second = list(PHOTOGRAPH_MODELS)[1]
     priors = _photograph_priors(folder, _folder(folder, PHOTOGRAPH_MODELS[second]), images, figures, report, share)
     _edit_photograph(models[second], priors, figures, report)
@@ -163,7 +163,7 @@ def _photograph_priors(
     drawn = model.generate(2 * SHOWN_CROPS, priors=priors, generator=torch.Generator().manual_seed(0))
     names = ["held out", "drawn", "drawn"]
     page = grid(torch.cat([images[:SHOWN_CROPS], drawn]), SHOWN_CROPS, rows=names, title="top drawn, then bottom")
-    save_png(figures / "model_photograph_samples.png", page)
+    save_image(figures / "model_photograph_samples.png", page)
     return priors
 
 
@@ -178,7 +178,7 @@ def _edit_photograph(model: Autoencoder, priors: list[Prior], figures: Path, rep
             model, cat, box, prior=priors, n_candidates=16, generator=torch.Generator().manual_seed(0)
         ),
     }
-    save_png(figures / "model_edit_photograph.png", _edit_pages(done, cat, box, report))
+    save_image(figures / "model_edit_photograph.png", _edit_pages(done, cat, box, report))
 
 
 def _edits(model: Autoencoder, priors: list[Prior], held_out: Digits, figures: Path, report: Report) -> None:
@@ -193,7 +193,7 @@ def _edits(model: Autoencoder, priors: list[Prior], held_out: Digits, figures: P
             generator=torch.Generator().manual_seed(1),
         ),
     }  # fmt: skip
-    save_png(figures / "model_edit.png", _edit_pages(done, images[:1], box, report))
+    save_image(figures / "model_edit.png", _edit_pages(done, images[:1], box, report))
 
 
 def _edit_pages(done: dict[str, Edited], image: Tensor, box: tuple[int, ...], report: Report) -> Image.Image:

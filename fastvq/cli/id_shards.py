@@ -10,22 +10,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq._json import list_of, mapping_of, parse_json, record, shorten, text, whole
+from fastvq._json import any_of, list_of, mapping_of, nothing, parse_json, record, shorten, text, whole
 from fastvq.models.checkpoints import DIGEST, load_tensors, save_tensors
 
 __all__ = [
+    "BROKEN_END",
+    "LAST",
     "MANIFEST",
     "MANIFEST_KIND",
+    "MORE",
     "ORDER_KIND",
+    "SHARDS",
     "SKIPPED_KIND",
     "IdShard",
     "check_listed",
+    "find_manifest",
     "load_shard",
     "save_shard",
 ]
 
 FORMAT = "fastvq id maps"
 MANIFEST = "manifest.json"
+SHARDS = "ids-*.safetensors"
+# What follows the pictures of a shard in their archive: more of them, nothing, or what could not be read.
+MORE, LAST, BROKEN_END = "more", "last", "broken"
 MOST = 1 << 40
 LABELS = "labels"
 ID_TYPES = (torch.uint8, torch.int16, torch.int32)
@@ -33,7 +41,11 @@ ID_TYPES = (torch.uint8, torch.int16, torch.int32)
 ORDER_ENTRIES = {
     "model_sha256": text, "data": text, "split": text, "size": whole(1, 1 << 16), "shard_size": whole(1, MOST),
 }  # fmt: skip
-ORDER_OPTIONS = {"processes": whole(1, MOST)}
+ORDER_OPTIONS = {
+    "processes": whole(1, MOST),  # of earlier versions, which cut streams between them
+    "odd": text, "field": any_of(nothing, text),
+    "listing": record({"entries": whole(0, MOST), "sha256": text}),
+}  # fmt: skip
 ORDER_KIND = record(ORDER_ENTRIES, ORDER_OPTIONS)
 SKIPPED_KIND = mapping_of(text)
 MANIFEST_KIND = record(
@@ -51,11 +63,35 @@ class IdShard(NamedTuple):
     labels: Tensor  # [n] int64
     maps: list[Tensor]  # one a level, top first: [n, h, w] or [n, h, w, Q]; none where n is 0
     digest: str | None  # of the file; None where an earlier version wrote it
+    skipped: dict[str, str]  # pictures that were left out of it: why
+    end: str  # MORE, LAST or BROKEN_END
 
 
-def save_shard(path: Path, names: Sequence[str], labels: Tensor, maps: Sequence[Tensor]) -> None:
+def save_shard(
+    path: Path, names: Sequence[str], labels: Tensor, maps: Sequence[Tensor], skipped: Mapping[str, str], end: str
+) -> None:
     tensors = {**{f"level{i}": ids for i, ids in enumerate(maps)}, LABELS: labels}
-    save_tensors(path, tensors, {"format": FORMAT, "names": json.dumps(list(names))})
+    metadata = {
+        "format": FORMAT, "names": json.dumps(list(names)), "skipped": json.dumps(dict(skipped)), "end": end,
+    }  # fmt: skip
+    save_tensors(path, tensors, metadata)
+
+
+def find_manifest(op: str, folder: Path) -> Path:
+    """The manifest of a folder of id maps.
+
+    Raises:
+        FileNotFoundError: there is none; the message says whether ``fastvq encode`` was interrupted.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        if any(folder.glob(SHARDS)) or (folder / "order.json").is_file():
+            raise FileNotFoundError(
+                f"{op}: {folder} has no {MANIFEST}: `fastvq encode` did not end there; run the same command again, it "
+                "goes on where it stopped"
+            )
+        raise FileNotFoundError(f"{op}: {folder} must be a folder that `fastvq encode` wrote; it has no {MANIFEST}")
+    return path
 
 
 def load_shard(op: str, path: Path, n_codes: Sequence[int]) -> IdShard:
@@ -65,7 +101,7 @@ def load_shard(op: str, path: Path, n_codes: Sequence[int]) -> IdShard:
         FileNotFoundError: there is no such file.
         ValueError: it is damaged, of something else, or holds ids that are no codes of the model.
     """
-    tensors, metadata = load_tensors(op, path, FORMAT, ["names"])
+    tensors, metadata = load_tensors(op, path, FORMAT, ["names", "skipped?", "end?"])
     names, _ = parse_json(op, f"the names in {path}", metadata["names"], list_of(text))
     expected = [LABELS, *(f"level{i}" for i in range(len(n_codes) if names else 0))]
     if tensors.keys() != set(expected):
@@ -79,7 +115,8 @@ def load_shard(op: str, path: Path, n_codes: Sequence[int]) -> IdShard:
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
         if not 0 <= low <= high < k:
             _refuse(op, path, f"must hold ids in 0 .. {k - 1} at level {level}, got {low} .. {high}")
-    return IdShard(names, labels, maps, metadata.get(DIGEST))
+    skipped, _ = parse_json(op, f"the pictures left out in {path}", metadata.get("skipped", "{}"), SKIPPED_KIND)
+    return IdShard(names, labels, maps, metadata.get(DIGEST), skipped, metadata.get("end", LAST))
 
 
 def check_listed(op: str, path: Path, listed: Mapping[str, Any], shard: IdShard) -> None:

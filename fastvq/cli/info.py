@@ -11,7 +11,7 @@ import typer
 import fastvq
 from fastvq._json import read_json
 from fastvq.cli import shared
-from fastvq.cli.id_shards import MANIFEST, MANIFEST_KIND
+from fastvq.cli.id_shards import MANIFEST, MANIFEST_KIND, find_manifest
 from fastvq.models.checkpoints import Pretrained
 from fastvq.training.state import STATE, saved_step
 
@@ -26,8 +26,8 @@ def info(
         described: dict[str, Any]
         if folder is None:
             described = {"version": fastvq.__version__, "build": fastvq.build_info()}
-        elif (folder / MANIFEST).is_file():
-            manifest = read_json("fastvq info", folder / MANIFEST, MANIFEST_KIND)
+        elif (folder / MANIFEST).is_file() or (folder / "order.json").is_file():
+            manifest = read_json("fastvq info", find_manifest("fastvq info", folder), MANIFEST_KIND)
             described = {name: value for name, value in manifest.items() if name != "shards"}
         else:
             model = Pretrained.from_pretrained(folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from fastvq.cli.codes import decode, encode
+from fastvq.cli.decode import decode
+from fastvq.cli.encode import encode
 from fastvq.cli.info import info
 from fastvq.cli.make import edit_command, sample
 from fastvq.cli.train import train_prior, train_vqvae

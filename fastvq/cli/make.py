@@ -11,7 +11,8 @@ import torch
 import typer
 
 from fastvq.cli import shared
-from fastvq.cli.pictures import edit_picture, grid, save_picture, save_png
+from fastvq.cli.pictures import check_picture_path, edit_picture, grid, save_image, save_picture
+from fastvq.data import Source, check_size, normalise, open_data
 from fastvq.models import edit
 from fastvq.models.editing import region_mask
 from fastvq.training import find_device
@@ -41,6 +42,8 @@ def sample(
 ) -> None:
     """Draw new pictures."""
     with shared.reported():
+        check_picture_path("--out", out)
+        check_size("fastvq sample", size)
         device = str(find_device(device))
         autoencoder = shared.read_model(model, device)
         priors = shared.read_priors(prior, autoencoder, model, device)
@@ -62,7 +65,7 @@ def sample(
         seconds = time.perf_counter() - began
         columns = n if names else min(n, COLUMNS)
         title = f"label {label}" if label is not None else ""
-        save_png(out, grid(images, columns, title=title, rows=names))
+        save_image(out, grid(images, columns, title=title, rows=names))
         if each is not None:
             for i, image in enumerate(images):
                 save_picture(each / f"{i:05d}.png", image)
@@ -101,6 +104,8 @@ def edit_command(
 ) -> None:
     """Change a part of a picture: transplant, set or swap its codes, or (else) let the prior draw it again."""
     with shared.reported():
+        check_picture_path("--out", out)
+        check_size("fastvq edit", size)
         device = str(find_device(device))
         autoencoder = shared.read_model(model, device)
         if image is not None:
@@ -147,7 +152,7 @@ def edit_command(
             paths.append(str(path))
             title = f"change inside {edited.inside_change[i]:.4f}, outside {edited.outside_change[i]:.4f}"
             mask = region_mask(region, picture)[0]
-            save_png(path, edit_picture(picture[0], edited.reconstruction[i], edited.image[i], mask, title))
+            save_image(path, edit_picture(picture[0], edited.reconstruction[i], edited.image[i], mask, title))
             save_picture(path.with_name(f"{path.stem}-picture{path.suffix}"), edited.image[i])
         line = {
             "region": list(region),
@@ -167,9 +172,6 @@ def edit_command(
 
 def _held_out(model: Path, index: int) -> tuple[torch.Tensor, int | None]:
     """One held-out picture [1, C, H, W] of what the model was trained on, and its label."""
-    from fastvq.data import normalise, open_data
-    from fastvq.data.sources import Source
-
     name, options = shared.read_data(model)
     source = open_data(name, "held-out", **options)
     if not isinstance(source, Source):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -13,8 +14,12 @@ from torch import Tensor
 from fastvq._files import write_atomically
 from fastvq.data import to_pixels
 
-__all__ = ["PAIRED", "edit_picture", "grid", "save_picture", "save_png", "usage_plot"]
+__all__ = ["PAIRED", "check_picture_path", "edit_picture", "grid", "save_image", "save_picture", "usage_plot"]
 
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # how a picture is written, by the extension of its file
+    ".png": ("png", {"optimize": True}), ".jpg": ("jpeg", {"quality": 95}), ".jpeg": ("jpeg", {"quality": 95}),
+    ".webp": ("webp", {"lossless": True}), ".bmp": ("bmp", {}),
+}  # fmt: skip
 GAP = 2
 SIDE = 96  # small pictures are enlarged to about this many pixels
 LINE = 14  # height of a line of text
@@ -23,9 +28,17 @@ PAIRED = "upper rows: pictures; lower rows: what their ids decode to"
 DIFFERENCE_GAIN = 2
 
 
-def save_png(path: Path, picture: Image.Image) -> None:
+def check_picture_path(option: str, path: Path) -> None:
+    """ValueError where the path does not say in which format a picture is to be written."""
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"{option} must end in one of {', '.join(FORMATS)}, got {str(path)!r}")
+
+
+def save_image(path: Path, picture: Image.Image) -> None:
+    """Writes a picture in the format of the path's extension, with little loss where the format has any."""
     data = io.BytesIO()
-    picture.save(data, "png", optimize=True)
+    form, options = FORMATS[path.suffix.lower()]
+    picture.save(data, form, **options)
     write_atomically(path, data.getvalue())
 
 
@@ -33,7 +46,7 @@ def save_picture(
     path: Path,
     image: Tensor,  # [C, H, W] normalised
 ) -> None:
-    save_png(path, _to_image(image, 1))
+    save_image(path, _to_image(image, 1))
 
 
 def grid(

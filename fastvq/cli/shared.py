@@ -2,51 +2,111 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+import signal
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from fastvq._json import read_json, record, text, whole, write_json
-from fastvq.data import Batch, Loader, Shards, normalise, open_data, read_picture
+from fastvq._json import any_of, nothing, read_json, record, text, whole, write_json
+from fastvq.cli.order import listing_digest
+from fastvq.data import Batch, Loader, Shards, check_size, is_archive, normalise, open_data, read_picture
 from fastvq.data.sources import Source
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.models.checkpoints import WEIGHTS
 from fastvq.models.prior import Prior
-from fastvq.training import find_device
+from fastvq.training import Stopped, find_device, handled
 from fastvq.training.state import STATE
 
 __all__ = [
-    "MODEL", "PRIOR", "check_label", "console", "count_codes", "fingerprint", "picture_file", "progress", "read_data",
-    "read_model", "read_priors", "reported", "show_skipped", "some_pictures", "write_data", "write_made_for",
+    "MODEL", "PRIOR", "Field", "check_label", "console", "count_codes", "ended_by_sigterm", "fingerprint",
+    "picture_file", "printable", "progress", "read_data", "read_model", "read_priors", "reported", "show_skipped",
+    "some_pictures", "unclaimed", "write_data", "write_made_for",
 ]  # fmt: skip
 
 console = Console(stderr=True)
 MODEL, PRIOR = Path("runs/vqvae"), Path("runs/prior")
 DATA = "data.json"  # beside a model: what it was trained on
+NAMED = 10  # pictures left out that are shown
 MADE_FOR = "model.json"  # beside priors: the model whose ids they were trained on
-DATA_KIND = record({"data": text, "size": whole(1, 1 << 16), "channels": whole(1, 1 << 16), "odd": text})
+DATA_KIND = record(
+    {"data": text, "size": whole(1, 1 << 16), "channels": whole(1, 1 << 16), "odd": text},
+    {"field": any_of(nothing, text), "listing": record({"entries": whole(0, 1 << 40), "sha256": text})},
+)
+Field = Annotated[
+    str | None,
+    typer.Option(help="which member of an archive's samples is the picture: jpg, seg.png; *.jpg: names hold periods"),
+]
 MADE_FOR_KIND = record({"model_sha256": text})
 
 
 @contextmanager
-def reported() -> Iterator[None]:
-    """Turns errors that a user can do something about into one line and exit status 2."""
+def reported(after_stop: str = "") -> Iterator[None]:
+    """Turns errors that a user can do something about into one line and exit status 2.
+
+    Ctrl-C ends with status 130 and SIGTERM, where it is handled, with 143; ``after_stop`` says how to go on.
+    """
+    # Pillow warns of pictures that ``read_picture`` leaves out and names itself.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    after_stop = after_stop and f"; {after_stop}"
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        # Names from files may hold line breaks and terminal codes.
-        said = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(str(error).split()))
-        console.print(f"[bold red]error:[/] {escape(said)}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]error:[/] {escape(printable(str(error)))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        console.print(f"stopped by Ctrl-C{after_stop}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    except Terminated:
+        console.print(f"stopped by SIGTERM{after_stop}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(143) from None
+    except Stopped as stop:
+        said = f"stopped by SIGTERM after step {stop.step}, which is saved{after_stop}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(143) from None
+
+
+class Terminated(BaseException):
+    """SIGTERM, of a command that ends at once."""
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises ``Terminated``, so that what is open is closed."""
+
+    def end(*_: Any) -> None:
+        raise Terminated
+
+    with handled(signal.SIGTERM, end):
+        yield
+
+
+@contextmanager
+def unclaimed(folder: Path) -> Iterator[None]:
+    """Removes folders that the call made, up to ``folder``, where they are empty at its end."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # not empty, or never made
+            for path in made:
+                path.rmdir()
+
+
+def printable(text: str) -> str:
+    """One line: names from files may hold line breaks, terminal codes and bytes of no encoding."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
 
 
 @contextmanager
@@ -75,15 +135,27 @@ def fingerprint(folder: Path) -> str:
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
-def write_data(folder: Path, name: str, size: int, channels: int, odd: str) -> None:
+def write_data(folder: Path, name: str, source: Source | Shards, odd: str, field: str | None) -> None:
     """Writes what a run is trained on; ValueError where the folder holds a run on something else."""
-    described = {"data": name, "size": size, "channels": channels, "odd": odd}
+    described = {
+        "data": name, "size": source.size, "channels": source.channels, "odd": odd, "field": field,
+        "listing": listing_digest(source.listing()),
+    }  # fmt: skip
     if (folder / STATE).is_file() and (folder / DATA).is_file():
         before = read_json("fastvq", folder / DATA, DATA_KIND)
-        if before != described:
-            raise ValueError(f"{folder} holds a run on other data ({before}, not {described}); take another --out")
+        differing = [
+            f"{key} was {_shown(before[key])}, is {_shown(described[key])}"
+            for key in described
+            if key in before and before[key] != described[key]
+        ]
+        if differing:
+            raise ValueError(f"{folder} holds a run on other data ({'; '.join(differing)}); take another --out")
         return
     write_json(folder / DATA, described, seal=True)
+
+
+def _shown(entry: Any) -> str:
+    return f"of {entry['entries']} files ({entry['sha256'][:8]})" if isinstance(entry, dict) else repr(entry)
 
 
 def write_made_for(folder: Path, model: Path) -> None:
@@ -107,6 +179,7 @@ def read_data(folder: Path) -> tuple[str, dict[str, Any]]:
     if not (folder / DATA).is_file():
         raise ValueError(f"{folder} does not say what it was trained on ({DATA} is missing); give --data")
     described = read_json("fastvq", folder / DATA, DATA_KIND)
+    described.pop("listing", None)
     return described.pop("data"), described
 
 
@@ -124,16 +197,24 @@ def check_label(label: int, prior: Prior) -> None:
         raise ValueError(f"--label must be one of the prior's classes ({classes}), got {label}")
 
 
-def show_skipped(source: Source | Shards) -> None:
-    if source.skipped:
-        console.print(f"[yellow]{len(source.skipped)} left out:[/]", highlight=False)
-        for name, reason in list(source.skipped.items())[:10]:
-            console.print(f"  {name}: {reason}", highlight=False, markup=False)
+def show_skipped(skipped: Mapping[str, str]) -> None:
+    if skipped:
+        console.print(f"[yellow]{len(skipped)} left out:[/]", highlight=False)
+        for name, reason in list(skipped.items())[:NAMED]:
+            console.print(f"  {printable(f'{name}: {reason}')}", highlight=False, markup=False, soft_wrap=True)
 
 
 def some_pictures(name: str, n: int, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """(images [n, C, H, W], labels [n] or None): held-out ones where the data has any."""
-    source = open_data(name, "held-out" if ".tar" not in name else "train", **options)
+    """(images [n, C, H, W], labels [n] or None): held-out ones where the data has any, else those of the training."""
+    try:
+        source = open_data(name, "train" if is_archive(name) else "held-out", **options)
+        return _first_batch(source, n)
+    except ValueError:
+        console.print("no picture is held out: training pictures are shown", highlight=False)
+        return _first_batch(open_data(name, "train", **options), n)
+
+
+def _first_batch(source: Source | Shards, n: int) -> tuple[Tensor, Tensor | None]:
     if isinstance(source, Source):
         n = min(n, len(source))
     batch: Batch = next(Loader(source, n, seed=1, workers=0).batches())
@@ -146,6 +227,7 @@ def picture_file(
     size: int | None,
 ) -> Tensor:
     """[1, C, H, W] of one file; the whole picture cut to multiples of the top level's stride where no size is given."""
+    check_size("fastvq edit", size)
     pixels = read_picture(path.read_bytes(), str(path), channels=model.in_channels, size=size, odd="convert")
     stride = model.strides[0]
     height, width = (side // stride * stride for side in pixels.shape[1:])

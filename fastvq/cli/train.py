@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +13,21 @@ import typer
 
 from fastvq._json import write_json
 from fastvq.cli import shared
-from fastvq.cli.pictures import PAIRED, grid, paired, save_png, usage_plot
-from fastvq.data import Loader, open_data
+from fastvq.cli.pictures import PAIRED, grid, paired, save_image, usage_plot
+from fastvq.data import Loader, check_size, open_data
 from fastvq.models import VQVAE, VQVAE2, Prior
 from fastvq.models.autoencoder import Autoencoder
-from fastvq.training import TrainConfig, autoencoder_objective, prior_objective, processes, run_folder, train
+from fastvq.training import (
+    Place,
+    TrainConfig,
+    autoencoder_objective,
+    prior_objective,
+    processes,
+    run_folder,
+    sigterm_stops,
+    train,
+)
+from fastvq.training.state import STATE
 
 __all__ = ["PRESETS", "PRIOR_PRESETS", "train_prior", "train_vqvae"]
 
@@ -33,6 +44,7 @@ PRIOR_PRESETS: dict[str, dict[str, Any]] = {
 }
 SHOWN = 32  # pictures of a reconstruction grid
 DRAWN, DRAWN_CLASSES = 8, 10  # samples of each class, classes that a prior's picture shows
+RESUME = "the same command with --resume goes on from the last checkpoint, where there is one"
 COUNTED = 256  # pictures whose codes the usage plot counts
 
 Data = Annotated[str | None, typer.Option(help="digits, photographs, torchvision:NAME, a folder, or tar shards")]
@@ -74,6 +86,7 @@ def train_vqvae(
     size: Annotated[int | None, typer.Option(help="side of the pictures")] = None,
     channels: Annotated[int | None, typer.Option(help="1 or 3")] = None,
     odd: Annotated[str, typer.Option(help="odd pictures (palette, transparency, 16 bits): skip or convert")] = "skip",
+    field: shared.Field = None,
     seed: int = 0,
     save_every: Every = 200,
     log_every: Every = 50,
@@ -83,8 +96,11 @@ def train_vqvae(
     preset = PRESETS.get(data, PRESETS["photographs"])
     chosen = _filled(preset, levels=levels, codes=codes, code_dim=code_dim, hidden=hidden, steps=steps,
                      batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
-    with shared.reported(), processes(device) as place, run_folder("fastvq train vqvae", out, place):
-        source = open_data(data, "train", size=size, channels=channels, odd=odd)
+    with (
+        shared.reported(RESUME), processes(device) as place, shared.unclaimed(out),
+        run_folder("fastvq train vqvae", out, place), sigterm_stops() as stop,
+    ):  # fmt: skip
+        source = open_data(data, "train", size=size, channels=channels, odd=odd, field=field)
         torch.manual_seed(seed)
         arguments: dict[str, Any] = dict(
             n_blocks=blocks, quantizer=quantizer, depth=depth, loss=loss, estimator=estimator, kmeans_init=kmeans,
@@ -94,6 +110,7 @@ def train_vqvae(
             arguments["levels"] = chosen["levels"]
         make = VQVAE2 if chosen["levels"] > 1 else VQVAE
         model = make(source.channels, chosen["hidden"], chosen["codes"], chosen["code_dim"], downsample, **arguments)
+        check_size("fastvq train vqvae", source.size, model.strides[0])
         config = TrainConfig(
             steps=chosen["steps"], batch_size=chosen["batch_size"], accumulate=accumulate, lr=chosen["lr"], clip=clip,
             ema=ema, precision="bf16" if bf16 else "float32", compile=compile_, seed=seed, save_every=save_every,
@@ -103,17 +120,18 @@ def train_vqvae(
             source, config.batch_size, seed=seed, augment=chosen["augment"], rank=place.rank, world=place.world
         )
         if place.first:
-            shared.write_data(out, data, source.size, source.channels, odd)
-        with shared.progress(config.steps, "vqvae", shown=place.first) as advance:
+            shared.write_data(out, data, source, odd, field)
+        with _forgotten_if_unsaved(out, place), shared.progress(config.steps, "vqvae", shown=place.first) as advance:
             train(
                 model, autoencoder_objective, loader, config, out, place=place, resume=resume, on_step=advance,
+                stop=stop,
                 on_log=lambda line: advance(line["step"], f"psnr {line['psnr']:.2f} dB, codes {line['used_0']:.0%}"),
             )  # fmt: skip
         if place.first:
-            _show_model(model, out, data, place.device, size=size, channels=channels, odd=odd)
+            _show_model(model, out, data, place.device, size=size, channels=channels, odd=odd, field=field)
             if source.skipped:
                 write_json(out / "skipped.json", source.skipped)
-            shared.show_skipped(source)
+            shared.show_skipped(source.skipped)
 
 
 def train_prior(
@@ -139,7 +157,10 @@ def train_prior(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train a prior for every level of a model, the top's first; each goes to a folder levelN of --out."""
-    with shared.reported(), processes(device) as place, run_folder("fastvq train prior", out, place):
+    with (
+        shared.reported(RESUME), processes(device) as place, shared.unclaimed(out),
+        run_folder("fastvq train prior", out, place), sigterm_stops() as stop,
+    ):  # fmt: skip
         autoencoder = shared.read_model(model, place.device)
         if autoencoder.depth > 1:
             raise ValueError(
@@ -174,14 +195,27 @@ def train_prior(
             objective = prior_objective(autoencoder, level, with_labels=with_labels)
             with shared.progress(config.steps, f"prior {level}", shown=place.first) as advance:
                 train(
-                    prior, objective, loader, config, out / f"level{level}", place=place, resume=resume,
+                    prior, objective, loader, config, out / f"level{level}", place=place, resume=resume, stop=stop,
                     on_step=advance,
                     on_log=partial(_show_bits, advance),
                 )  # fmt: skip
             priors.append(prior)
         if place.first:
             _show_priors(autoencoder, priors, out, place.device)
-            shared.show_skipped(source)
+            shared.show_skipped(source.skipped)
+
+
+@contextmanager
+def _forgotten_if_unsaved(out: Path, place: Place) -> Iterator[None]:
+    """A run that fails before its first step is logged or saved does not keep the folder."""
+    try:
+        yield
+    except BaseException:
+        log = out / "log.jsonl"
+        if place.first and not (out / STATE).exists() and not (log.is_file() and log.stat().st_size):
+            for path in (out / shared.DATA, log, *out.glob("events.out.tfevents.*")):
+                path.unlink(missing_ok=True)
+        raise
 
 
 def _show_bits(advance: Callable[..., None], line: dict[str, Any]) -> None:
@@ -195,7 +229,7 @@ def _show_priors(model: Autoencoder, priors: list[Prior], out: Path, device: tor
     generator = torch.Generator(device).manual_seed(0)
     images = model.generate(DRAWN * max(n_classes, 2), labels, priors=priors, temperature=0.8, generator=generator)
     rows = [str(c) for c in range(n_classes)]
-    save_png(out / "samples.png", grid(images, DRAWN, title="samples, temperature 0.8", rows=rows))
+    save_image(out / "samples.png", grid(images, DRAWN, title="samples, temperature 0.8", rows=rows))
     shared.console.print(f"{out}: a prior a level with its log.jsonl, samples.png", highlight=False, soft_wrap=True)
 
 
@@ -209,9 +243,9 @@ def _show_model(model: Autoencoder, out: Path, data: str, device: torch.device, 
     maps = model.encode_maps(images.to(device))
     shown, columns = images[:SHOWN], 8
     decoded = model.decode_maps([ids[:SHOWN] for ids in maps]).cpu()
-    save_png(out / "reconstructions.png", grid(paired(shown, decoded, columns), columns, title=PAIRED))
+    save_image(out / "reconstructions.png", grid(paired(shown, decoded, columns), columns, title=PAIRED))
     written = "model, log.jsonl, reconstructions.png"
     if model.depth == 1:
-        save_png(out / "usage.png", usage_plot(shared.count_codes(model, maps)))
+        save_image(out / "usage.png", usage_plot(shared.count_codes(model, maps)))
         written += ", usage.png"
     shared.console.print(f"{out}: {written}", highlight=False, soft_wrap=True)

@@ -3,17 +3,31 @@
 from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Objective, train
 from fastvq.training.objectives import autoencoder_objective, prior_objective
-from fastvq.training.processes import Place, barrier, find_device, processes, run_folder
+from fastvq.training.processes import (
+    Place,
+    Stopped,
+    barrier,
+    find_device,
+    from_first,
+    handled,
+    processes,
+    run_folder,
+    sigterm_stops,
+)
 
 __all__ = [
     "Objective",
     "Place",
+    "Stopped",
     "TrainConfig",
     "autoencoder_objective",
     "barrier",
     "find_device",
+    "from_first",
+    "handled",
     "prior_objective",
     "processes",
     "run_folder",
+    "sigterm_stops",
     "train",
 ]

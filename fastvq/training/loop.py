@@ -18,7 +18,7 @@ from fastvq.models.checkpoints import Pretrained
 from fastvq.nn import update_codebooks
 from fastvq.training.config import TrainConfig
 from fastvq.training.log import Log
-from fastvq.training.processes import Place, average, barrier, run_folder
+from fastvq.training.processes import Place, Stopped, average, barrier, run_folder
 from fastvq.training.state import OP, STATE, Averages, load_run, save_run
 
 __all__ = ["Objective", "train"]
@@ -38,6 +38,7 @@ def train(
     resume: bool = False,
     on_step: Callable[[int], None] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> None:
     """Trains ``model`` in place and leaves it, with the averaged weights where there are any, in ``eval()``.
 
@@ -53,20 +54,23 @@ def train(
         loader: made for this process's rank and world.
         resume: go on from ``folder`` where something was saved; else an existing state is refused.
         on_step: called after each step with the number of steps done; on_log: with each line of the log (rank 0).
+        stop: asked after each step, with one answer for all processes, whether to save and end here.
 
     Raises:
+        Stopped: ``stop`` said so.
         ValueError: there is a state in ``folder`` and ``resume`` is False; another run holds the folder; the state is
             truncated, damaged, foreign or of another run; the loss is not finite.
         OSError: a checkpoint cannot be written; the one before it is whole.
     """
     place = place or Place(0, 1, torch.device("cpu"))
     with run_folder(OP, folder, place):
-        _train(model, objective, loader, config, folder, place, resume, on_step, on_log)
+        _train(model, objective, loader, config, folder, place, resume, on_step, on_log, stop)
 
 
 def _train(
     model: Pretrained, objective: Objective, loader: Loader, config: TrainConfig, folder: Path, place: Place,
     resume: bool, on_step: Callable[[int], None] | None, on_log: Callable[[dict[str, Any]], None] | None,
+    stop: Callable[[], bool] | None,
 ) -> None:  # fmt: skip
     model.to(place.device).train()
     optimizer = torch.optim.AdamW(
@@ -119,7 +123,8 @@ def _train(
                     log.write(line)
                     if on_log is not None:
                         on_log(line)
-            if now % config.save_every == 0 or now == config.steps:
+            is_last = stop is not None and stop()
+            if now % config.save_every == 0 or now == config.steps or is_last:
                 if sums:  # else they have just been checked, for the log
                     _check_finite(now, float(sums["loss"]), float(sums["gradient_norm"]))
                 if place.first:
@@ -127,6 +132,9 @@ def _train(
                 saved = now
             if on_step is not None:
                 on_step(now)
+            if is_last:
+                barrier()  # the first process saves; none ends before it has
+                raise Stopped(now)
     finally:
         if log is not None:
             log.close()

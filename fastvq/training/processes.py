@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,10 @@ from torch import Tensor
 
 from fastvq._files import lock_folder
 
-__all__ = ["Place", "average", "barrier", "find_device", "processes", "run_folder"]
+__all__ = [
+    "Place", "Stopped", "average", "barrier", "find_device", "from_first", "handled", "processes", "run_folder",
+    "sigterm_stops",
+]  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -80,6 +85,25 @@ def barrier() -> None:
         dist.barrier()
 
 
+def from_first(place: Place, work: Callable[[], int]) -> int:
+    """The number that ``work`` returns in the first process, for all of them; where it fails, all fail."""
+    value, failed = 0, None
+    if place.first:
+        try:
+            value = work()
+        except (OSError, ValueError) as error:
+            failed = error
+    if dist.is_available() and dist.is_initialized():
+        message = torch.tensor([value, failed is not None], dtype=torch.int64, device=place.device)
+        dist.broadcast(message, 0)
+        value = int(message[0])
+        if message[1] and failed is None:
+            failed = ValueError("the first process failed; its error says why")
+    if failed is not None:
+        raise failed
+    return value
+
+
 @contextmanager
 def run_folder(op: str, folder: Path, place: Place) -> Iterator[None]:
     """Holds ``folder`` for one run, whose first process takes the lock for all of them (``lock_folder``).
@@ -89,17 +113,61 @@ def run_folder(op: str, folder: Path, place: Place) -> Iterator[None]:
         OSError: the folder cannot be made or written to.
     """
     with ExitStack() as held:
-        failed: Exception | None = None
-        if place.first:
-            try:
-                held.enter_context(lock_folder(op, folder))
-            except (OSError, ValueError) as error:
-                failed = error
-        if dist.is_available() and dist.is_initialized():
-            flag = torch.tensor([failed is not None], dtype=torch.int64, device=place.device)
-            dist.broadcast(flag, 0)
-            if flag.item() and failed is None:
-                failed = ValueError(f"{op}: the first process could not take {folder}; its error says why")
-        if failed is not None:
-            raise failed
+
+        def take() -> int:
+            held.enter_context(lock_folder(op, folder))
+            return 0
+
+        from_first(place, take)
         yield
+
+
+class Stopped(Exception):
+    """A run that was asked to end, and saved its state before it did."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped after step {step}, which is saved")
+        self.step = step
+
+
+@contextmanager
+def sigterm_stops() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says, once a step, whether SIGTERM came to any of the processes.
+
+    They all get the same answer at the same step. With several it is that of the step before, so that nobody waits.
+    """
+    asked = [False]
+
+    def ask(*_: Any) -> None:
+        asked[0] = True
+
+    group = dist.new_group(backend="gloo") if dist.is_available() and dist.is_initialized() else None
+    waiting: list[tuple[Any, Tensor]] = []
+
+    def is_asked() -> bool:
+        if group is None:
+            return asked[0]
+        answer = False
+        if waiting:
+            work, sent = waiting.pop()
+            work.wait()
+            answer = bool(sent.item())
+        flag = torch.tensor([asked[0]], dtype=torch.int32)
+        waiting.append((dist.all_reduce(flag, dist.ReduceOp.MAX, group=group, async_op=True), flag))
+        return answer
+
+    with handled(signal.SIGTERM, ask):
+        yield is_asked
+
+
+@contextmanager
+def handled(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
+    """A signal's handler for a while; outside of the main thread, where Python has no signals, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
