@@ -1,0 +1,363 @@
+"""``fastvq encode`` and ``decode``: no picture is lost or mixed, whatever the names, archives, faults and resumes."""
+
+import gzip
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastvq._json import read_json, write_json
+from fastvq.cli.file_names import FileNames
+from fastvq.data import http
+
+from .archives import archive, png, send, server
+from .models.small import small_vqvae
+from .test_cli import fastvq
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads):
+    threads(1)
+
+
+def said(result):
+    return " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model of 16x16 colour pictures, untrained."""
+    folder = tmp_path_factory.mktemp("model")
+    small_vqvae(channels=3).save_pretrained(folder)
+    write_json(folder / "data.json", {"data": "none", "size": 16, "channels": 3, "odd": "skip"}, seal=True)
+    return folder
+
+
+@pytest.fixture
+def encode(model, tmp_path):
+    """encode(data, *options, status=0) into tmp_path / "ids"."""
+
+    def call(data, *options, status=0):
+        order = ["encode", data, "--model", model, "--out", tmp_path / "ids", "--shard-size", 4, "--device", "cpu"]
+        return fastvq(*order, *options, status=status)
+
+    return call
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(9):
+        (folder / f"{i}.png").write_bytes(png(i))
+    return folder
+
+
+def manifest(tmp_path):
+    return json.loads((tmp_path / "ids" / "manifest.json").read_text())
+
+
+def contents(folder):
+    """Of all id shards and the manifest."""
+    return {p.name: p.read_bytes() for p in [*folder.glob("ids-*"), folder / "manifest.json"]}
+
+
+# Names of pictures.
+
+HARD_NAMES = [
+    "a.png", "a.jpg", "a b.png", "a_b.png", "a/b.png", "가족.png", "사진.png", "日本.png", "x.png/in.png", "x.jpg",
+    "100%.png", "%2F.png", "..png", "log.jsonl/y.png", "é.png", "e\u0301.png",
+]  # fmt: skip
+
+
+def test_decode_writes_one_file_a_picture(encode, model, tmp_path):
+    folder = tmp_path / "pictures"
+    for i, name in enumerate(HARD_NAMES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(png(i))
+    encode(folder)
+    fastvq("decode", tmp_path / "ids", "--model", model, "--out", tmp_path / "decoded")
+    found = {
+        p.relative_to(tmp_path / "decoded").as_posix() for p in (tmp_path / "decoded").rglob("*.png") if p.is_file()
+    }
+    plain = {f"{name}.png" for name in HARD_NAMES}
+    changed = {"x.png/in.png.png": "x%2Epng/in.png.png", "log.jsonl/y.png.png": "log%2Ejsonl/y.png.png",
+               "%2F.png.png": "%252F.png.png"}  # fmt: skip
+    assert found == {changed.get(name, name) for name in plain}
+
+
+WORDS = st.lists(
+    st.sampled_from(["a", ".", "..", "/", "%", "2F", "\0", ".png", "\n", "가", "\udc80", "\ud800", "~", " "]),
+    max_size=8,
+)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(WORDS.map("".join) | st.text(max_size=3), max_size=20))
+def test_no_two_names_get_one_path(tmp_path_factory, names):
+    root = tmp_path_factory.mktemp("names")
+    files, there = FileNames(), []
+    for name in [*names, "long" * 100, "long" * 101, "deep/" * 450, "deep/" * 451]:
+        path = root / files.path(name)
+        assert root in path.parents and ".." not in path.parts
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("xb"):  # it must not be there
+            there.append(path)
+    assert len(there) == len(names) + 4
+    shutil.rmtree(root)
+
+
+# Archives.
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_truncated_archive_is_not_a_whole_one(encode, tmp_path, pack):
+    whole = archive([(f"{i}.png", png(i)) for i in range(6)])
+    (tmp_path / "set.tar").write_bytes(pack(whole)[: len(pack(whole)) * 2 // 3])
+    assert "set.tar: shard cannot be read to its end" in said(encode(tmp_path / "set.tar"))
+    assert manifest(tmp_path)["pictures"] == 4 and manifest(tmp_path)["shards"][0]["pictures"] == 4
+    assert "cannot be read to its end" in manifest(tmp_path)["skipped"][str(tmp_path / "set.tar")]
+
+
+def test_a_masked_sample_is_encoded_by_choice(encode, model, tmp_path):
+    (tmp_path / "set.tar").write_bytes(archive([(f"x.{kind}", png(i)) for i, kind in enumerate(("jpg", "seg.png"))]))
+    assert "choose one with --field jpg" in said(encode(tmp_path / "set.tar", status=2))
+    assert not (tmp_path / "ids").exists()
+    encode(tmp_path / "set.tar", "--field", "jpg")
+    mine = contents(tmp_path / "ids")
+    (tmp_path / "set.tar").write_bytes(archive([("x.jpg", png(0))]))
+    encode(tmp_path / "set.tar", "--restart")
+    assert mine["ids-00000-00000.safetensors"] == contents(tmp_path / "ids")["ids-00000-00000.safetensors"]
+
+
+def test_impossible_labels_do_not_end_a_run(encode, tmp_path):
+    members = [
+        (f"{i}.{kind}", data) for i in range(3) for kind, data in (("png", png(i)), ("cls", b"9" * (i * 20 + 1)))
+    ]
+    (tmp_path / "set.tar").write_bytes(archive(members))
+    encode(tmp_path / "set.tar")
+    assert manifest(tmp_path)["pictures"] == 3 and manifest(tmp_path)["skipped"].keys() == {
+        "set.tar/1.cls", "set.tar/2.cls",
+    }  # fmt: skip
+
+
+def test_a_broken_server_is_named_and_the_other_archives_are_encoded(encode, tmp_path, monkeypatch):
+    monkeypatch.setattr(http, "PAUSE_S", 0.01)
+    whole = archive([(f"{i}.png", png(i)) for i in range(6)])
+    faulty = [True]
+
+    def answer(handler):
+        if handler.path == "/0.tar" and faulty[0]:
+            handler.wfile.write(b"nonsense\r\n\r\n")
+        else:
+            send(handler, whole)
+
+    with server(answer) as address:
+        data = address.replace("set.tar", "{0..1}.tar")
+        encode(data)
+        assert manifest(tmp_path)["pictures"] == 6 and len(manifest(tmp_path)["skipped"]) == 1
+        # A later call reads what it could not read before, and only that.
+        before = contents(tmp_path / "ids")
+        faulty[0] = False
+        encode(data)
+    assert manifest(tmp_path)["pictures"] == 12 and not manifest(tmp_path)["skipped"]
+    after = contents(tmp_path / "ids")
+    assert all(after[name] == data for name, data in before.items() if name.startswith("ids-00001"))
+
+
+def test_an_interrupted_encode_of_archives_ends_as_a_whole_one(encode, tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.tar").write_bytes(archive([(f"{j}.png", png(10 * i + j)) for j in range(4 * i + 2)]))
+    data = tmp_path / "{0..2}.tar"
+    encode(data)
+    whole = contents(tmp_path / "ids")
+    assert len(whole) == 7 and manifest(tmp_path)["pictures"] == 18
+    for first in range(3):
+        for lost in list(whole)[first::3]:
+            (tmp_path / "ids" / lost).unlink()
+        encode(data)
+        assert contents(tmp_path / "ids") == whole
+
+
+# Resume.
+
+
+def test_resume_with_a_picture_added_is_refused(encode, pictures, tmp_path):
+    encode(pictures)
+    before = contents(tmp_path / "ids")
+    (pictures / "00.png").write_bytes(png(99))
+    text = said(encode(pictures, status=2))
+    assert "begun with other pictures: 1 added (00.png)" in text and "--restart" in text
+    assert contents(tmp_path / "ids") == before
+
+
+def test_resume_with_a_picture_removed_or_changed_is_refused(encode, pictures, tmp_path):
+    encode(pictures)
+    (pictures / "3.png").unlink()
+    (pictures / "4.png").write_bytes(png(4, size=(20, 20)))
+    assert "1 removed (3.png), 1 of another size (4.png)" in said(encode(pictures, status=2))
+    (tmp_path / "ids" / "listing.jsonl").unlink()
+    assert "it listed 9, and now there are 8" in said(encode(pictures, status=2))
+
+
+def test_restart_begins_anew(encode, pictures, tmp_path):
+    encode(pictures)
+    (tmp_path / "ids" / "mine.txt").write_text("mine")
+    (pictures / "0.png").unlink()
+    encode(pictures, "--restart")
+    assert manifest(tmp_path)["pictures"] == 8 and (tmp_path / "ids" / "mine.txt").read_text() == "mine"
+
+
+def test_resume_with_an_archive_deleted_is_refused(encode, tmp_path):
+    for i in range(2):
+        (tmp_path / f"set-{i}.tar").write_bytes(archive([("x.png", png(i))]))
+    encode(tmp_path / "set-*.tar")
+    (tmp_path / "set-0.tar").unlink()
+    assert "1 removed (set-0.tar)" in said(encode(tmp_path / "set-*.tar", status=2))
+
+
+@pytest.mark.parametrize(
+    "option, said_by_it",
+    [
+        (["--size", 32], "another size (16, now 32)"),
+        (["--odd", "convert"], "another odd ('skip', now 'convert')"),
+        (["--split", "train"], "another split"),
+        (["--shard-size", 5], "another shard_size (4, now 5)"),
+        (["--field", "png"], "another field (None, now 'png')"),
+    ],
+)
+def test_resume_with_another_option_is_refused(encode, pictures, option, said_by_it):
+    encode(pictures)
+    assert said_by_it in said(encode(pictures, *option, status=2))
+
+
+def test_resume_with_another_model_is_refused(encode, pictures, tmp_path, model):
+    encode(pictures)
+    shutil.copytree(model, tmp_path / "other")
+    small_vqvae(seed=1, channels=3).save_pretrained(tmp_path / "other")
+    assert "begun with another model;" in said(encode(pictures, "--model", tmp_path / "other", status=2))
+    text = said(fastvq("decode", tmp_path / "ids", "--model", tmp_path / "other", status=2))
+    assert "made by another model" in text
+
+
+def test_folders_of_earlier_versions_are_gone_on_with(encode, pictures, tmp_path):
+    encode(pictures)
+    ids = tmp_path / "ids"
+    whole = contents(ids)
+    order = read_json("test", ids / "order.json")
+    earlier = {name: order[name] for name in ("model_sha256", "data", "split", "size", "shard_size")}
+    (ids / "order.json").write_text(json.dumps(earlier))
+    (ids / "listing.jsonl").unlink()
+    (ids / "ids-00001.safetensors").unlink()
+    encode(pictures)
+    assert contents(ids) == whole
+    (ids / "order.json").write_text(json.dumps(earlier))
+    (pictures / "0.png").rename(pictures / "00.png")
+    assert "0.png is not where it was" in said(encode(pictures, status=2))
+
+
+# Exit status.
+
+
+def test_a_call_that_encodes_nothing_ends_with_1_and_leaves_nothing(encode, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(b"no picture")
+    text = said(encode(tmp_path / "pictures", status=1))
+    assert "no picture was encoded, 1 left out" in text and "a.png: cannot be read" in text
+    assert not (tmp_path / "ids").exists()
+    (tmp_path / "set.tar").write_bytes(b"")
+    assert "empty" in said(encode(tmp_path / "set.tar", status=1))
+
+
+def test_a_call_that_fails_leaves_no_folder(encode, pictures, tmp_path, monkeypatch):
+    encode(tmp_path / "nowhere", status=2)
+    encode(pictures, "--size", 18, status=2)
+    assert not (tmp_path / "ids").exists()
+    monkeypatch.setattr("fastvq.cli.encode.save_shard", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    assert "disk full" in said(encode(pictures, status=2))
+    assert not (tmp_path / "ids").exists()
+    monkeypatch.undo()
+    encode(pictures, "--shard-size", 3)
+    assert manifest(tmp_path)["pictures"] == 9
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_encode_goes_on(encode, pictures, model, tmp_path, monkeypatch, number, status):
+    from fastvq.cli import encode as module
+
+    def save(path, *rest):
+        if path.name == "ids-00001.safetensors":
+            signal.raise_signal(number)
+        saved(path, *rest)
+
+    saved = module.save_shard
+    monkeypatch.setattr(module, "save_shard", save)
+    text = said(encode(pictures, status=status))
+    assert "the same command goes on where it stopped" in text
+    for command in (["decode", tmp_path / "ids", "--model", model], ["info", tmp_path / "ids"]):
+        assert "`fastvq encode` did not end there" in said(fastvq(*command, status=2))
+    monkeypatch.undo()
+    encode(pictures)
+    assert manifest(tmp_path)["pictures"] == 9
+
+
+# Pictures and options.
+
+
+@pytest.mark.parametrize("size", [0, -4, 100000])
+def test_sizes_of_no_picture_are_refused(encode, pictures, tmp_path, model, size):
+    wanted = f"size must be in 1 .. 8000 pixels, got {size}"
+    assert wanted in said(encode(pictures, "--size", size, status=2))
+    for command in (
+        ["train", "vqvae", "--data", pictures, "--out", tmp_path / "run"],
+        ["edit", pictures / "0.png", "--model", model, "--code", 1],
+        ["sample", "--model", model],
+    ):
+        assert wanted in said(fastvq(*command, "--size", size, status=2))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, form", [("x.jpg", "JPEG"), ("x.WEBP", "WEBP"), ("x.png", "PNG")])
+def test_edits_are_written_in_the_format_of_their_name(pictures, tmp_path, model, name, form):
+    fastvq("edit", pictures / "0.png", "--model", model, "--code", 1, "--out", tmp_path / "to" / name)
+    for path in (tmp_path / "to" / name, (tmp_path / "to" / name).with_stem("x-picture")):
+        with Image.open(path) as picture:
+            assert picture.format == form
+
+
+def test_an_edit_without_a_format_is_refused(pictures, tmp_path, model):
+    out = ["--out", tmp_path / "x.jsonl"]
+    assert "--out must end in one of .png" in said(
+        fastvq("edit", pictures / "0.png", "--model", model, "--code", 1, *out, status=2)
+    )
+
+
+def test_a_huge_picture_is_one_line(encode, pictures, recwarn):
+    Image.fromarray(np.zeros((10_000, 9_500), np.uint8)).save(pictures / "huge.png")
+    text = said(encode(pictures))
+    assert "huge.png: huge: 9500x10000, more than 64000000 pixels" in text and "Warning" not in text
+    assert not [w for w in recwarn if "decompression bomb" in str(w.message)]
+
+
+def test_folders_and_pictures_that_cannot_be_opened_are_named(encode, pictures, tmp_path, monkeypatch):
+    import os
+
+    def walk(top, onerror):
+        yield from found(top, onerror=onerror)
+        onerror(PermissionError(13, "Permission denied", str(pictures / "secret")))
+
+    found = os.walk
+    monkeypatch.setattr(os, "walk", walk)
+    (pictures / "link.png").symlink_to("nowhere.png")
+    (pictures / "new.avif").write_bytes(b"?")
+    encode(pictures)
+    skipped = manifest(tmp_path)["skipped"]
+    assert skipped == {
+        "secret": "folder cannot be read: Permission denied", "new.avif": "no format that is read: .avif",
+        "link.png": "cannot be read: No such file or directory",
+    }  # fmt: skip
