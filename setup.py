@@ -193,7 +193,7 @@ def sources_of(binding: str, pattern: str) -> list[Path]:
 
 
 CUDA = "fastvq._cuda"
-cpu_sources = sources_of("bind_cpu.cpp", "cpu/*.cpp")
+cpu_sources = sources_of("bind_cpu.cpp", "cpu/**/*.cpp")
 extensions = [Extension("fastvq._cpu", [str(p) for p in cpu_sources])]
 if find_nvcc():
     extensions.append(Extension(CUDA, [str(p) for p in sources_of("bind_cuda.cpp", "cuda/*.cu")]))

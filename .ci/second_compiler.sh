@@ -20,7 +20,7 @@ import setuptools
 
 setuptools.setup = lambda **_: None  # the flags are wanted, not a build
 setup = runpy.run_path("setup.py")
-for source in sorted(Path("csrc/cpu").glob("*.cpp")):
+for source in sorted(Path("csrc/cpu").rglob("*.cpp")):
     flags = setup["ISA_FLAGS"].get(setup["isa_of"](source) or "", [])
     print(source, *flags)
 PYTHON
@@ -33,7 +33,7 @@ for target in x86_64-linux-gnu x86_64-windows-gnu; do
   { [ $target = x86_64-linux-gnu ] && cat "$work/sources" || grep -v _amx.cpp "$work/sources"; } |
     xargs -P "$(nproc)" -L 1 bash -c '
       "$python" -m ziglang c++ -target $target -std=c++17 -O0 -c -Wall -Wextra -Werror -Wno-psabi \
-        -Wno-unknown-warning-option -o "$work/$(basename "$1").o" $defines "${@:2}" "$1" ||
+        -Wno-unknown-warning-option -o "$work/$(tr / _ <<< "$1").o" $defines "${@:2}" "$1" ||
         { echo "$1: $target failed"; exit 255; }' compile
   echo "$target: csrc/cpu compiles"
 done

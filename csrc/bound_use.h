@@ -1,4 +1,4 @@
-// How much of its error bound the lookup's filter uses; for tests (cpu/nearest_proof.h).
+// How much of its error bound the lookup's filter uses; for tests (cpu/testing/bound_check.h).
 #pragma once
 #include "fastvq.h"
 

@@ -47,7 +47,7 @@ std::vector<Isa> available_isas();
 std::string amx_unavailable();
 std::string compiler();
 
-// ---- nearest code and quantization (cpu/nearest.cpp) ----
+// ---- nearest code and quantization (cpu/lookup/driver.cpp) ----
 
 struct LookupCounts {
   int64_t rescored = 0;  // rows whose few survivors of the filter were scored by the definition
@@ -79,11 +79,11 @@ QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, 
                               const Rows& quantized, int64_t* indices, Isa isa, int n_threads, void* kept,
                               const StatisticsOut* statistics);
 // grad_x = G + scale (x - c), zero where the index is -1; G is grad_quantized (null: zero), or with rotation
-// lambda (g - 2 r (r.g) + 2 x^ (q^.g)), see quantize_rows.h.
+// lambda (g - 2 r (r.g) + 2 x^ (q^.g)), see cpu/lookup/quantize_rows.h.
 void quantize_backward(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized,
                        double scale, bool rotation, const Rows& grad_x, Isa isa, int n_threads);
 
-// ---- residual quantization (cpu/residual.cpp); a level is a head of `levels` [Q, K, D], x has one head ----
+// ---- residual quantization (cpu/lookup/residual.cpp); a level is a head of `levels` [Q, K, D], x has one head ----
 
 struct ResidualOptions {
   Metric metric;
@@ -111,7 +111,7 @@ void residual_backward(const Rows& x, const Codes& levels, const int64_t* indice
 double fma_peak(Isa isa, double milliseconds);
 double read_peak(int64_t n_bytes, int n_threads);
 
-// ---- statistics per code and their moving average (cpu/statistics.cpp, cpu/ema.cpp) ----
+// ---- statistics per code and their moving average (cpu/statistics/statistics.cpp, cpu/statistics/ema.cpp) ----
 
 // Added up in double. Returns -1, or the first h*N + r whose index is neither -1 nor a code; the statistics then hold
 // nothing of use.

@@ -1,4 +1,4 @@
-// One position of a gated PixelCNN at a time; see cpu/pixelcnn.cpp for the cache and the order of the weights.
+// One position of a gated PixelCNN at a time; see cpu/masked_conv/pixelcnn.cpp for the cache and the order of the weights.
 #pragma once
 #include <cstdint>
 #include <vector>

@@ -39,7 +39,7 @@ METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512_vnni": 3, "amx": 4, "emulated": 5}
 # Where a lookup runs on tiles unless it is told to: on how many rows and codes it is tried, the share of rows up to
 # which it pays that bfloat16 leaves more than one code open, the rows of a head that are too few to try, and the least
-# width that tiles are made for (csrc/cpu/nearest.cpp).
+# width that tiles are made for (csrc/cpu/lookup/driver.cpp).
 TRIED_ROWS, TRIED_CODES, MOST_OPEN, FEW_ROWS, LEAST_DIM = 256, 1024, 0.5, 8192, 32
 
 

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../../csrc/cpu/elements.h"
+#include "../../csrc/cpu/common/elements.h"
 #include "fibers.h"
 
 #define __global__

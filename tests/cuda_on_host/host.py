@@ -39,8 +39,7 @@ SANITIZERS = ("address", "thread")
 
 
 def _text_of_headers() -> bytes:
-    folders = [ROOT / "csrc", ROOT / "csrc/cpu", ROOT / "csrc/cuda", HERE]
-    return b"".join(p.read_bytes() for folder in folders for p in sorted(folder.glob("*.*h")))
+    return b"".join(p.read_bytes() for folder in (ROOT / "csrc", HERE) for p in sorted(folder.rglob("*.*h")))
 
 
 def _make(name: str, command: list[str], key: bytes) -> Path:

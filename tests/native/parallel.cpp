@@ -1,5 +1,5 @@
 // parallel_chunks when the n-th allocation fails, for every n: an exception each time, and every thread joined.
-#include "../../csrc/cpu/parallel.h"
+#include "../../csrc/cpu/common/parallel.h"
 
 #include <cstdio>
 #include <cstdlib>

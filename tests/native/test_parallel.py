@@ -1,4 +1,4 @@
-"""How threads share work (csrc/cpu/parallel.h), in a program of its own: a fault there ends the process."""
+"""How threads share work (csrc/cpu/common/parallel.h), in a program of its own: a fault there ends the process."""
 
 import os
 import shutil

@@ -29,7 +29,7 @@ class PackedCodebook:
     __slots__ = ("_codes", "_layout", "backend", "metric")
 
     _codes: Tensor  # [K, D] or [H, K, D], contiguous
-    _layout: Tensor | None  # bytes for csrc/cpu/packed_heads.h; None where another backend will serve
+    _layout: Tensor | None  # bytes for csrc/cpu/lookup/packed_codebook.h; None where another backend will serve
 
     def __init__(self, codes: Tensor, metric: str, backend: str | None) -> None:
         self._codes = codes

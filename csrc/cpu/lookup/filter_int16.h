@@ -1,0 +1,215 @@
+// The filter's operands in 16-bit integers: sums of products are exact in 32 bits, two elements of D an instruction.
+//
+// A vector v is held as q = round(v 2^e), e the largest with |v| at most 46000 2^-e and no element above 32767 2^-e. So
+// elements fit 16 bits and, by Cauchy and Schwarz, sums of products and every part of one fit 32: (46000 + sqrt(D) / 2)^2
+// is below 2^31. What rounding took, sqrt(D) / 2 at most of 16000 or more, is measured. How a vector's elements are spread
+// matters little, as it would with fewer bits.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "bounds.h"
+
+namespace fastvq {
+namespace {
+constexpr bool kRounded = true;
+// Squares of what rounding takes are summed in float32, off by less than (D / 16 + 8) 2^-24.
+constexpr double kRowSlack = 1 + 0x1p-9;
+}  // namespace
+}  // namespace fastvq
+
+#include "score_layout.h"
+
+namespace fastvq {
+namespace {
+
+// A tile is [steps][kTileRows] pairs, then what the rows' integers are multiples of; a panel [steps][kWidth] pairs, then
+// the codes'.
+inline int64_t steps(int64_t D) { return (D + 1) / 2; }
+inline int64_t panel_floats(int64_t D) { return (steps(D) + 1) * kWidth; }
+inline int64_t tile_floats(int64_t D) { return (steps(D) + 1) * kTileRows; }
+inline float* panel_at(const PackedCodes& packed, int64_t panel) {
+  return reinterpret_cast<float*>(packed.panels) + panel * panel_floats(packed.dim);
+}
+
+struct Held {
+  float unit;   // the vector is unit times its integers
+  double lost;  // square of what rounding took
+};
+
+// v [D] of the norm given as integers, in pairs, into words [steps(D)], which may begin where v does or before.
+inline Held hold(const float* v, int64_t D, double norm, float* words) {
+  // Units of 2^-74 and more: the product of two is a float32 (see CodeLayout::underflow).
+  constexpr int kFinest = 74;
+  const int64_t W = steps(D);
+  if (!(norm < 0x1p121)) {  // the caller does not use the scores of such a vector; NaN too
+    for (int64_t w = 0; w < W; ++w) words[w] = 0;
+    return {1, 0};
+  }
+  int exponent = 0;
+  const double mantissa = std::frexp(norm, &exponent);  // below 1: the norm is mantissa 2^exponent
+  const auto first = [](int64_t n) { return static_cast<__mmask16>(n >= kLanes ? 0xffff : n > 0 ? (1u << n) - 1 : 0); };
+  V highest = spread(0);
+  for (int64_t d0 = 0; d0 < D; d0 += kLanes)
+    highest = larger(highest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(D - d0), v + d0)));
+  int e = 16 - exponent - (mantissa * 0x1p16 > 46000);
+  e -= std::ldexp(static_cast<double>(largest(highest)), e) > 32767;
+  e = norm == 0 || e > kFinest ? kFinest : e;
+  const V scale = spread(std::ldexp(1.0f, e));
+  V losts = spread(0);
+  for (int64_t d0 = 0; d0 < 2 * W; d0 += kLanes) {
+    const int64_t left = D - d0, out = 2 * W - d0;
+    const V scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(left), v + d0), scale);
+    const __m512i q = _mm512_cvtps_epi32(scaled);
+    const V rest = sub(scaled, _mm512_cvtepi32_ps(q));
+    losts = mul_add(rest, rest, losts);
+    _mm256_mask_storeu_epi16(words + d0 / 2, first(out), _mm512_cvtepi32_epi16(q));
+  }
+  return {std::ldexp(1.0f, -e), std::ldexp(static_cast<double>(_mm512_reduce_add_ps(losts)), -2 * e)};
+}
+
+// c^, e = c' - c^ of the codes, x^, lost = x' - x^ of the rows:  x'.c' - x^.c^ = lost.c^ + x'.e <= |lost| |c^| + |x'| |e|.
+// The score is the exact integer x^.c^, rounded to float32, then one multiply-add with the bias; a vector of integers has
+// at most twice the norm of what was rounded, as no element is off by more than itself: 3 u (4 |x'||c'| + |b|) covers both.
+// Products with the units: rows' and codes' are powers of two, the first is exact, the second inside the multiply-add;
+// below 2^-126 rounding takes 2^-150 at most.
+struct CodeLayout {
+  static double chain(int64_t) { return 16; }
+  static double underflow(int64_t) { return 0x1p-148; }
+
+  static Placed put(const PackedCodes& packed, int64_t p, int j, const float* code, double norm, float* eight) {
+    const int64_t D = packed.dim, W = steps(D);
+    // The integers of row j & 7 lie before what is left of the eight rows.
+    const Held held = hold(code, D, norm, eight + (j & 7) * W);
+    float* panel = panel_at(packed, p);
+    panel[W * kWidth + j] = held.unit;
+    if ((j & 7) == 7) transpose8(eight, W, panel + j - 7, kWidth);
+    const double rest = std::sqrt(held.lost * kRowSlack);
+    return {rest, norm + rest};
+  }
+};
+
+// sums + pairs of rows times pairs of codes. By hand: gcc 12 copies what its intrinsic adds to.
+inline __m512i multiply_pairs(__m512i sums, __m512i rows, __m512i codes) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(rows), "v"(codes));
+  return sums;
+}
+inline __m512i load_pairs(const float* from) { return _mm512_loadu_si512(from); }
+inline __m512i spread_pair(const float* from) {
+  int32_t pair;
+  std::memcpy(&pair, from, 4);
+  return _mm512_set1_epi32(pair);
+}
+
+// Step 2 for one tile and the first `Vectors` vectors of one panel.
+template <int Vectors, bool KeepScores>
+__attribute__((noinline)) void score_tile(const float* tile, const float* panel, const float* bias, int64_t D,
+                                          float* scores, float* maxima) {
+  __m512i sums[kTileRows][Vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) sums[i][v] = _mm512_setzero_si512();
+  for (int64_t w = steps(D); w > 0; --w) {
+    __m512i codes[Vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) codes[v] = load_pairs(panel + v * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i) {
+      const __m512i row = spread_pair(tile + i);
+#pragma GCC unroll 8
+      for (int v = 0; v < Vectors; ++v) sums[i][v] = multiply_pairs(sums[i][v], row, codes[v]);
+    }
+    tile += kTileRows;
+    panel += kWidth;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i) {
+    const V unit = spread(tile[i]);
+    V top;
+#pragma GCC unroll 8
+    for (int v = 0; v < Vectors; ++v) {
+      const V product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[i][v]), unit);
+      const V score = mul_add(product, load(panel + v * kLanes), load(bias + v * kLanes));
+      if (KeepScores) store(scores + i * kScoreStride + v * kLanes, score);
+      top = v ? larger(top, score) : score;
+    }
+    store(maxima + i * kMaximaStride, top);
+  }
+}
+
+// The scores of one row of a tile against one panel once more.
+inline void score_row(const float* tile, int64_t i, const float* panel, const float* bias, int64_t D, float* scores) {
+  const int64_t W = steps(D);
+  __m512i sums[kTileVectors];
+  for (int v = 0; v < kTileVectors; ++v) sums[v] = _mm512_setzero_si512();
+  for (int64_t w = 0; w < W; ++w)
+    for (int v = 0; v < kTileVectors; ++v)
+      sums[v] = multiply_pairs(sums[v], spread_pair(tile + w * kTileRows + i), load_pairs(panel + w * kWidth + v * kLanes));
+  for (int v = 0; v < kTileVectors; ++v) {
+    const V product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[v]), spread(tile[W * kTileRows + i]));
+    store(scores + v * kLanes, mul_add(product, load(panel + W * kWidth + v * kLanes), load(bias + v * kLanes)));
+  }
+}
+
+// Step 1 for one tile: rows [first, first + n) into out.
+template <class E>
+__attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean,
+                                         float* out, float* eight, void* room, Measured* measured) {
+  using Real = typename E::Real;
+  const int64_t D = x.dim, W = steps(D);
+  if (x.stride_d != 1 && x.stride_inner == 1 && first / x.n_inner == (first + n - 1) / x.n_inner) {
+    // Channel-first: neighbouring rows are neighbours in memory.
+    const auto* p = row_at<E>(x, h, first);
+    for (int64_t i = 0; i < n; ++i) measured[i].square = 0;
+    for (int64_t d = 0; d < D; ++d, p += x.stride_d)
+      for (int64_t i = 0; i < n; ++i) {
+        const float v = static_cast<float>(E::get(p[i]) - static_cast<Real>(mean[d]));
+        eight[i * D + d] = v;
+        measured[i].square += static_cast<double>(v) * static_cast<double>(v);
+      }
+  } else {
+    for (int64_t i = 0; i < n; ++i)
+      measured[i].square = place_code<E>(contiguous(row_at<E>(x, h, first + i), x.stride_d, D, room), D, mean, 0,
+                                         eight + i * D);
+  }
+  float* units = out + W * kTileRows;
+  for (int64_t i = 0; i < kTileRows; ++i) {
+    if (i < n) {
+      const Held held = hold(eight + i * D, D, std::sqrt(measured[i].square), eight + i * W);
+      measured[i].lost = held.lost;
+      units[i] = held.unit;
+    } else {
+      for (int64_t w = 0; w < W; ++w) eight[i * W + w] = 0;
+      units[i] = 1;
+    }
+  }
+  transpose8(eight, W, out, kTileRows);
+}
+
+// The ceiling: independent chains on registers alone. Returns the operations done.
+double fma_chains(int64_t n, float* out) {
+  __m512i sums[kTileRows][kTileVectors];
+  const __m512i pairs = _mm512_set1_epi32(static_cast<int>(out[0]) + 0x00010001);
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) sums[i][v] = _mm512_set1_epi32(i * kTileVectors + v);
+  for (int64_t t = 0; t < n; ++t) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) sums[i][v] = multiply_pairs(sums[i][v], pairs, pairs);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < kTileRows; ++i)
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) asm volatile("" ::"v"(sums[i][v]));  // or all of it would be removed
+  return 2.0 * 2 * static_cast<double>(n) * kTileRows * kTileVectors * kLanes;
+}
+
+}  // namespace
+}  // namespace fastvq
+
+#include "filter.h"

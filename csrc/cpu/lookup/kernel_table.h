@@ -1,0 +1,31 @@
+// The functions of one instruction set, gathered for lookup/driver.cpp. The including file names its vectors first
+// (simd_*.h), then its filter (lookup/filter.h, lookup/filter_bf16_tiles.h), and defines FASTVQ_NEAREST_TABLE.
+#pragma once
+#include "resolve.h"
+#include "../testing/bound_check.h"
+#include "quantize_rows.h"
+
+namespace fastvq {
+namespace {
+
+void centre(const Codes& codes, int64_t h, Metric metric, double* scratch, PackedCodes& packed) {
+  packed.centred = false;
+  packed.mean_norm = 0;
+  for (int64_t d = 0; d < 2 * packed.dim; ++d) packed.mean[d] = 0;
+  if (metric != Metric::cosine)
+    with_element(codes.dtype, [&](auto e) { centre_codes<decltype(e)>(codes, h, scratch, packed); });
+}
+
+NearestKernels::Found pack(const Codes& codes, int64_t h, Metric metric, int64_t first, int64_t last, double* scratch,
+                           PackedCodes& packed) {
+  return with_element(codes.dtype, [&](auto e) {
+    return pack_codes<decltype(e), CodeLayout>(codes, h, metric, first, last, scratch, packed);
+  });
+}
+
+}  // namespace
+
+const NearestKernels FASTVQ_NEAREST_TABLE = {kWidth, kRounded, panel_bytes, centre, pack, search_bytes,
+                                             search, gather, backward, prove, fma_chains};
+
+}  // namespace fastvq

@@ -1,0 +1,205 @@
+// What quantize adds to the lookup, row by row: the chosen code and its squared distance; and the gradient for x.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "lookup.h"
+#include "../simd/vectors.h"
+
+namespace fastvq {
+namespace {
+
+// Strided rows pass through these; contiguous ones do not.
+template <class T>
+struct RowOut {
+  T* at;
+  T* to;
+  int64_t stride, n;
+  RowOut(T* p, int64_t stride_d, int64_t dim, void* room)
+      : at(stride_d == 1 ? p : static_cast<T*>(room)), to(p), stride(stride_d), n(dim) {}
+  void finish() const {
+    if (at != to)
+      for (int64_t d = 0; d < n; ++d) to[d * stride] = at[d];
+  }
+};
+
+template <class EX, class EC>
+double gather_rows(const Lookup& lookup, const Rows& quantized, int64_t h, int64_t first, int64_t n, int64_t& n_real,
+                   double* room) {
+  using TX = typename EX::Stored;
+  const Rows& x = *lookup.x;
+  const int64_t D = x.dim;
+  const int64_t* indices = lookup.indices + h * x.n_rows();
+  double total = 0;
+  n_real = 0;
+  for (int64_t r = first; r < first + n; ++r) {
+    const RowOut<TX> out(static_cast<TX*>(const_cast<void*>(quantized.data)) + quantized.offset(h, r),
+                         quantized.stride_d, D, room);
+    if (indices[r] < 0) {
+      for (int64_t d = 0; d < D; ++d) out.at[d] = EX::put(0.0f);
+      out.finish();
+      continue;
+    }
+    ++n_real;
+    const TX* row = contiguous(row_at<EX>(x, h, r), x.stride_d, D, room + D);
+    const auto* code = contiguous(code_at<EC>(*lookup.codes, h, indices[r]), lookup.codes->stride_d, D, room + 2 * D);
+    D8 lanes = {};
+    int64_t d = 0;
+    for (; d + 8 <= D; d += 8) {
+      const auto c = load8(EC{}, code + d);
+      const D8 t = widen(load8(EX{}, row + d)) - widen(c);
+      lanes += t * t;
+      store8(EX{}, out.at + d, c);
+    }
+    double sum = sum8(lanes);
+    for (; d < D; ++d) {
+      const auto c = EC::get(code[d]);
+      const double t = static_cast<double>(EX::get(row[d])) - static_cast<double>(c);
+      sum += t * t;
+      out.at[d] = EX::put(c);
+    }
+    if (!(sum <= 0x1p1023) && !all_finite<EX>(row, 1, D)) sum = std::nan("");
+    total += sum;
+    out.finish();
+  }
+  return total;
+}
+
+double gather(const Lookup& lookup, const Rows& quantized, int64_t h, int64_t first, int64_t n, int64_t& n_real,
+              double* room) {
+  return with_element(lookup.x->dtype, [&](auto ex) {
+    return with_element(lookup.codes->dtype, [&](auto ec) {
+      return gather_rows<decltype(ex), decltype(ec)>(lookup, quantized, h, first, n, n_real, room);
+    });
+  });
+}
+
+template <class A, class B>
+struct Wider {
+  using type = D8;
+};
+template <>
+struct Wider<F8, F8> {
+  using type = F8;
+};
+template <class Sum, class T>
+inline Sum as(const T& v) {
+  if constexpr (std::is_same<Sum, F8>::value)
+    return v;
+  else
+    return widen(v);
+}
+
+// The rotation estimator's gradient: lambda (g - 2 r (r.g) + 2 x^ (q^.g)) with x^ = x/|x|, q^ = c/|c|,
+// lambda = |c|/|x|, r = (x^ + q^)/|x^ + q^|: the transpose of the rotation that takes x to its code, rescaled.
+// Written as G = a g + b x + e c.
+struct Rotation {
+  double a, b, e;
+};
+
+template <class EX, class EC>
+Rotation rotation_of(const typename EX::Stored* x, const typename EC::Stored* c, const typename EX::Stored* g,
+                     int64_t D) {
+  double xx = 0, cc = 0, xg = 0, cg = 0;
+  D8 lxx = {}, lcc = {}, lxg = {}, lcg = {};
+  int64_t d = 0;
+  for (; d + 8 <= D; d += 8) {
+    const D8 vx = widen(load8(EX{}, x + d)), vc = widen(load8(EC{}, c + d)), vg = widen(load8(EX{}, g + d));
+    lxx += vx * vx;
+    lcc += vc * vc;
+    lxg += vx * vg;
+    lcg += vc * vg;
+  }
+  for (; d < D; ++d) {
+    const double vx = EX::get(x[d]), vc = EC::get(c[d]), vg = EX::get(g[d]);
+    xx += vx * vx;
+    cc += vc * vc;
+    xg += vx * vg;
+    cg += vc * vg;
+  }
+  const double nx = std::sqrt(xx + sum8(lxx)), nc = std::sqrt(cc + sum8(lcc));
+  xg += sum8(lxg);
+  cg += sum8(lcg);
+  if (!(nx > 0 && nc > 0)) return {1, 0, 0};
+  const double ix = 1 / nx, ic = 1 / nc;
+  double square = 0;  // of x^ + q^; from the dot product it would cancel where the two are nearly opposite
+  D8 lanes = {};
+  for (d = 0; d + 8 <= D; d += 8) {
+    const D8 v = widen(load8(EX{}, x + d)) * ix + widen(load8(EC{}, c + d)) * ic;
+    lanes += v * v;
+  }
+  for (; d < D; ++d) {
+    const double v = static_cast<double>(EX::get(x[d])) * ix + static_cast<double>(EC::get(c[d])) * ic;
+    square += v * v;
+  }
+  square += sum8(lanes);
+  if (!(square > 1e-12)) return {1, 0, 0};  // opposite: no one rotation takes x to its code
+  const double lambda = nc * ix, rg = 2 * (xg * ix + cg * ic) / square;
+  return {lambda, lambda * ix * (2 * cg * ic - rg), -lambda * ic * rg};
+}
+
+template <class EX, class EC>
+void backward_rows(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized, double scale,
+                   bool rotation, const Rows& grad_x, int64_t h, int64_t first, int64_t n, double* room) {
+  using TX = typename EX::Stored;
+  using TC = typename EC::Stored;
+  using Sum = typename Wider<decltype(load8(EX{}, static_cast<const TX*>(nullptr))),
+                             decltype(load8(EC{}, static_cast<const TC*>(nullptr)))>::type;
+  using Real = decltype(typename EX::Real{} + typename EC::Real{});
+  const int64_t D = x.dim;
+  const bool difference = scale != 0 || rotation;
+  for (int64_t r = first; r < first + n; ++r) {
+    const RowOut<TX> out(static_cast<TX*>(const_cast<void*>(grad_x.data)) + grad_x.offset(h, r), grad_x.stride_d, D,
+                         room);
+    const int64_t k = indices[h * x.n_rows() + r];
+    const TX* g = grad_quantized && k >= 0
+                      ? contiguous(row_at<EX>(*grad_quantized, h, r), grad_quantized->stride_d, D, room + D)
+                      : nullptr;
+    if (!difference || k < 0) {
+      for (int64_t d = 0; d < D; ++d) out.at[d] = g ? g[d] : EX::put(0.0f);
+      out.finish();
+      continue;
+    }
+    const TX* row = contiguous(row_at<EX>(x, h, r), x.stride_d, D, room + 2 * D);
+    const TC* code = contiguous(code_at<EC>(codes, h, k), codes.stride_d, D, room + 3 * D);
+    Rotation turn{1, 0, 0};
+    if (rotation && g) turn = rotation_of<EX, EC>(row, code, g, D);
+    const Real a = static_cast<Real>(turn.a), b = static_cast<Real>(turn.b), e = static_cast<Real>(turn.e),
+               s = static_cast<Real>(scale);
+    const bool turned = turn.a != 1 || turn.b != 0 || turn.e != 0;
+    int64_t d = 0;
+    for (; d + 8 <= D; d += 8) {
+      const Sum vx = as<Sum>(load8(EX{}, row + d)), vc = as<Sum>(load8(EC{}, code + d));
+      Sum v = s == 0 ? Sum{} : s * (vx - vc);
+      if (g) {
+        const Sum vg = as<Sum>(load8(EX{}, g + d));
+        v = turned ? (a * vg + (b * vx + e * vc)) + v : vg + v;
+      }
+      store8(EX{}, out.at + d, v);
+    }
+    for (; d < D; ++d) {
+      const Real vx = EX::get(row[d]), vc = EC::get(code[d]);
+      Real v = s == 0 ? Real{} : s * (vx - vc);
+      if (g) {
+        const Real vg = EX::get(g[d]);
+        v = turned ? (a * vg + (b * vx + e * vc)) + v : vg + v;
+      }
+      out.at[d] = EX::put(v);
+    }
+    out.finish();
+  }
+}
+
+void backward(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized, double scale,
+              bool rotation, const Rows& grad_x, int64_t h, int64_t first, int64_t n, double* room) {
+  with_element(x.dtype, [&](auto ex) {
+    with_element(codes.dtype, [&](auto ec) {
+      backward_rows<decltype(ex), decltype(ec)>(x, codes, indices, grad_quantized, scale, rotation, grad_x, h, first, n,
+                                                room);
+    });
+  });
+}
+
+}  // namespace
+}  // namespace fastvq

@@ -1,0 +1,3 @@
+#include "../simd/amx_tiles.h"
+#define FASTVQ_CONV_TILES conv_tiles_amx
+#include "tiles.h"

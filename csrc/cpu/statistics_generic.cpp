@@ -1,2 +1,0 @@
-#define FASTVQ_STATISTICS_NAMESPACE statistics_generic
-#include "statistics_rows.h"
