@@ -175,6 +175,7 @@ class CodebookState(nn.Module):
     @property
     def counts(self) -> Tensor:
         """[*lead, K] int64: vectors of each code in the last training step."""
+        self._place_statistics()
         return self._counts
 
     def _clear_statistics(self) -> None:
@@ -219,8 +220,7 @@ class CodebookState(nn.Module):
                 setattr(self, name, held.float())
             else:
                 held.data = held.data.float()  # the same tensor: DistributedDataParallel keeps a list of buffers
-        if self._counts.device != self.codebook.device:
-            self._place_statistics()
+        self._place_statistics()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodebookState:
         """Moves follow; a change of dtype does not reach the buffers, it is kept as the dtype of ``decode``."""

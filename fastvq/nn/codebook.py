@@ -259,9 +259,10 @@ class LearnedCodebook(CodebookState):
         if not total:
             if all_ranks:
                 raise ValueError(f"{name}: all_ranks needs total=True; a training step's counts are summed already")
-            return usage_of(self._counts)
+            return usage_of(self.counts)
         if self._total_counts is None:
             raise ValueError(f"{name}: total=True needs counts; call track_usage() before the forwards to be counted")
+        self._place_statistics()
         counts = self._total_counts
         if all_ranks:
             counts = distributed.all_reduce_packed([counts], self.group_of_ranks.group)[0]
@@ -272,7 +273,7 @@ class LearnedCodebook(CodebookState):
 
         Each rank counts its own vectors, so nothing is sent in eval. Counting costs one pass over the indices.
         """
-        self._total_counts = torch.zeros_like(self._counts) if on else None
+        self._total_counts = torch.zeros_like(self.counts) if on else None
 
     def reset_usage(self) -> None:
         """Sets the counts of ``usage(total=True)`` to zero."""
