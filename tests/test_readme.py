@@ -1,4 +1,4 @@
-"""The README's examples run, and print what the README says they print."""
+"""The examples of README and docs run, and print what the page says they print; links lead somewhere."""
 
 import contextlib
 import io
@@ -7,11 +7,17 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = {
+    f"{page.name}-{i}": block
+    for page in PAGES
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S))
+}
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_example(block):
     promised = re.findall(r"print\(.*\) +# (.*)", block)
     printed = io.StringIO()
@@ -26,3 +32,24 @@ def test_the_two_commands_stand_alone_on_their_lines():
         'pip install -e ".[test]" && pytest -n auto --dist loadfile',
     ):
         assert README.splitlines().count(command) == 1
+
+
+def anchors(page):
+    """The names that a heading can be linked by, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
