@@ -7,13 +7,17 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from fastvq._json import read_json, write_json
+from fastvq.cli.encode import _Call
 from fastvq.cli.file_names import FileNames
-from fastvq.data import http
+from fastvq.data import Shards, http
+from fastvq.models import VQVAE
+from fastvq.training import Place
 
 from .archives import archive, png, send, server
 from .models.small import small_vqvae
@@ -361,3 +365,20 @@ def test_folders_and_pictures_that_cannot_be_opened_are_named(encode, pictures, 
         "secret": "folder cannot be read: Permission denied", "new.avif": "no format that is read: .avif",
         "link.png": "cannot be read: No such file or directory",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("world", [2, 3])
+def test_archives_are_cut_alike_by_any_number_of_processes(encode, model, tmp_path, n, world):
+    for i in range(n):
+        cut = archive([(f"{j}.png", png(10 * i + j)) for j in range(13)] + [("bad.png", b"?")])[: -600 * i or None]
+        (tmp_path / f"{i}.tar").write_bytes(cut)
+    encode(tmp_path / "*.tar")
+    for rank in range(world):
+        source = Shards(str(tmp_path / "*.tar"), size=16)
+        place = Place(rank, world, torch.device("cpu"))
+        (tmp_path / "other").mkdir(exist_ok=True)
+        _Call(VQVAE.from_pretrained(model), source, tmp_path / "other", 4, 64, place).encode_archives(source)
+    for path in (tmp_path / "ids").glob("ids-*"):
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+    assert len(list((tmp_path / "other").glob("ids-*"))) == 4 * n
