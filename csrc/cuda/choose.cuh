@@ -1,5 +1,5 @@
-// From the search's lists to one code a row: rows with one candidate are certain, between several the definition
-// decides. See search.cuh.
+// From the candidate lists to one code a row: a single candidate is certified, several are rescored by the definition. See
+// search.cuh.
 #pragma once
 #include "scan.cuh"
 #include "search.cuh"
@@ -35,7 +35,7 @@ __device__ __forceinline__ void search_codes(const PackedHead& head, const Searc
   __syncthreads();
 }
 
-// Leaves in m.chosen of each row its code, -1 where masked, 0 where not finite, kUnresolved where the full scan must
+// Leaves in m.chosen of each row its code, -1 where masked, 0 where not finite, kUnresolved where the exhaustive scan must
 // decide. `score_of(i, k)` is the definition's d_k of row i of the block.
 template <class S, class Score>
 __device__ __forceinline__ void choose_codes(const PackedHead& head, const SearchMemory<S>& m, bool fast, const Score& score_of) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void choose_codes(const PackedHead& head, const Searc
     int64_t chosen = state == masked ? -1 : state == not_finite ? 0 : kUnresolved;
     if (state == searched) {
       Candidate* list = m.listed + tid * S::kCodeWarps * kListed;
-      float limit = kLeast;
+      float limit = kLowestScore;
       bool full = false;
 #pragma unroll
       for (int g = 0; g < S::kCodeWarps; ++g) {
@@ -95,7 +95,7 @@ __device__ __forceinline__ void choose_codes(const PackedHead& head, const Searc
           code = k;
         }
       }
-    // Where no distance is below infinity, kUnresolved is the smallest code, and the full scan decides.
+    // Where no distance is below infinity, kUnresolved is the smallest code, and the exhaustive scan decides.
     group_minimum(best, code, 8);
     if (mine >= 0 && lane % 8 == 0) m.chosen[mine] = code;
   }

@@ -16,7 +16,7 @@ namespace fastvq::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr double kStays = -1, kUntouched = -2;  // a code keeps its row of the codebook; a head counted nothing
+constexpr double kKeepCode = -1, kSkipHead = -2;  // a code keeps its row of the codebook; a head counted nothing
 
 struct SizesShared {
   double totals[kWarps];
@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kThreads) sizes_kernel(EmaBuffers b, const int
     const double size = new_size(stored, counts[h * K + k], o.decay);
     double divisor = size < o.eps ? o.eps : size;
     if (o.laplace) divisor = (size + o.eps) / (total + static_cast<double>(K) * o.eps) * total;
-    if ((o.debias && size == 0) || total == 0) divisor = kStays;
-    plan[h * K + k] = counted ? divisor : kUntouched;
+    if ((o.debias && size == 0) || total == 0) divisor = kKeepCode;
+    plan[h * K + k] = counted ? divisor : kSkipHead;
     plan[n_plan + h * K + k] = o.debias && stored == 0 ? 0.0 : o.decay;
     if (counted) stored = static_cast<Real>(size);
   }
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t code = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (code >= n_plan) return;
   const double divisor = plan[code], keep = plan[n_plan + code];
-  if (divisor == kUntouched) return;
+  if (divisor == kSkipHead) return;
   const int64_t h = code / b.n_codes, k = code % b.n_codes;
   Real* average = static_cast<Real*>(b.embed_sum) + h * b.embed_sum_head + k * b.embed_sum_k;
   Real* row = static_cast<Real*>(b.codebook) + h * b.codebook_head + k * b.codebook_k;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads)
     const double old = keep == 0 ? 0.0 : keep * static_cast<double>(average[d * b.embed_sum_d]);
     const Real now = static_cast<Real>(old + take * static_cast<double>(sums[code * b.dim + d]));
     average[d * b.embed_sum_d] = now;
-    if (divisor != kStays) row[d * b.codebook_d] = static_cast<Real>(static_cast<double>(now) / divisor);
+    if (divisor != kKeepCode) row[d * b.codebook_d] = static_cast<Real>(static_cast<double>(now) / divisor);
   }
 }
 

@@ -1,4 +1,4 @@
-// The definition for a few codes: what decides between codes that the filter cannot tell apart.
+// Scores by the definition: exact rescoring of the candidates that the filter could not separate.
 #pragma once
 #include "elements.cuh"
 

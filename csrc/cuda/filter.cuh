@@ -33,8 +33,8 @@
 //                + the definition's own rounding
 //
 // so that reach is |c hi| + |c lo|, and the 2^-25 sqrt 8 are part of rho. A code whose bias does not fit three halves, or
-// that cannot win, has zeros there and its bias beside, to be added behind the product: its tile says so. A sum of
-// these steps needs nothing else but a maximum.
+// that cannot win, has zeros in these places; its bias is added after the product, and its tile is flagged
+// kSeparateBias. In all other tiles the product is the complete score, and the epilogue is a maximum alone.
 //
 // Operands lie in memory as the lanes of m16n8k16 take them, so that a warp's load is 512 consecutive bytes. The order
 // of the sixteen dims of a step is free as long as both sides agree: lane l holds dims 4 (l%4) ... 4 (l%4) + 3.
@@ -48,13 +48,13 @@ namespace fastvq::cuda {
 
 constexpr int kTileCodes = 64;
 constexpr int kSlabBytes = 2048;
-constexpr float kNever = -0x1p120f;  // bias of a code that cannot win
-constexpr float kLeast = -0x1p90f;   // below the score of any winner: see largest_code in pack.cu
+constexpr float kUnreachable = -0x1p120f;  // bias of a code that cannot win
+constexpr float kLowestScore = -0x1p90f;   // below the score of any winner: see largest_code in pack.cu
 constexpr int kRowExponent = 14;     // rows are lifted so that their largest element has this exponent
-// Rows further than this above the codes (in powers of two) are left to the full scan, euclidean only.
-constexpr int kFarRow = 36, kNearRow = -60;
+// Rows further than this above the codes (in powers of two) are left to the exhaustive scan, euclidean only.
+constexpr int kMaxRowExponent = 36, kMinRowExponent = -60;
 // Operands of two parts have bits to spare: codes and rows are lifted less, so that bias and w fit fp16 for all rows.
-constexpr int kSplitDims = 8, kNearSplitRow = 7;
+constexpr int kSplitDims = 8, kMaxSplitRowExponent = 7;
 constexpr int kBiasExponent = 12;  // b1 + b2 + b3 = bias 2^-this
 constexpr int64_t kMaxFilterDim = 4096;
 
@@ -62,7 +62,7 @@ constexpr int64_t kMaxFilterDim = 4096;
 struct HeadInfo {
   int lift;           // log2 of what codes are multiplied by
   int centred;        // whether a mean was subtracted
-  int only_exact;     // no code could be sampled: every row is left to the full scan
+  int skip_filter;    // no code could be sampled: every row goes to the exhaustive scan
   float mean_norm;    // |m| 2^lift, rounded up
 };
 
@@ -75,14 +75,14 @@ struct TileInfo {
   float reach, slope, offset;  // the largest of the tile's codes
   int flags;
 };
-constexpr int kIrregular = 1;  // these differ so much within the tile that it is looked at code by code
-constexpr int kBeside = 2;     // operands in two parts: a code of the tile has its bias beside
+constexpr int kIrregular = 1;  // error bounds vary too much inside this tile: test each code with its own bound
+constexpr int kSeparateBias = 2;     // split operands: the bias of some code does not fit the operand columns and is added separately
 
-// Where things lie in the workspace, for all heads.
-struct Packed {
+// The packed codebook of all heads: pointers into the workspace.
+struct PackedCodebook {
   int64_t n_heads, n_codes, n_tiles;
   int dim, n_steps;  // steps of 16 dims, a multiple of `unit`
-  int unit;          // steps that are multiplied without a look back: 1, 2 or 4
+  int unit;          // steps multiplied between two checks for the end of a tile: 1, 2 or 4
   int part;          // dims of a part where operands have two, 4 or 8; else 0
   HeadInfo* heads;       // [H]
   float* means;          // [H, n_steps * 16]
@@ -93,10 +93,10 @@ struct Packed {
 };
 
 // base null: the number of bytes alone.
-size_t packed_layout(const Codes& codes, unsigned char* base, Packed* packed);
-// Whether the filter can serve these tensors; if not, the full scan does.
+size_t packed_layout(const Codes& codes, unsigned char* base, PackedCodebook* packed);
+// Whether the filter can serve these tensors; otherwise every row goes to the exhaustive scan.
 bool filter_serves(const Rows& x, const Codes& codes);
-int pack_codes(const Codes& codes, Metric metric, bool fast, const Packed& packed, void* stream);
+int pack_codes(const Codes& codes, Metric metric, bool fast, const PackedCodebook& packed, void* stream);
 
 __device__ __forceinline__ float power_of_two(int exponent) {  // -126 ... 127
   return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
@@ -109,7 +109,7 @@ __device__ __forceinline__ float lifted(float v, int exponent) {
 __device__ __forceinline__ double lifted(double v, int exponent) {
   return v * static_cast<double>(power_of_two(exponent / 2)) * static_cast<double>(power_of_two(exponent - exponent / 2));
 }
-// What the typical code is lifted to: halves have as much room above as below.
+// The exponent that the typical code is lifted to: the middle of fp16's range.
 __device__ __forceinline__ int typical_exponent(int part) { return part ? 4 : 8; }
 // floor(log2 v) of a positive float, also of a subnormal one.
 __device__ __forceinline__ int exponent_of(float v) {

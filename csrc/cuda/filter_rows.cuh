@@ -5,7 +5,7 @@
 namespace fastvq::cuda {
 
 // What the filter makes of a row.
-enum RowState : int { searched = 0, absent = 1, masked = 2, not_finite = 3, unresolved = 4 };
+enum RowStatus : int { searched = 0, absent = 1, masked = 2, not_finite = 3, unresolved = 4 };
 
 // A row's part of the bound, and what its products are multiplied by to be in units of the codes.
 struct __align__(16) RowInfo {
@@ -15,7 +15,7 @@ struct __align__(16) RowInfo {
 // One warp lays out one row as row i of sixteen, the operand's steps 512 bytes apart. `load(d, out)` gives elements d ...
 // d + 3, zero beyond the last. kPart: dims of a part where operands have two, else 0.
 template <int kPart, class Load>
-__device__ __forceinline__ RowState place_row(const Load& load, bool there, Metric metric, bool fast,
+__device__ __forceinline__ RowStatus place_row(const Load& load, bool there, Metric metric, bool fast,
                                               const HeadInfo& head, const float* mean, int dim, int width, int i,
                                               unsigned char* operand, RowInfo& info) {
   const int lane = threadIdx.x % 32;
@@ -35,13 +35,13 @@ __device__ __forceinline__ RowState place_row(const Load& load, bool there, Metr
     }
   largest = warp_max(largest);
   odd = __any_sync(kWarp, odd);
-  RowState state = !there ? absent : odd ? not_finite : head.only_exact ? unresolved : searched;
+  RowStatus state = !there ? absent : odd ? not_finite : head.skip_filter ? unresolved : searched;
   const int typical = metric == Metric::euclidean ? typical_exponent(kPart) - head.lift : -300;  // dot, cosine: a row's size is free
   int exponent = largest > 0 ? exponent_of(largest) : -300;
-  constexpr int kNear = kPart ? kNearSplitRow : kNearRow;
+  constexpr int kNear = kPart ? kMaxSplitRowExponent : kMinRowExponent;
   const int least = metric == Metric::euclidean && typical + kNear > -130 ? typical + kNear : -130;
   if (exponent < least) exponent = least;
-  const bool far = largest > 3e38f || (metric == Metric::euclidean && exponent > typical + kFarRow);
+  const bool far = largest > 3e38f || (metric == Metric::euclidean && exponent > typical + kMaxRowExponent);
   if (state == searched && far) state = unresolved;
   const int up = kRowExponent - exponent;
   constexpr int kDims = kPart ? kPart : 1;

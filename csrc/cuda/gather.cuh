@@ -1,6 +1,5 @@
-// What quantization does with the rows of a block once their codes are chosen: the code goes out, the squared distance is
-// added up, and the statistics of the codes get the row while it is at hand. Used by the lookup and by the full scan, each
-// for the rows that it settles.
+// The epilogue of quantization for a block of rows whose codes are chosen: writes the codes, adds up the squared distances
+// and feeds the rows to the statistics. The lookup and the exhaustive scan both use it, each for the rows that it resolves.
 //
 //   n rows at a time:  16 bytes a lane where a row's elements lie side by side, and as many lanes a row as it fills (32 at
 //   most); where rows lie side by side, as those of a channel-first image, a lane a row. Each lane has several rows under
@@ -81,19 +80,20 @@ __device__ __forceinline__ void finish_gather(const Gather& g, double squares, i
   }
 }
 
-// Rows row_of(0) ... row_of(n - 1) of head h, whose codes are chosen[0 ... n - 1]: -1 is masked, kUnresolved somebody else's.
+// Rows row_of(0) ... row_of(n - 1) of head h, whose codes are chosen[0 ... n - 1]: -1 is masked. kUnresolved: skipped here; the exhaustive
+// scan writes that row.
 // finite(i): whether row i holds neither NaN nor infinity. Returns the squares that this thread met.
-template <int kThreads, int kAhead, class Real, class RowOf, class Finite>
+template <int kThreads, int kRowsInFlight, class Real, class RowOf, class Finite>
 __device__ __forceinline__ double gather_rows(const Gather& g, const Rows& x, const Codes& codes, int64_t h, int n,
                                               const int64_t* chosen, const RowOf& row_of, const Finite& finite) {
   const int tid = threadIdx.x, D = static_cast<int>(x.dim);
   const int lanes = lanes_of_row(x), groups = kThreads / lanes, lane = tid % lanes;
   double squares = 0;
-  for (int first = tid / lanes; first < n; first += kAhead * groups) {
-    int64_t code[kAhead], from[kAhead], to[kAhead], from_code[kAhead];
-    bool counts[kAhead];
+  for (int first = tid / lanes; first < n; first += kRowsInFlight * groups) {
+    int64_t code[kRowsInFlight], from[kRowsInFlight], to[kRowsInFlight], from_code[kRowsInFlight];
+    bool counts[kRowsInFlight];
 #pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
+    for (int a = 0; a < kRowsInFlight; ++a) {
       const int i = first + a * groups;
       const int64_t r = row_of(i < n ? i : first);
       code[a] = i < n ? chosen[i] : kUnresolved;
@@ -109,9 +109,9 @@ __device__ __forceinline__ double gather_rows(const Gather& g, const Rows& x, co
       if (g.sums && counts[a]) atomicAdd(reinterpret_cast<unsigned long long*>(g.counts) + key, 1ull);
     }
     for (int d = 4 * lane; d < D; d += 4 * lanes) {
-      Real v[kAhead][4], c[kAhead][4];
+      Real v[kRowsInFlight][4], c[kRowsInFlight][4];
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
+      for (int a = 0; a < kRowsInFlight; ++a) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) v[a][e] = c[a][e] = 0;
         if (code[a] < 0) continue;
@@ -119,7 +119,7 @@ __device__ __forceinline__ double gather_rows(const Gather& g, const Rows& x, co
         load_four(codes.data, codes.dtype, from_code[a], codes.stride_d, d, D, c[a]);
       }
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
+      for (int a = 0; a < kRowsInFlight; ++a) {
         if (code[a] == kUnresolved) continue;
         store_four(const_cast<void*>(g.quantized.data), g.quantized.dtype, to[a], g.quantized.stride_d, d, D, c[a]);
 #pragma unroll

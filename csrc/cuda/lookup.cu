@@ -13,10 +13,10 @@
 namespace fastvq::cuda {
 namespace {
 
-constexpr int kGathered = 4;  // rows that a lane has under way
+constexpr int kGatherRows = 4;  // rows that a lane has under way
 
 template <class S>
-__global__ void __launch_bounds__(kSearchThreads, S::kBlocks) lookup_kernel(Lookup a, Packed p, int64_t n_blocks) {
+__global__ void __launch_bounds__(kSearchThreads, S::kBlocks) lookup_kernel(LookupCall a, PackedCodebook p, int64_t n_blocks) {
   const int64_t h = blockIdx.x / n_blocks, first = blockIdx.x % n_blocks * S::kRows, N = a.x.n_outer * a.x.n_inner;
   const int tid = threadIdx.x, width = p.n_steps * 16;
   const SearchMemory<S> m(shared_memory(), width);
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) lookup_kernel(Look
     const int64_t r = first + i;
     const bool real = r < N, skipped = real && a.mask && !a.mask[h * N + r];
     const int64_t at = row_offset(a.x, h, real ? r : 0);
-    const RowState state = place_row<S::kPart>(
+    const RowStatus state = place_row<S::kPart>(
         [&](int d, float(&v)[4]) { load_four(a.x.data, a.x.dtype, at, a.x.stride_d, d, p.dim, v); }, real && !skipped,
         a.metric, a.fast, info, p.means + h * width, p.dim, width, i % 16,
         m.operand + i / 16 * p.n_steps * 512, m.info[i]);
@@ -45,32 +45,32 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) lookup_kernel(Look
   if (tid < S::kRows && first + tid < N) a.indices[h * N + first + tid] = m.chosen[tid];
   if (!a.gather.partial) return;
   const int n = static_cast<int>(N - first < S::kRows ? N - first : S::kRows);
-  const double squares = gather_rows<kSearchThreads, kGathered, float>(
+  const double squares = gather_rows<kSearchThreads, kGatherRows, float>(
       a.gather, a.x, a.codes, h, n, m.chosen, [&](int i) { return first + i; }, [&](int i) { return m.state[i] != -not_finite; });
   // The stages are free: every copy has arrived and been read.
   finish_gather<kSearchThreads>(a.gather, squares, tid < n && m.chosen[tid] != -1, reinterpret_cast<double*>(m.stages));
 }
 
 template <class S>
-int launch_shape(const Lookup& a, const Packed& p, void* stream) {
+int launch_shape(const LookupCall& a, const PackedCodebook& p, void* stream) {
   const int64_t n_blocks = (a.x.n_rows() + S::kRows - 1) / S::kRows;
   return launch(lookup_kernel<S>, a.x.n_heads * n_blocks, kSearchThreads, SearchMemory<S>::bytes(p.n_steps * 16), stream,
                 a, p, n_blocks);
 }
 
 template <class F>
-auto with_lookup_shape(const Packed& p, const F& f) {
+auto with_lookup_shape(const PackedCodebook& p, const F& f) {
   return with_shape<Rows16>(p, shared_limit(), 0, f);
 }
 
 }  // namespace
 
-int64_t lookup_blocks(const Rows& x, const Packed& p) {
+int64_t lookup_blocks(const Rows& x, const PackedCodebook& p) {
   const int rows = with_lookup_shape(p, [](auto shape) { return decltype(shape)::kRows; });
   return x.n_heads * ((x.n_rows() + rows - 1) / rows);
 }
 
-int filtered_lookup(const Lookup& a, const Packed& p, void* stream) {
+int filtered_lookup(const LookupCall& a, const PackedCodebook& p, void* stream) {
   return with_lookup_shape(p, [&](auto shape) { return launch_shape<decltype(shape)>(a, p, stream); });
 }
 

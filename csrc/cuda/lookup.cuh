@@ -5,7 +5,7 @@
 
 namespace fastvq::cuda {
 
-struct Lookup {
+struct LookupCall {
   Rows x;
   Codes codes;
   Metric metric;
@@ -14,8 +14,8 @@ struct Lookup {
   int64_t* indices;     // [H, N]
   Gather gather = {};
 };
-int64_t lookup_blocks(const Rows& x, const Packed& packed);
-// indices: as nearest, but kUnresolved where the full scan must decide.
-int filtered_lookup(const Lookup& a, const Packed& packed, void* stream);
+int64_t lookup_blocks(const Rows& x, const PackedCodebook& packed);
+// indices: as nearest, but kUnresolved where the exhaustive scan must decide.
+int filtered_lookup(const LookupCall& a, const PackedCodebook& packed, void* stream);
 
 }  // namespace fastvq::cuda

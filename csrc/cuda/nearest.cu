@@ -1,5 +1,5 @@
-// The launcher of the nearest-code lookup: pack the codes, filter, and scan in full what the filter left. All on one
-// stream, nothing waited for.
+// The launcher of the nearest-code lookup: pack the codes, filter, then scan the unresolved rows exhaustively. All on one
+// stream, without host synchronisation.
 #include "../fastvq_cuda.h"
 #include "lookup.cuh"
 #include "scan.cuh"
@@ -21,7 +21,7 @@ int nearest(const Rows& x, const Codes& codes, Metric metric, bool fast, const u
             void* workspace, void* stream) {
   const bool filter = filter_serves(x, codes);
   if (filter) {
-    Packed packed;
+    PackedCodebook packed;
     packed_layout(codes, static_cast<unsigned char*>(workspace), &packed);
     if (const int error = pack_codes(codes, metric, fast, packed, stream)) return error;
     if (const int error = filtered_lookup({x, codes, metric, fast, mask, indices}, packed, stream)) return error;

@@ -1,6 +1,6 @@
 // Packing the codebook for the filter: see filter.cuh.
 //
-//   codes [H, K, D] -> Packed
+//   codes [H, K, D] -> PackedCodebook
 //
 // 1. survey: one block a head; of at most 128 codes, evenly spread, the mean and the typical size. Any mean and any
 //    power of two are right; these make the bound small.
@@ -54,7 +54,7 @@ __device__ void measure_samples(const Codes& codes, int64_t h, int64_t stride, i
   }
 }
 
-__global__ void __launch_bounds__(kSurveyThreads, 2) survey_kernel(Codes codes, Metric metric, Packed p) {
+__global__ void __launch_bounds__(kSurveyThreads, 2) survey_kernel(Codes codes, Metric metric, PackedCodebook p) {
   Survey& s = *reinterpret_cast<Survey*>(shared_memory());
   const int tid = threadIdx.x;
   const int64_t h = blockIdx.x, D = codes.dim, stride = (codes.n_codes + kSamples - 1) / kSamples;
@@ -129,7 +129,7 @@ __device__ __forceinline__ double split_bias(double v, float (&out)[4]) {
 }
 
 // Code j of a tile as the filter holds it, and its part of the bound.
-__device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metric, bool fast, const Packed& p, int j,
+__device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metric, bool fast, const PackedCodebook& p, int j,
                           unsigned char* slabs, Tile& tile) {
   const int lane = threadIdx.x % 32, dim = p.dim, width = p.n_steps * 16;
   const int lift = p.heads[h].lift;
@@ -163,7 +163,7 @@ __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metri
   const bool candidate = there && finite && (metric != Metric::cosine || own > 0);
   const bool usable = candidate && square <= kLargestCode * kLargestCode;
   // Under the dot product such a code may well win.
-  if (candidate && !usable && metric == Metric::dot && lane == 0) atomicOr(&p.heads[h].only_exact, 1);
+  if (candidate && !usable && metric == Metric::dot && lane == 0) atomicOr(&p.heads[h].skip_filter, 1);
   const double bias = metric == Metric::euclidean ? -0.5 * square : 0, piece = bias * (1.0 / (1 << kBiasExponent));
   const bool fits = usable && largest < 65504 && (!p.part || piece > -65504);
 
@@ -213,13 +213,13 @@ __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metri
     bias_error += scale * (gamma * size + fabs(piece - held));
   }
   const bool bounded = usable && !fast;
-  tile.bias[j] = !usable ? kNever : p.part && fits ? 0 : static_cast<float>(bias);
+  tile.bias[j] = !usable ? kUnreachable : p.part && fits ? 0 : static_cast<float>(bias);
   tile.reach[j] = bounded ? static_cast<float>(kSlack * (kept + low)) : 0;
   tile.slope[j] = bounded ? static_cast<float>(kSlack * (lost + (gamma + 4 * u) * (kept + low) + 0x1p-10 * low + rounding)) : 0;
   tile.offset[j] = bounded ? static_cast<float>(kSlack * (bias_error + rounding_square) + 0x1p-100) : 0;
 }
 
-__global__ void __launch_bounds__(kPackThreads, 4) pack_kernel(Codes codes, Metric metric, bool fast, Packed p) {
+__global__ void __launch_bounds__(kPackThreads, 4) pack_kernel(Codes codes, Metric metric, bool fast, PackedCodebook p) {
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory());
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int64_t h = blockIdx.x / p.n_tiles, index = blockIdx.x;  // of the tile, over all heads
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kPackThreads, 4) pack_kernel(Codes codes, Metr
   if (warp != 0) return;
   float top[3] = {0, 0, 0}, low[3] = {HUGE_VALF, HUGE_VALF, HUGE_VALF};
   for (int j = lane; j < kTileCodes; j += 32) {
-    if (tile.bias[j] == kNever) continue;
+    if (tile.bias[j] == kUnreachable) continue;
     const float v[3] = {tile.reach[j], tile.slope[j], tile.offset[j]};
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
@@ -251,13 +251,13 @@ __global__ void __launch_bounds__(kPackThreads, 4) pack_kernel(Codes codes, Metr
     low[i] = -warp_max(-low[i]);
     irregular |= top[i] > 16 * low[i];
   }
-  if (lane == 0) p.tiles[index] = {top[0], top[1], top[2], irregular * kIrregular | beside * kBeside};
+  if (lane == 0) p.tiles[index] = {top[0], top[1], top[2], irregular * kIrregular | beside * kSeparateBias};
 }
 
 }  // namespace
 
-size_t packed_layout(const Codes& codes, unsigned char* base, Packed* packed) {
-  Packed p{};
+size_t packed_layout(const Codes& codes, unsigned char* base, PackedCodebook* packed) {
+  PackedCodebook p{};
   p.n_heads = codes.n_heads;
   p.n_codes = codes.n_codes;
   p.dim = static_cast<int>(codes.dim);
@@ -283,7 +283,7 @@ size_t packed_layout(const Codes& codes, unsigned char* base, Packed* packed) {
   return used;
 }
 
-int pack_codes(const Codes& codes, Metric metric, bool fast, const Packed& p, void* stream) {
+int pack_codes(const Codes& codes, Metric metric, bool fast, const PackedCodebook& p, void* stream) {
   if (const int error = launch(survey_kernel, p.n_heads, kSurveyThreads, sizeof(Survey), stream, codes, metric, p)) return error;
   return launch(pack_kernel, p.n_heads * p.n_tiles, kPackThreads, sizeof(Tile), stream, codes, metric, fast, p);
 }

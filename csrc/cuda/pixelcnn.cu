@@ -6,8 +6,8 @@
 // A team of blocks has up to kVectors images of its own (more, where the card is too small for another team), and no team
 // waits for another. Its warps share the outputs of a layer; between what makes activations and what reads them the team
 // waits: 2 n_layers + 3 times a position, n_layers + 1 a row. Weights are read once a position and team, from the
-// second-level cache, where they stay. Who waits must run: a launch has no more blocks than the card keeps together, and
-// where it keeps none together a team is one block, which waits for nobody.
+// second-level cache, where they stay. Blocks of a team spin on each other, so all must be resident: the
+// grid is limited to the resident blocks, and without cooperative launch a team is a single block.
 //
 // A linear map: a warp makes four outputs of P vectors (pixels of a row, or images at a position).
 //
@@ -57,7 +57,7 @@ struct Team {
   }
   __device__ int64_t warp() const { return static_cast<int64_t>(rank) * kWarps + threadIdx.x / kLanes; }
 
-  // What any thread of the team did before is there for all of them after.
+  // Barrier of the team: writes made before it by any thread are visible to all threads after it.
   __device__ void wait() {
     __syncthreads();
     if (size == 1) return;

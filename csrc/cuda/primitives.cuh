@@ -1,8 +1,8 @@
-// What a kernel takes from the machine: the launch, shared memory, asynchronous copies, the tensor core, conversions.
-// With FASTVQ_ON_HOST the same kernels are compiled for the processor, and tests/cuda_on_host provides all of it: a
-// kernel uses nothing of CUDA but this file, __syncthreads, __syncwarp, __shfl_*_sync, __any_sync, __ballot_sync (over
-// the whole warp), atomicAdd, atomicOr and the single-rounding intrinsics __d*_rn. Shared memory is dynamic, so that
-// its size is exact there.
+// The hardware interface of the kernels: launch, shared memory, asynchronous copies, the tensor core, conversions.
+// With FASTVQ_ON_HOST the kernels are compiled for the processor, and tests/cuda_on_host implements this interface. So
+// kernels may use only this file, __syncthreads, __syncwarp, __shfl_*_sync, __any_sync, __ballot_sync (all over the
+// whole warp), atomicAdd, atomicOr and the single-rounding intrinsics __d*_rn. Shared memory is always dynamic, so that
+// the host build can check its exact size.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -42,8 +42,8 @@ int64_t resident_blocks(Kernel kernel, int block, size_t shared) {
   return together ? static_cast<int64_t>(n) * each : 0;
 }
 
-// As launch, but that all blocks are on the device at the same time, so that they may wait for one another; an error
-// where they do not fit.
+// Cooperative launch: all blocks are resident at the same time, so they may wait for one another. Returns an error where
+// they do not fit.
 template <class... P, class... A>
 int launch_together(void (*kernel)(P...), int64_t grid, int block, size_t shared, void* stream, A... args) {
   if (grid <= 0) return 0;
@@ -73,8 +73,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return fastvq_shared;
 }
 
-// What one block did before an addition, all that is ordered before it by a barrier included, is there for whom reads the
-// sum, and for what is ordered after the reading.
+// Release: writes made by this block before the add are visible to any thread that reads the new value with load_acquire.
 __device__ __forceinline__ void add_release(unsigned* p, unsigned v) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;\n" ::"l"(__cvta_generic_to_global(p)), "r"(v) : "memory");
 }
@@ -83,11 +82,11 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* p) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];\n" : "=r"(v) : "l"(__cvta_generic_to_global(p)) : "memory");
   return v;
 }
-// Between two looks at what another block changes: the processor's threads take turns there.
+// Called in a spin loop. A no-op on the GPU; yields to other threads in the host build.
 __device__ __forceinline__ void relax() {}
 
-// 16 bytes from global to shared memory, both aligned to 16, without passing through registers. A group of copies is
-// there once wait<n> has returned, n later groups at most being still under way, and a barrier has followed.
+// Copies 16 bytes from global to shared memory without registers; both addresses are aligned to 16. A group of copies has
+// arrived after copy_wait<n> and a barrier, where at most n groups were committed after it.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const auto to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(to), "l"(global) : "memory");

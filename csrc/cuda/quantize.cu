@@ -48,7 +48,7 @@ constexpr size_t round_up(size_t n) { return (n + 255) / 256 * 256; }
 
 // Where things lie in the workspace.
 struct Room {
-  Packed packed;
+  PackedCodebook packed;
   bool filter;
   int64_t n_filter, n_scan;      // blocks
   size_t packed_bytes, partial_bytes;

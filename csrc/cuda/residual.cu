@@ -19,8 +19,8 @@ namespace fastvq::cuda {
 namespace {
 
 constexpr int kWarps = kSearchThreads / 32;
-constexpr int kAtOnce = 4;               // rows of a warp whose codes are under way at a time
-constexpr size_t kOwn = sizeof(float);  // of each element, beside the search
+constexpr int kRowsInFlight = 4;               // rows of a warp whose codes are under way at a time
+constexpr size_t kResidualBytes = sizeof(float);  // of each element, beside the search
 
 struct Residual {
   Rows x;
@@ -68,17 +68,17 @@ __device__ __forceinline__ double advance(const Residual& a, int64_t q, const Se
   const int lane = threadIdx.x % 32, dim = static_cast<int>(a.x.dim);
   double square = 0;
 #pragma unroll 1
-  for (int i0 = threadIdx.x / 32; i0 < S::kRows; i0 += kWarps * kAtOnce)
+  for (int i0 = threadIdx.x / 32; i0 < S::kRows; i0 += kWarps * kRowsInFlight)
 #pragma unroll 1
     for (int d = 4 * lane; d < dim; d += 128) {
-      float code[kAtOnce][4];
+      float code[kRowsInFlight][4];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
+      for (int j = 0; j < kRowsInFlight; ++j) {
         const int64_t k = m.chosen[i0 + j * kWarps];
         if (k >= 0) load_code(a, q, k, d, code[j]);
       }
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
+      for (int j = 0; j < kRowsInFlight; ++j) {
         if (m.chosen[i0 + j * kWarps] < 0) continue;
         float4* at = reinterpret_cast<float4*>(residual + (i0 + j * kWarps) * width + d);
         const float4 held = *at;
@@ -119,7 +119,7 @@ __device__ __forceinline__ void write_sum(const Residual& a, int64_t r) {
 }
 
 template <class S>
-__global__ void __launch_bounds__(kSearchThreads, S::kBlocks) residual_kernel(Residual a, Packed p) {
+__global__ void __launch_bounds__(kSearchThreads, S::kBlocks) residual_kernel(Residual a, PackedCodebook p) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * S::kRows, N = a.x.n_outer * a.x.n_inner;
   const int64_t Q = a.levels.n_heads, K = a.levels.n_codes;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, width = p.n_steps * 16;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) residual_kernel(Re
     for (int i = warp; i < S::kRows; i += kWarps) {
       const int64_t r = first + i;
       const bool real = r < N, skipped = real && a.mask && !a.mask[r];
-      const RowState state = place_row<S::kPart>(
+      const RowStatus state = place_row<S::kPart>(
           [&](int d, float(&v)[4]) {
             const float4 held = *reinterpret_cast<const float4*>(residual + i * width + d);
             v[0] = held.x;
@@ -186,22 +186,22 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) residual_kernel(Re
 
 // Two blocks to a multiprocessor where that is possible: one places rows while the other multiplies.
 template <class F>
-auto with_residual_shape(const Packed& p, const F& f) {
+auto with_residual_shape(const PackedCodebook& p, const F& f) {
   const size_t limit = shared_limit(), half = limit / 2;
-  return with_shape<Rows32>(p, block_bytes<Rows64>(p.n_steps * 16, kOwn) <= half ? half : limit, kOwn, f);
+  return with_shape<Rows32>(p, block_bytes<Rows64>(p.n_steps * 16, kResidualBytes) <= half ? half : limit, kResidualBytes, f);
 }
 
 }  // namespace
 
 bool residual_fits(const Rows& x, const Codes& levels) {
   return levels.dtype == DType::f32 && filter_serves(x, levels) &&
-         shape_fits<Rows32>(static_cast<int>((levels.dim + 63) / 64 * 64), kOwn);
+         shape_fits<Rows32>(static_cast<int>((levels.dim + 63) / 64 * 64), kResidualBytes);
 }
 
 size_t residual_workspace(const Codes& levels) { return packed_layout(levels, nullptr, nullptr); }
 
 int64_t residual_parts(const Rows& x, const Codes& levels) {
-  Packed packed;
+  PackedCodebook packed;
   packed_layout(levels, nullptr, &packed);
   return with_residual_shape(packed, [&](auto shape) {
     constexpr int64_t rows = decltype(shape)::kRows;
@@ -211,14 +211,14 @@ int64_t residual_parts(const Rows& x, const Codes& levels) {
 
 int residual_quantize(const Rows& x, const Codes& levels, Metric metric, bool fast, const uint8_t* mask,
                       const Rows& quantized, int64_t* indices, double* squares, void* workspace, void* stream) {
-  Packed packed;
+  PackedCodebook packed;
   packed_layout(levels, static_cast<unsigned char*>(workspace), &packed);
   if (const int error = pack_codes(levels, metric, fast, packed, stream)) return error;
   const Residual call{x, levels, metric, fast, mask, quantized, indices, squares};
   return with_residual_shape(packed, [&](auto shape) {
     using S = decltype(shape);
     return launch(residual_kernel<S>, (x.n_rows() + S::kRows - 1) / S::kRows, kSearchThreads,
-                  block_bytes<S>(packed.n_steps * 16, kOwn), stream, call, packed);
+                  block_bytes<S>(packed.n_steps * 16, kResidualBytes), stream, call, packed);
   });
 }
 

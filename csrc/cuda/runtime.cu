@@ -1,4 +1,4 @@
-// What there is to run on, and what was built.
+// The device that is there, and the compiler and architectures of the build.
 #include "../fastvq_cuda.h"
 #include "primitives.cuh"
 

@@ -1,14 +1,14 @@
-// The full scan: rows scored against every code by the definition, in double. It serves float64 tensors, and after the
+// The exhaustive scan: rows scored against every code by the definition, in double. It serves float64 tensors, and after the
 // filter the rows that the filter left unresolved. See scan.cu.
 #pragma once
 #include "../fastvq.h"
 
 namespace fastvq::cuda {
 
-// What the filter writes for a row that it could not resolve.
+// Index of a row that the filter could not resolve; the exhaustive scan replaces it.
 constexpr int64_t kUnresolved = -2;
 
-// What quantization wants of every row besides its index: see gather.cuh.
+// Outputs of quantization besides the index: see gather.cuh.
 struct Gather {
   Rows quantized;   // as x
   double* partial;  // [blocks, 2] squared distances and real rows; null: the indices alone are wanted

@@ -1,5 +1,5 @@
-// The search of a block of rows through a packed codebook, and the choice between what is left. Used by every kernel
-// that looks up codes; see lookup.cu for how the parts follow one another.
+// The filter of a block of rows over a packed codebook, and the choice among the candidates. Used by every kernel that
+// looks up codes; lookup.cu shows the order of the steps.
 //
 //   rows [kRows, D] fp16 in shared memory, for the whole search        (filter_rows.cuh)
 //   codes stream through shared memory, a stage of four slabs (16 dims of 64 codes each) for each group of warps
@@ -12,10 +12,11 @@
 //    32..63 | warp 1     |   warps)   |
 //     ...   +------------+------------+
 //
-// A tile of scores costs a multiply-add and a maximum each; where the bias is in the product, the maximum alone. Only where the largest of a row's scores in a thread could
-// still win (largest + bound >= limit) are they looked at one by one: those that could are noted in a short list of the
-// row. limit is the best score that is certain, max_j (v_j - bound_j) so far. A list that is full is cleared of what the
-// limit has passed since; one that stays full leaves the row unresolved.
+// Cost: one multiply-add and one maximum per score; only the maximum where the bias is part of the product.
+//
+// Candidates: limit is the best certain score so far, max_j (v_j - bound_j). A thread tests its scores of a row one by one
+// only where their largest could still win (largest + bound >= limit), and pushes those that could onto the row's list. A
+// full list is pruned of candidates below the current limit. A list that stays full leaves the row unresolved.
 //
 // Shared bytes: 2 kRows width + kStages kCodeWarps 9216 + kRows (16 + 4 + 8 + kCodeWarps (4 + 4 + 8 kListed)).
 #pragma once
@@ -26,7 +27,7 @@ namespace fastvq::cuda {
 
 constexpr int kSearchThreads = 128, kStageSlabs = 4;
 constexpr int kStagedSlab = kSlabBytes + kTileCodes * 4;  // behind a tile's last slab, the bias of its codes
-constexpr int kListed = 8;                                // a closed row has a count of one more
+constexpr int kListed = 8;                                // length of a row's list; kListed + 1 marks a closed row
 
 struct Candidate {
   uint32_t code;
@@ -51,7 +52,7 @@ struct SearchMemory {
   Candidate* listed;     // [kRows][kCodeWarps * kListed]
   float* limit;          // [kCodeWarps][kRows]
   int* count;            // [kCodeWarps][kRows]
-  int* state;            // [kRows] RowState; then the candidates that are left, or less the state of one not searched
+  int* state;            // [kRows] RowStatus during the search; then the number of candidates, or minus the status of a row not searched
 
   static constexpr size_t kRowBytes =
       sizeof(RowInfo) + sizeof(int64_t) + sizeof(int) + S::kCodeWarps * (kListed * sizeof(Candidate) + sizeof(float) + sizeof(int));
@@ -79,7 +80,7 @@ struct PackedHead {
   int64_t n_tiles;
   int n_steps;
 
-  __device__ __forceinline__ PackedHead(const Packed& p, int64_t h)
+  __device__ __forceinline__ PackedHead(const PackedCodebook& p, int64_t h)
       : slabs(p.slabs + h * p.n_tiles * p.n_steps * kSlabBytes),
         bias(p.bias + h * p.n_tiles * kTileCodes),
         bounds(p.bounds + h * p.n_tiles * kTileCodes),
@@ -144,7 +145,7 @@ struct WarpSearch {
     const bool open = m.state[row] == searched;
     active = __any_sync(kWarp, open);
     if (lane < S::kRowTiles * 16) {
-      m.limit[group * S::kRows + row] = open ? kLeast : HUGE_VALF;  // nothing passes a closed row
+      m.limit[group * S::kRows + row] = open ? kLowestScore : HUGE_VALF;  // no score passes a closed row's limit
       m.count[group * S::kRows + row] = 0;
     }
     __syncwarp();
@@ -189,12 +190,12 @@ struct WarpSearch {
   __device__ __forceinline__ void finish_tile(int64_t tile, const unsigned char* last) {
     const TileInfo info = head.tiles[tile];
     const float* bias = reinterpret_cast<const float*>(last + kSlabBytes) + lane % 4 * 2;
-    const bool complete = S::kPart && !(info.flags & kBeside);  // but for the row's lift
+    const bool complete = S::kPart && !(info.flags & kSeparateBias);  // the product holds the bias; only the row's lift is missing
     unsigned near = 0;
 #pragma unroll
     for (int s = 0; s < S::kSlots; ++s) {
       const float inverse = m.info[row_of(s)].inverse;
-      float top = kNever;
+      float top = kUnreachable;
       if (complete) {
 #pragma unroll
         for (int j = 0; j < 8; ++j) top = fmaxf(top, fmaxf(score[s / 2][j][s % 2 * 2], score[s / 2][j][s % 2 * 2 + 1]));
@@ -217,7 +218,7 @@ struct WarpSearch {
         if (__any_sync(kWarp, near >> s & 1)) {
           float v[16];
           take(s, v, complete ? m.info[row_of(s)].inverse : 1);
-          note(s, v, tile, info.flags & kIrregular, tile_bound(info, s));
+          list_candidates(s, v, tile, info.flags & kIrregular, tile_bound(info, s));
         }
     }
     clear();
@@ -226,7 +227,7 @@ struct WarpSearch {
     const RowInfo row = m.info[row_of(s)];
     return fmaf(row.rho, tile.reach, fmaf(row.norm, tile.slope, tile.offset + row.own));
   }
-  // The scores of a slot that is known at run time only; registers have no addresses.
+  // The scores of one slot. The loop selects it at compile time because registers cannot be indexed at run time.
   __device__ __forceinline__ void take(int slot, float (&v)[16], float factor) const {
 #pragma unroll
     for (int s = 0; s < S::kSlots; ++s)
@@ -235,7 +236,7 @@ struct WarpSearch {
         for (int i = 0; i < 16; ++i) v[i] = S::kPart ? score[s / 2][i / 2][s % 2 * 2 + i % 2] * factor : score[s / 2][i / 2][s % 2 * 2 + i % 2];
   }
 
-  // The next score to the front: a loop that is not unrolled, and so needs few registers, has no other way to each.
+  // Rotates the next score to the front. A loop that is not unrolled (to save registers) can only read a fixed register.
   static __device__ __forceinline__ void turn(float (&v)[16]) {
     const float front = v[0];
 #pragma unroll
@@ -243,12 +244,12 @@ struct WarpSearch {
     v[15] = front;
   }
 
-  // Raises the limit of the rows of slot s, and lists the scores v of the tile that could win.
-  __device__ __forceinline__ void note(int s, float (&v)[16], int64_t tile, bool irregular, float bound) {
+  // Raises the limit of the rows of slot s, and pushes the scores v of the tile that could win onto their lists.
+  __device__ __forceinline__ void list_candidates(int s, float (&v)[16], int64_t tile, bool irregular, float bound) {
     const int row = row_of(s), at_row = group * S::kRows + row;
     const RowInfo info = m.info[row];
     const int64_t k0 = tile * kTileCodes + lane % 4 * 2;
-    float certain = kNever;
+    float certain = kUnreachable;
     if (irregular) {
 #pragma unroll 1
       for (int i = 0; i < 16; ++i) {
@@ -287,7 +288,7 @@ struct WarpSearch {
     int count = m.count[at_row];
     const bool full = count <= kListed && count + total > kListed;
     if (__any_sync(kWarp, full)) {
-      if (full && lane % 4 == 0) count = drop_beaten(list, count, info, limit);
+      if (full && lane % 4 == 0) count = prune(list, count, info, limit);
       count = __shfl_sync(kWarp, count, lane & ~3);
       if (full && count + total > kListed && !fast) {
         limit = HUGE_VALF;  // closed
@@ -310,7 +311,7 @@ struct WarpSearch {
     __syncwarp();
   }
 
-  __device__ __forceinline__ int drop_beaten(Candidate* list, int n, const RowInfo& row, float least) const {
+  __device__ __forceinline__ int prune(Candidate* list, int n, const RowInfo& row, float least) const {
     int kept = 0;
 #pragma unroll 1
     for (int i = 0; i < n; ++i) {

@@ -29,7 +29,7 @@ bool shape_fits(int width, size_t own) {
 
 // The largest block of at most `limit` bytes; the smallest where there is none.
 template <class Smallest, class F>
-auto with_shape(const Packed& p, size_t limit, size_t own, const F& f) {
+auto with_shape(const PackedCodebook& p, size_t limit, size_t own, const F& f) {
   const int width = p.n_steps * 16;
   if (p.part == 4) return f(Rows128Of4{});
   if (p.part == 8) return f(Rows128Of8{});

@@ -15,7 +15,7 @@ namespace fastvq::cuda {
 namespace {
 
 constexpr int kThreads = kStatisticsThreads, kWarps = kThreads / 32;
-constexpr int kPiece = 128, kAhead = 4, kWidest = 128;
+constexpr int kPiece = 128, kRowsInFlight = 4, kWidest = 128;
 
 struct Partial {
   double* sums;      // [n_pieces, 2, D]
@@ -70,11 +70,11 @@ __global__ void __launch_bounds__(kThreads, 2)  // else the compiler aims at mor
     const int64_t mine = base + lane;
     const uint32_t my_key = mine < last ? keys[mine] : 0, my_row = mine < last ? rows[mine] : 0;
     const int n = static_cast<int>(last - base < 32 ? last - base : 32);
-    for (int j = 0; j < n; j += kAhead) {
-      double values[kAhead][kColumns];
-      uint32_t key[kAhead];
+    for (int j = 0; j < n; j += kRowsInFlight) {
+      double values[kRowsInFlight][kColumns];
+      uint32_t key[kRowsInFlight];
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
+      for (int a = 0; a < kRowsInFlight; ++a) {
         key[a] = __shfl_sync(kWarp, my_key, j + a);
         const uint32_t row = __shfl_sync(kWarp, my_row, j + a);
         const bool here = j + a < n && key[a] < s.n_keys;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 2)  // else the compiler aims at mor
         }
       }
 #pragma unroll
-      for (int a = 0; a < kAhead; ++a) {
+      for (int a = 0; a < kRowsInFlight; ++a) {
         if (j + a >= n) break;
         if (key[a] != current) {
           finish(base + j + a);

@@ -22,7 +22,7 @@ __global__ void scores_kernel(Scores a, Packed p) {
   const PackedHead head(p, 0);
   for (int i = tid / 32; i < S::kRows; i += kSearchThreads / 32) {
     const int64_t at = row_offset(a.x, 0, i < N ? i : 0);
-    const RowState state = place_row<S::kPart>(
+    const RowStatus state = place_row<S::kPart>(
         [&](int d, float(&v)[4]) { load_four(a.x.data, a.x.dtype, at, a.x.stride_d, d, p.dim, v); }, i < N, a.metric,
         false, p.heads[0], p.means, p.dim, width, i % 16, m.operand + i / 16 * p.n_steps * 512, m.info[i]);
     if (tid % 32 == 0) m.state[i] = state;
@@ -43,7 +43,7 @@ __global__ void scores_kernel(Scores a, Packed p) {
     for (int s = 0; s < S::kSlots; ++s)
       for (int i = 0; i < 16; ++i) {
         const int64_t row = search.row_of(s), k = tile * kTileCodes + search.lane % 4 * 2 + i / 2 * 8 + i % 2;
-        if (row >= N || k >= p.n_codes || m.state[row] != searched || head.bias[k] == kNever) continue;
+        if (row >= N || k >= p.n_codes || m.state[row] != searched || head.bias[k] == kUnreachable) continue;
         const RowInfo& info = m.info[row];
         a.scores[row * p.n_codes + k] = fmaf(search.score[s / 2][i / 2][s % 2 * 2 + i % 2], info.inverse, head.bias[k]);
         a.bounds[row * p.n_codes + k] = head.bound(info, k);
