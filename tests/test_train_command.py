@@ -90,6 +90,29 @@ def test_a_run_that_fails_at_once_leaves_no_folder(train, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_prior_that_fails_at_once_leaves_no_folder(train, tmp_path):
+    train(3)
+    order = ["train", "prior", "--model", tmp_path / "run", "--out", tmp_path / "prior", "--steps", 2]
+    (tmp_path / "set.tar").write_bytes(b"")
+    assert "no picture of shards" in fastvq(*order, "--data", tmp_path / "set.tar", status=2).output
+    assert not (tmp_path / "prior").exists()
+
+
+def test_a_model_that_must_not_be_read_says_so(train, tmp_path, monkeypatch):
+    train(3)
+    weights = tmp_path / "run" / "model.safetensors"
+    real = type(weights).open
+
+    def refused(path, *options, **more):
+        if path == weights:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *options, **more)
+
+    monkeypatch.setattr(type(weights), "open", refused)
+    said = " ".join(fastvq("info", tmp_path / "run", status=2).output.split())
+    assert "Permission denied" in said and "truncated" not in said
+
+
 def test_resume_with_other_pictures_is_refused(train, tmp_path):
     train(3)
     assert "holds a run on other data (listing was of 3 files" in train(4, "--resume", status=2)

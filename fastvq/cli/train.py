@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -45,6 +46,7 @@ PRIOR_PRESETS: dict[str, dict[str, Any]] = {
 SHOWN = 32  # pictures of a reconstruction grid
 DRAWN, DRAWN_CLASSES = 8, 10  # samples of each class, classes that a prior's picture shows
 RESUME = "the same command with --resume goes on from the last checkpoint, where there is one"
+LOG = "log.jsonl"
 COUNTED = 256  # pictures whose codes the usage plot counts
 
 Data = Annotated[str | None, typer.Option(help="digits, photographs, torchvision:NAME, a folder, or tar shards")]
@@ -98,7 +100,7 @@ def train_vqvae(
                      batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
     with (
         shared.reported(RESUME), processes(device) as place, shared.unclaimed(out),
-        run_folder("fastvq train vqvae", out, place), sigterm_stops() as stop,
+        run_folder("fastvq train vqvae", out, place),
     ):  # fmt: skip
         source = open_data(data, "train", size=size, channels=channels, odd=odd, field=field)
         torch.manual_seed(seed)
@@ -121,7 +123,10 @@ def train_vqvae(
         )
         if place.first:
             shared.write_data(out, data, source, odd, field)
-        with _forgotten_if_unsaved(out, place), shared.progress(config.steps, "vqvae", shown=place.first) as advance:
+        with (
+            _forgotten_if_unsaved(out, place), sigterm_stops() as stop,
+            shared.progress(config.steps, "vqvae", shown=place.first) as advance,
+        ):  # fmt: skip
             train(
                 model, autoencoder_objective, loader, config, out, place=place, resume=resume, on_step=advance,
                 stop=stop,
@@ -159,7 +164,7 @@ def train_prior(
     """Train a prior for every level of a model, the top's first; each goes to a folder levelN of --out."""
     with (
         shared.reported(RESUME), processes(device) as place, shared.unclaimed(out),
-        run_folder("fastvq train prior", out, place), sigterm_stops() as stop,
+        run_folder("fastvq train prior", out, place),
     ):  # fmt: skip
         autoencoder = shared.read_model(model, place.device)
         if autoencoder.depth > 1:
@@ -193,7 +198,10 @@ def train_prior(
                 world=place.world,
             )  # fmt: skip
             objective = prior_objective(autoencoder, level, with_labels=with_labels)
-            with shared.progress(config.steps, f"prior {level}", shown=place.first) as advance:
+            with (
+                _forgotten_if_unsaved(out, place), sigterm_stops() as stop,
+                shared.progress(config.steps, f"prior {level}", shown=place.first) as advance,
+            ):  # fmt: skip
                 train(
                     prior, objective, loader, config, out / f"level{level}", place=place, resume=resume, stop=stop,
                     on_step=advance,
@@ -211,11 +219,20 @@ def _forgotten_if_unsaved(out: Path, place: Place) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        log = out / "log.jsonl"
-        if place.first and not (out / STATE).exists() and not (log.is_file() and log.stat().st_size):
-            for path in (out / shared.DATA, log, *out.glob("events.out.tfevents.*")):
+        levels = [out, *out.glob("level*")]
+        logs = [folder / LOG for folder in levels if (folder / LOG).is_file()]
+        if place.first and not any((folder / STATE).exists() for folder in levels) and not any(map(_size, logs)):
+            events = [path for folder in levels for path in folder.glob("events.out.tfevents.*")]
+            for path in (out / shared.DATA, out / shared.MADE_FOR, *logs, *events):
                 path.unlink(missing_ok=True)
+            for folder in levels[1:]:
+                with contextlib.suppress(OSError):  # it holds something else
+                    folder.rmdir()
         raise
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
 
 
 def _show_bits(advance: Callable[..., None], line: dict[str, Any]) -> None:

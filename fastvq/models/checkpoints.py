@@ -72,6 +72,7 @@ def _read_tensors(op: str, path: Path | str) -> tuple[dict[str, Tensor], dict[st
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{op}: there is no file {path}")
+    Path(path).open("rb").close()  # a file that must not be read says so itself
     try:
         with safe_open(str(path), framework="pt") as file:
             described = (file.metadata() or {}).get(METADATA, "{}")
