@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvq._checks import check_option
+from fastvq._checks import FLOATS, check_indices, check_option
 from fastvq.models.blocks import Decoder, Encoder
 from fastvq.models.checkpoints import Pretrained
 from fastvq.models.prior import as_priors
@@ -149,14 +149,16 @@ class Autoencoder(Pretrained):
     @torch.no_grad()
     def decode_maps(
         self,
-        maps: Sequence[Tensor],  # L maps, top first, [B, h, w] or [B, h, w, Q]
+        maps: Sequence[Tensor],  # L maps, top first, [B, h, w] or [B, h, w, Q], any integer dtype
     ) -> Tensor:
         """The pictures [B, C, H, W] of id maps.
 
         Raises:
-            ValueError: the number of maps is not that of the levels, or their sizes do not belong together.
+            ValueError: the number of maps is not that of the levels, their sizes do not belong together, ids that are
+                no codes (checked on a CPU, elsewhere under FASTVQ_CHECK=1).
+            TypeError: maps that are not integers.
         """
-        self._check_maps(maps)
+        maps = self._checked_maps(maps)
         carried = self._codes(0, maps[0])
         for level in range(1, self.levels):
             above = self.expands[level - 1](carried)
@@ -224,6 +226,13 @@ class Autoencoder(Pretrained):
     def _features(self, image: Tensor) -> list[Tensor]:
         """Features of each level, top first."""
         stride = self.strides[0]
+        if not isinstance(image, Tensor):
+            raise TypeError(f"{self.op}: image must be a torch.Tensor, got {type(image).__name__}")
+        if image.dtype not in FLOATS:
+            raise TypeError(
+                f"{self.op}: image must be floating-point, got {image.dtype}; scale it as the training pictures were, "
+                "8-bit pictures of fastvq.data by fastvq.data.normalise"
+            )
         if image.dim() != 4 or image.shape[1] != self.in_channels:
             raise ValueError(f"{self.op}: image must be [B, {self.in_channels}, H, W], got {list(image.shape)}")
         if image.shape[2] % stride or image.shape[3] % stride or 0 in image.shape[2:]:
@@ -255,16 +264,20 @@ class Autoencoder(Pretrained):
         """[B, D, h, w] in the CNNs' type; codebooks stay float32 when a module is cast."""
         return self._quantizer(level).decode(ids).to(self.decoder.mix.weight.dtype)
 
-    def _check_maps(self, maps: Sequence[Tensor]) -> None:
+    def _checked_maps(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The maps as int64."""
         if len(maps) != self.levels:
             raise ValueError(f"{self.op}: maps must be {self.levels}, one a level, top first, got {len(maps)}")
+        maps = [
+            check_indices(self.op, f"maps[{level}]", ids, 0, k)
+            for level, (ids, k) in enumerate(zip(maps, self.n_codes, strict=True))
+        ]
         n_dims = 3 if self.depth == 1 else 4
         for level, ids in enumerate(maps):
-            if ids.dim() != n_dims or ids.shape[0] != maps[0].shape[0] or ids.dtype != torch.int64:
+            if ids.dim() != n_dims or ids.shape[0] != maps[0].shape[0]:
                 shape = "[B, h, w]" if self.depth == 1 else f"[B, h, w, {self.depth}]"
                 raise ValueError(
-                    f"{self.op}: maps[{level}] must be {shape} int64 with one B on all levels, "
-                    f"got {list(ids.shape)} {ids.dtype}"
+                    f"{self.op}: maps[{level}] must be {shape} with one B on all levels, got {list(ids.shape)}"
                 )
             expected = [side << level for side in maps[0].shape[1:3]]
             if list(ids.shape[1:3]) != expected:
@@ -272,8 +285,4 @@ class Autoencoder(Pretrained):
                     f"{self.op}: maps[{level}] must be {expected} positions, twice the level above, "
                     f"got {list(ids.shape[1:3])}"
                 )
-            if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_codes[level]:
-                raise ValueError(
-                    f"{self.op}: maps[{level}] must hold ids in 0 .. {self.n_codes[level] - 1}, "
-                    f"got {int(ids.min())} .. {int(ids.max())}"
-                )
+        return maps

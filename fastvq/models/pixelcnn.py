@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvq._checks import check_indices
 from fastvq.models import sampling
 from fastvq.nn import GatedMaskedConv2d
 
@@ -122,8 +123,8 @@ class PixelCNN(nn.Module):
                 raise ValueError(f"{name}: {argument} must be None, as the model was made without {parameter}")
         total = None
         if labels is not None and self.label_condition is not None:
-            if labels.shape != (batch,) or labels.dtype != torch.int64:
-                raise ValueError(f"{name}: labels must be int64 [{batch}], got {labels.dtype} {list(labels.shape)}")
+            assert self.n_classes is not None
+            sampling.check_labels(name, labels, batch, self.n_classes)
             total = self.label_condition(labels).unflatten(1, (len(self.layers), -1))
         if condition is not None and self.map_condition is not None:
             fits = condition.dim() == 4 and list(condition.shape[:2]) == [batch, self.condition_channels]
@@ -145,12 +146,17 @@ class PixelCNN(nn.Module):
         """Logits of every position, from the ids before it in raster order.
 
         Raises:
-            ValueError: ids that are no int64 map, a condition that is missing, not expected, or does not fit.
+            ValueError: ids that are no int64 map or no codes, labels that are no classes (ranges are checked on a CPU,
+                elsewhere under FASTVQ_CHECK=1), a condition that is missing, not expected, or does not fit.
+            TypeError: ids or labels that are no tensors.
         """
+        if not isinstance(ids, Tensor):
+            raise TypeError(f"fastvq.models.PixelCNN: ids must be int64 [B, h, w], got {type(ids).__name__}")
         if ids.dim() != 3 or ids.dtype != torch.int64 or 0 in ids.shape[1:]:
             raise ValueError(
                 f"fastvq.models.PixelCNN: ids must be int64 [B, h, w], got {ids.dtype} {list(ids.shape)}; use .long()"
             )
+        check_indices("fastvq.models.PixelCNN", "ids", ids, 0, self.n_codes)
         batch, height, width = ids.shape
         total = self.conditions((batch, height, width), labels, condition)
         # Embedded ids are channels-last as they come, and stay so through all layers.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastvq._checks import check_indices
 from fastvq.models.blocks import ResidualBlock
 from fastvq.models.checkpoints import Pretrained
 from fastvq.models.pixelcnn import PixelCNN
@@ -108,6 +109,10 @@ class Prior(Pretrained):
             )
         if self.mix is None:
             return None
+        above = [
+            check_indices("fastvq.models.Prior", f"above[{level}]", ids, 0, n_codes)
+            for level, (ids, (n_codes, _)) in enumerate(zip(above, self.config["above"], strict=True))
+        ]
         grown = [
             embedding(ids).movedim(-1, 1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
             for embedding, ids, factor in zip(self.embeddings, above, self.factors, strict=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _triton
+from fastvq._checks import check_indices
 from fastvq.ops import DRAWING_BACKENDS, PixelCNNState, PixelCNNSteps, pixelcnn_draw_, pixelcnn_start
 from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
 
@@ -74,18 +75,26 @@ def start(
     return pixelcnn_start(weights, model.kernel_sizes, shape, condition=total)
 
 
+def check_labels(op: str, labels: object, batch: int, n_classes: int) -> None:
+    """labels [B] int64, each a class of the model."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"{op}: labels must be int64 [{batch}], one a picture, got {type(labels).__name__}; "
+            "for one class, torch.full((B,), label)"
+        )
+    if labels.shape != (batch,) or labels.dtype != torch.int64:
+        raise ValueError(f"{op}: labels must be int64 [{batch}], got {labels.dtype} {list(labels.shape)}")
+    check_indices(op, "labels", labels, 0, n_classes)
+
+
 def _check(
     model: PixelCNN, shape: tuple[int, int, int], labels: Tensor | None, known: Tensor | None, keep: Tensor | None,
     choice: Choice,
 ) -> None:  # fmt: skip
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{OP}: shape must be (B, h, w), each >= 1, got {tuple(shape)}")
-    if labels is not None and model.n_classes is not None and labels.numel():
-        low, high = int(labels.min()), int(labels.max())
-        if not 0 <= low <= high < model.n_classes:
-            raise ValueError(
-                f"{OP}: labels must be in [0, {model.n_classes}), the model's classes, got {low} .. {high}"
-            )
+    if labels is not None and model.n_classes is not None:
+        check_labels(OP, labels, shape[0], model.n_classes)
     if not choice.temperature >= 0:
         raise ValueError(f"{OP}: temperature must be >= 0, got {choice.temperature}")
     if choice.top_k is not None and choice.top_k < 1:
@@ -95,6 +104,8 @@ def _check(
     if keep is not None and known is None:
         raise ValueError(f"{OP}: keep says which positions stay as known, and known is None; pass it")
     for name, given, dtype in (("known", known, torch.int64), ("keep", keep, torch.bool)):
+        if given is not None and not isinstance(given, Tensor):
+            raise TypeError(f"{OP}: {name} must be {dtype} {list(shape)}, got {type(given).__name__}")
         if given is not None and (given.shape != tuple(shape) or given.dtype != dtype):
             raise ValueError(f"{OP}: {name} must be {dtype} {list(shape)}, got {given.dtype} {list(given.shape)}")
     if known is not None and keep is not None:

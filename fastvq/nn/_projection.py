@@ -14,6 +14,7 @@ class Projected(nn.Module):
     """Mixin of quantizers: [..., dim] or [B, dim, ...] in, vectors of the codes' width out, and back."""
 
     owner: str
+    metric: str
     dim: int
     channel_first: bool
     _module_dtype: torch.dtype
@@ -23,7 +24,11 @@ class Projected(nn.Module):
         self.project_in = nn.Linear(dim, width) if width != dim else nn.Identity()
         self.project_out = nn.Linear(width, dim) if width != dim else nn.Identity()
 
-    def _inward(self, x: Tensor) -> Tensor:  # [..., width]
+    def _inward(
+        self,
+        x: Tensor,  # [..., dim], or [B, dim, ...] with channel_first
+        mask: Tensor | None = None,  # [...] or [B, ...] bool
+    ) -> Tensor:  # [..., width]
         check_float(self.owner, "x", x)
         axis = 1 if self.channel_first else -1
         if x.dim() < (2 if self.channel_first else 1) or x.shape[axis] != self.dim:
@@ -32,11 +37,12 @@ class Projected(nn.Module):
                 f"{self.owner}: x must be {layout} with dim = {self.dim}, got {list(x.shape)}; "
                 f"channel_first is {self.channel_first}"
             )
-        return _project(self.project_in, x.movedim(1, -1) if self.channel_first else x)
-
-    def _check_mask(self, x: Tensor, mask: Tensor | None) -> None:
-        if mask is not None:
-            check_mask(self.owner, x.movedim(1, -1) if self.channel_first else x, mask)
+        x = x.movedim(1, -1) if self.channel_first else x
+        check_mask(self.owner, x, mask)
+        if mask is not None and (self.metric == "cosine" or not isinstance(self.project_in, nn.Identity)):
+            # A masked vector that holds NaN has a gradient of zero, and zero times NaN would reach the layer's weights.
+            x = torch.where(mask[..., None], x, 0)
+        return _project(self.project_in, x)
 
     def _outward(
         self,

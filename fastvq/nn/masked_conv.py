@@ -29,7 +29,12 @@ class _MaskedBase(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        kh, kw = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
+        sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
+            raise ValueError(
+                f"fastvq.nn.{name}: kernel_size must be one integer or two (height, width), got {kernel_size}"
+            )
+        kh, kw = sizes
         for argument, value in (("in_channels", in_channels), ("out_channels", out_channels)):
             if value < 1:
                 raise ValueError(f"fastvq.nn.{name}: {argument} must be >= 1, got {value}")

@@ -88,8 +88,7 @@ class ResidualVQ(Projected, LearnedCodebook):
         The last two are what was learned from, None in eval.
         """
         self._settle()
-        vectors = self._inward(x)
-        self._check_mask(x, mask)
+        vectors = self._inward(x, mask)
         learns = self._learns()
         if learns and self._needs_start():
             self._start_from(vectors.detach().reshape(-1, self.code_dim), _flat(mask), residual=True)

@@ -116,8 +116,7 @@ class VectorQuantizer(Projected, LearnedCodebook):
         quantized has x's shape and dtype; indices [...], with several heads [..., heads]; -1 and zeros where masked.
         """
         self._settle()
-        vectors = self._vectors(x)
-        self._check_mask(x, mask)
+        vectors = self._vectors(x, mask)
         heads_mask = self._heads_mask(mask)
         learns = self._learns()
         if learns and self._needs_start():
@@ -174,9 +173,9 @@ class VectorQuantizer(Projected, LearnedCodebook):
     def extra_repr(self) -> str:
         return f"dim={self.dim}, n_codes={self.n_codes}, code_dim={self.code_dim}, heads={self.heads}, {self.metric}"
 
-    def _vectors(self, x: Tensor) -> Tensor:
+    def _vectors(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x as the lookup takes it: [..., c]; [..., H, c] with a shared codebook; [H, ..., c] with separate ones."""
-        vectors = self._inward(x)
+        vectors = self._inward(x, mask)
         if self.heads > 1:
             vectors = vectors.unflatten(-1, (self.heads, self.code_dim))
             if self.lead:

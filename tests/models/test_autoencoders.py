@@ -118,11 +118,24 @@ def test_pictures_and_maps_that_are_refused():
     for maps, message in (
         ([top], "maps must be 2"),
         ([top, top], r"maps\[1\] must be \[8, 8\]"),
-        ([top, bottom + 16], r"ids in 0 \.\. 15"),
-        ([top, bottom.int()], "int64"),
+        ([top, bottom + 16], r"maps\[1\] must be in \[0, 16\), got 16 \.\. 16"),
+        ([top, bottom - 1], r"maps\[1\] must be in \[0, 16\), got -1 \.\. -1"),
     ):
         with pytest.raises(ValueError, match=message):
             model.decode(maps)
+    for wrong in (bottom.bool(), bottom.float(), bottom.tolist()):
+        with pytest.raises(TypeError, match=r"maps\[1\] must be an integer tensor"):
+            model.decode([top, wrong])
+    decoded = model.decode([top + 3, bottom + 5])
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        assert torch.equal(model.decode([(top + 3).to(dtype), (bottom + 5).to(dtype)]), decoded)
+    for image, message in (
+        (torch.zeros(1, 1, 16, 16, dtype=torch.uint8), "image must be floating-point, got torch.uint8; scale it"),
+        ([[0.0]], "image must be a torch.Tensor, got list"),
+    ):
+        for call in (model, model.encode):
+            with pytest.raises(TypeError, match=message):
+                call(image)
     with pytest.raises(ValueError, match="one a level"):
         VQVAE2(1, 8, [16], 4, levels=2)
     with pytest.raises(ValueError, match="quantizer must be one of"):

@@ -49,3 +49,11 @@ def test_state_is_weight_and_bias():
 def test_bad_input(arguments, message):
     with pytest.raises(ValueError, match=message):
         nn.MaskedConv2d(**(dict(in_channels=2, out_channels=4, kernel_size=3) | arguments))
+
+
+@pytest.mark.parametrize("kernel_size", [(3,), (3, 3, 3), [3], (3.0, 3)])
+def test_a_kernel_size_of_other_lengths_is_named(kernel_size):
+    with pytest.raises(
+        ValueError, match=r"MaskedConv2d: kernel_size must be one integer or two \(height, width\), got"
+    ):
+        nn.MaskedConv2d(4, 6, kernel_size)

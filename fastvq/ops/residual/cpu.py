@@ -107,6 +107,8 @@ def _turn(
     g: Tensor,  # [..., D]
 ) -> Tensor:  # [..., D]
     """The rotation estimator's gradient for x and its sum of codes: to the kernel of one level, each its own code."""
+    if x.numel() == 0:
+        return torch.empty_like(x)  # the kernel needs at least one code
     total = torch.zeros(x.shape, dtype=reference.residual_dtype(x, codebooks))
     for level, i in zip(codebooks, indices.unbind(-1), strict=True):
         total += gather(level, i)
