@@ -1,0 +1,21 @@
+"""Writes fastvq's record of golden indices: ``python -m tests.golden_record``. They come from the oracle alone."""
+
+import json
+from pathlib import Path
+
+import fastvq
+from fastvq import _golden_record
+from fastvq._golden_record import Lookup
+from tests import oracle
+
+
+def entry(lookup: Lookup) -> dict[str, str]:
+    indices = oracle.nearest(lookup.x, lookup.codebook, lookup.metric)
+    return {"inputs": _golden_record.digest(lookup), "indices": _golden_record.encode(indices)}
+
+
+if __name__ == "__main__":
+    record = {lookup.name: entry(lookup) for lookup in _golden_record.lookups()}
+    path = Path(fastvq.__file__).parent / _golden_record.RECORD
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"{len(record)} lookups, {path.stat().st_size} bytes: {path}")
