@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "bind_calls.h"
 #include "bind_conv.h"
 #include "bind_views.h"
 #include "bound_use.h"
@@ -113,6 +114,7 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     return read_peak(n_bytes, n_threads);
   });
+  bind_calls(m);
   bind_masked_conv(m);
   bind_pixelcnn(m);
 }

@@ -5,7 +5,11 @@ Nothing of torch is compiled in: a tensor crosses as a tuple of integers, its ad
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ except ImportError as error:
 
 __all__ = [
     "codes_view",
+    "cpu_call",
     "ema_view",
     "image_view",
     "isa",
@@ -33,6 +38,8 @@ __all__ = [
     "unavailable",
 ]
 
+Adapter = TypeVar("Adapter", bound=Callable[..., Any])
+
 # The numbers of csrc/fastvq.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
@@ -41,6 +48,35 @@ ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512_vnni": 3, "amx": 4, "emula
 # which it pays that bfloat16 leaves more than one code open, the rows of a head that are too few to try, and the least
 # width that tiles are made for (csrc/cpu/lookup/driver.cpp).
 TRIED_ROWS, TRIED_CODES, MOST_OPEN, FEW_ROWS, LEAST_DIM = 256, 1024, 0.5, 8192, 32
+
+
+def cpu_call(adapter: Adapter) -> Adapter:
+    """Makes ``adapter``, which calls CPU kernels, the same whatever the caller set the processor to.
+
+    Within the call the floating-point environment is the default one: rounding to nearest, denormals kept. After it the
+    caller's is back. A call of Python's main thread that runs longer than 50 ms looks for signals from then on: Ctrl-C
+    raises KeyboardInterrupt from inside the call, unless it changes its arguments in place.
+    """
+
+    @functools.wraps(adapter)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        saved = _cpu.enter_call()
+        try:
+            return adapter(*args, **kwargs)
+        finally:
+            _cpu.leave_call(saved)
+
+    return call  # type: ignore[return-value]
+
+
+def _set_main_thread() -> None:
+    _cpu.set_main_thread(threading.main_thread().ident)
+
+
+if _import_error is None:
+    _set_main_thread()
+    if hasattr(os, "register_at_fork"):  # the main thread of a child is the one that forked
+        os.register_at_fork(after_in_child=_set_main_thread)
 
 
 def unavailable() -> str | None:

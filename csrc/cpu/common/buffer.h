@@ -16,11 +16,12 @@ class Buffer {
   enum Slot { codes_slot, rows_slot, no_slot };
   Buffer(size_t bytes, Slot slot) {
     bytes = (bytes + kAlign - 1) / kAlign * kAlign + kAlign;
-    if (slot == no_slot || bytes > kKeep) {
+    thread_local Kept kept[no_slot];
+    // A slot may be in use: an interruption can run a signal handler, and the handler another lookup.
+    if (slot == no_slot || bytes > kKeep || kept[slot].lent) {
       own_ = data_ = allocate_aligned(bytes);
       return;
     }
-    thread_local Kept kept[no_slot];
     if (kept[slot].bytes < bytes) {
       free_aligned(kept[slot].memory);
       kept[slot].memory = nullptr;
@@ -29,8 +30,13 @@ class Buffer {
       kept[slot].bytes = bytes;
     }
     data_ = kept[slot].memory;
+    lent_ = &kept[slot].lent;
+    *lent_ = true;
   }
-  ~Buffer() { free_aligned(own_); }
+  ~Buffer() {
+    free_aligned(own_);
+    if (lent_) *lent_ = false;
+  }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   char* data() const { return static_cast<char*>(data_); }
@@ -39,8 +45,10 @@ class Buffer {
   struct Kept {
     void* memory = nullptr;
     size_t bytes = 0;
+    bool lent = false;
     ~Kept() { free_aligned(memory); }
   };
+  bool* lent_ = nullptr;  // of the slot
   void* own_ = nullptr;
   void* data_ = nullptr;
 };

@@ -1,9 +1,10 @@
 // The default floating-point environment for the length of a scope, and the caller's again after it: rounding to
 // nearest and gradual underflow. torch.set_flush_denormal must not change which code is nearest.
 #pragma once
-#include <cfenv>
 #if defined(__SSE2__)
 #include <xmmintrin.h>
+#else
+#include <cfenv>
 #endif
 
 namespace fastvq {
@@ -11,23 +12,31 @@ namespace fastvq {
 class DefaultFloatingPoint {
  public:
 #if defined(__SSE2__)
-  DefaultFloatingPoint() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~DefaultFloatingPoint() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  DefaultFloatingPoint() {
-    std::fegetenv(&saved_);
-    std::fesetenv(FE_DFL_ENV);
+  using Saved = unsigned;
+  static Saved enter() {
+    const Saved saved = _mm_getcsr();
+    _mm_setcsr(0x1f80);
+    return saved;
   }
-  ~DefaultFloatingPoint() { std::fesetenv(&saved_); }
-
- private:
-  std::fenv_t saved_;
+  static void leave(Saved saved) { _mm_setcsr(saved); }
+#else
+  // The rounding mode and, where the processor has one, the bit that flushes denormals.
+  using Saved = std::fenv_t;
+  static Saved enter() {
+    Saved saved;
+    std::fegetenv(&saved);
+    std::fesetenv(FE_DFL_ENV);
+    return saved;
+  }
+  static void leave(const Saved& saved) { std::fesetenv(&saved); }
 #endif
+  DefaultFloatingPoint() : saved_(enter()) {}
+  ~DefaultFloatingPoint() { leave(saved_); }
   DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
   DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
+
+ private:
+  Saved saved_;
 };
 
 }  // namespace fastvq

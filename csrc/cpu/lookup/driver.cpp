@@ -109,11 +109,9 @@ QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, 
                n_real += here;
                if (in_blocks) in_blocks->add(h, first, first + n, indices);
              });
-  if (statistics) {
-    const DefaultFloatingPoint scope;
-    if (!in_blocks || !in_blocks->finish())
-      code_statistics(x, indices, codes.n_codes, *statistics, isa, n_threads);
-  }
+  const DefaultFloatingPoint environment;
+  if (statistics && (!in_blocks || !in_blocks->finish()))
+    code_statistics(x, indices, codes.n_codes, *statistics, isa, n_threads);
   double total = 0;
   for (double s : sums) total += s;
   return {total, n_real};

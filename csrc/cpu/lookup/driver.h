@@ -21,7 +21,6 @@ void for_blocks(const Rows& x, int n_threads, size_t scratch_bytes, const Body& 
   const int64_t N = x.n_rows(), n_blocks = (N + block - 1) / block;
   std::vector<std::unique_ptr<Buffer>> scratch(static_cast<size_t>(n_threads));
   parallel_chunks(x.n_heads * n_blocks, n_threads, [&](int64_t i, int thread) {
-    const DefaultFloatingPoint scope;
     auto& mine = scratch[static_cast<size_t>(thread)];
     if (!mine) mine = std::make_unique<Buffer>(scratch_bytes, thread == 0 ? Buffer::rows_slot : Buffer::no_slot);
     const int64_t first = i % n_blocks * block;

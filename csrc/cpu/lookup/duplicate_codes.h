@@ -30,6 +30,7 @@ inline void leave_out_duplicates(const Codes& codes, int64_t head, PackedCodes& 
   std::vector<int32_t> table(static_cast<size_t>(slots), -1);
   const int64_t step = D < kSamples ? 1 : D / kSamples, samples = D < kSamples ? D : kSamples;
   for (int64_t k = 0; k < K; ++k) {
+    if (k % 4096 == 0) checkpoint();
     if (packed.bias[k] == kNever) continue;
     uint64_t hash = 0;
     std::memcpy(&hash, packed.bias + k, 4);

@@ -151,6 +151,7 @@ void scan_rows(const Lookup& lookup, int64_t h, int64_t first, int64_t n_pending
   if (n == 0) return;
   constexpr int kHalves = kExactCodes / 8;
   for (int64_t k0 = 0; k0 < K; k0 += kExactCodes) {
+    if (k0 % (8 * kExactCodes) == 0) checkpoint();
     D8 squares[kHalves] = {}, odd[kHalves] = {};
     for (int64_t i = 0; i < n * kExactCodes; ++i) s.sums[i] = 0;
     for (int64_t d0 = 0; d0 < D; d0 += kExactDims) {

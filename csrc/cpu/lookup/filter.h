@@ -104,6 +104,7 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
   const int64_t fit = kChunkBytes / bytes, chunk_panels = fit < 1 ? 1 : fit > most ? most : fit;
   const bool whole = packed.n_panels * bytes <= 2 * kChunkBytes;
   for (int64_t p0 = 0; p0 < packed.n_panels; p0 += chunk_panels) {
+    if (p0 > 0) checkpoint();
     const Chunk chunk = chunk_at(packed, p0, chunk_panels);
     // After the last chunk comes the first, for the next block.
     const int64_t next = p0 + chunk_panels < packed.n_panels ? p0 + chunk_panels : 0, left = packed.n_panels - next;

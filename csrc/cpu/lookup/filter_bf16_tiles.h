@@ -242,11 +242,12 @@ void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int
 // Steps 1 to 3 for a block of rows.
 inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
                          FilterScratch& s, RowState* rows) {
-  const tile::Scope tiles;
   pack_block(lookup, packed, h, first, n, s, rows);
   const int64_t D = packed.dim, group_elements = steps(D) * kGroup * kStep;
   const bool whole = packed.n_panels * panel_bytes(D) <= kWholeBytes;
   for (int64_t p0 = 0; p0 < packed.n_panels; p0 += kChunkPanels) {
+    if (p0 > 0) checkpoint();  // may run Python: outside the scope of the tiles
+    const tile::Scope tiles;
     const Chunk chunk = chunk_at(packed, p0, kChunkPanels);
     // After the last chunk comes the first, for the next block.
     const int64_t next = p0 + kChunkPanels < packed.n_panels ? p0 + kChunkPanels : 0, left = packed.n_panels - next;

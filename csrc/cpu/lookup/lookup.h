@@ -6,6 +6,7 @@
 
 #include "../../bound_use.h"
 #include "../../fastvq.h"
+#include "../common/checkpoint.h"
 
 namespace fastvq {
 

@@ -15,7 +15,6 @@
 
 #include "../common/buffer.h"
 #include "duplicate_codes.h"
-#include "../common/fp_environment.h"
 #include "lookup.h"
 #include "../common/parallel.h"
 
@@ -141,11 +140,9 @@ class PackedHeads {
       return reinterpret_cast<double*>(scratch.data() + padded(8 * 5 * D) * static_cast<size_t>(thread));
     };
     parallel_chunks(H, n_threads, [&](int64_t h, int thread) {
-      const DefaultFloatingPoint scope;
       kernels.centre(codes, h, metric, room(thread), heads_[static_cast<size_t>(h)]);
     });
     parallel_chunks(H * n_chunks, n_threads, [&](int64_t i, int thread) {
-      const DefaultFloatingPoint scope;
       PackedCodes& p = heads_[static_cast<size_t>(i / n_chunks)];
       const int64_t first = i % n_chunks * per_chunk;
       found[static_cast<size_t>(i)] = kernels.pack(codes, i / n_chunks, metric, first,

@@ -48,6 +48,7 @@ int64_t look_again(const Lookup& lookup, const PackedCodes& packed, int64_t h, i
                    int64_t* indices) {
   int64_t left = 0;
   for (int64_t i = 0; i < n_pending;) {
+    checkpoint();
     const int64_t group = pending[i] / kAgainRows * kAgainRows;
     int n[kAgainRows];
     bool any = false;

@@ -104,6 +104,7 @@ int64_t quick_scan(const Lookup& lookup, const PackedCodes& packed, int64_t h, i
     s.state[i].n = in_range(square, magnitudes) ? 0 : -1;
   }
   for (int64_t k0 = 0; k0 < K; k0 += kQuickCodes) {
+    if (k0 % (4 * kQuickCodes) == 0) checkpoint();
     for (int64_t part = 0; part < kQuickCodes; part += kExactCodes)
       with_element(codes.dtype, [&](auto e) {
         gather_codes<decltype(e), kQuickCodes>(codes, h, k0 + part, 0, D, s.codes + part);

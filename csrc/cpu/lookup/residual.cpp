@@ -21,6 +21,7 @@ namespace {
 
 // Blocks that go through a level together, so that its codes are read from beyond the second-level cache once for all.
 constexpr int64_t kBlocks = 4;
+constexpr int64_t kRowsBetweenCheckpoints = 4096;
 constexpr int64_t kColumns = 16;  // a cache line of float: what a task of the statistics reads of a row
 
 Codes level_of(const Codes& levels, int64_t q) {
@@ -147,6 +148,7 @@ void forward(const Rows& x, const Codes& levels, const ResidualOptions& options,
       }
     });
   }, kBlocks * rows);
+  const DefaultFloatingPoint environment;
   for (int64_t q = 0; q < Q; ++q) {
     out.squares[q] = 0;
     for (int64_t block = 0; block < n_blocks; ++block) out.squares[q] += squares[static_cast<size_t>(q * n_blocks + block)];
@@ -162,6 +164,7 @@ void add_columns(const Rows& x, const Codes& levels, const int64_t* indices, con
   table.assign(static_cast<size_t>(Q * K * width), 0.0);
   Real residual[kColumns];
   for (int64_t r = 0; r < N; ++r) {
+    if (r % kRowsBetweenCheckpoints == 0) checkpoint();
     const auto* row = row_at<EX>(x, 0, r) + d0 * x.stride_d;
     for (int64_t d = 0; d < width; ++d) residual[d] = static_cast<Real>(EX::get(row[d * x.stride_d]));
     for (int64_t q = 0; q < finite_levels[r]; ++q) {
@@ -184,14 +187,15 @@ void statistics(const Rows& x, const Codes& levels, const int64_t* indices, cons
                 int64_t* counts, int n_threads) {
   const int64_t N = x.n_rows(), Q = levels.n_heads, K = levels.n_codes, D = x.dim;
   std::fill(counts, counts + Q * K, int64_t{0});
-  for (int64_t r = 0; r < N; ++r)
+  for (int64_t r = 0; r < N; ++r) {
+    if (r % kRowsBetweenCheckpoints == 0) checkpoint();
     for (int64_t q = 0; q < finite_levels[r]; ++q)
       if (const int64_t k = indices[r * Q + q]; k >= 0) ++counts[q * K + k];
+  }
   // About as long per element and level as 16 multiply-adds of the filter.
   n_threads = useful_threads(16.0 * static_cast<double>(N * Q) * static_cast<double>(D), n_threads);
   std::vector<std::vector<double>> tables(static_cast<size_t>(std::max(1, n_threads)));
   parallel_chunks((D + kColumns - 1) / kColumns, n_threads, [&](int64_t chunk, int thread) {
-    const DefaultFloatingPoint scope;
     const int64_t d0 = chunk * kColumns, width = std::min(kColumns, D - d0);
     with_element(x.dtype, [&](auto ex) {
       add_columns<Real, decltype(ex)>(x, levels, indices, finite_levels, sums, tables[static_cast<size_t>(thread)], d0,

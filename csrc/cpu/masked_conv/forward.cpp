@@ -216,6 +216,7 @@ void convolve(const Image& x, const std::vector<Tap>& taps, const Packed& packed
 
     const size_t step = gate ? 2 : 1;
     for (size_t i = 0; i < packed.blocks.size(); i += step) {
+      checkpoint();
       const Block& block = packed.blocks[i];
       const int64_t lanes = lanes_of(block, k);
       float* rows_of[2] = {s.row_a.get(), s.row_b.get()};  // the part after the last pixel holds the start values

@@ -79,6 +79,7 @@ struct WeightGrad {
       for (int64_t y = 0; y < rows; ++y) segments[static_cast<size_t>(y)] = y * row;
       for (int64_t n = 0; n < n_images; ++n)
         for (int64_t y0 = 0; y0 < x.height; y0 += rows) {
+          checkpoint();
           const int64_t n_rows = std::min(rows, x.height - y0);
           const float* grad_at = grads.get() + blocks[i].first * n_pixels + (n * x.height + y0) * x.width * lanes;
           if (with_bias && slice == 0) add_bias(blocks[i], grad_at, n_rows * x.width);
@@ -150,6 +151,7 @@ struct WeightGrad {
       const Block& block = blocks[i];
       const int64_t first = task % n_slices * 32, lanes = lanes_of(block, k);
       for (int64_t n = 0; n < n_images; ++n) {
+        checkpoint();
         const uint16_t* grad_at = pairs + (block.first / 16 * n_images + n * block.n_vectors) * vector;
         if (with_bias && first == 0) add_bias_of_pairs(block, grad_at, x.height, lines.steps);
         for (size_t t = 0; t < weight.taps.size(); ++t) {

@@ -345,6 +345,7 @@ void pixelcnn_step(const PixelCNNShape& shape, const PixelCNNCall& call, Isa isa
   // A thread takes images; few enough groups that a tile of the product stays full, since each reads all weights.
   constexpr int64_t kImages = 8;
   const int64_t n_groups = std::max<int64_t>(1, std::min<int64_t>(n_threads, (shape.batch + kImages - 1) / kImages));
+  const Uninterrupted whole;  // half a step would leave a cache that later positions cannot go on from
   parallel_chunks(n_groups, n_threads, [&](int64_t group, int) {
     const Run run{plan, call, shape.batch * group / n_groups, shape.batch * (group + 1) / n_groups};
     if (call.column == 0) run.vertical();

@@ -31,7 +31,6 @@ void update(const EmaBuffers& b, const Sum* sums, const int64_t* counts, const E
   const int64_t n_chunks = (b.n_codes + codes_per_chunk - 1) / codes_per_chunk;
   for (int64_t h = 0; h < b.n_heads; ++h) {
     {
-      const DefaultFloatingPoint environment;
       const int64_t* count = counts + h * b.n_codes;
       if (std::all_of(count, count + b.n_codes, [](int64_t n) { return n == 0; })) continue;
       double total = 0;
@@ -54,7 +53,6 @@ void update(const EmaBuffers& b, const Sum* sums, const int64_t* counts, const E
       }
     }
     parallel_chunks(n_chunks, n_threads, [&](int64_t chunk, int) {
-      const DefaultFloatingPoint environment;
       const int64_t end = std::min((chunk + 1) * codes_per_chunk, b.n_codes);
       for (int64_t k = chunk * codes_per_chunk; k < end; ++k) {
         const Sum* sum = sums + (h * b.n_codes + k) * b.dim;
@@ -77,6 +75,8 @@ void update(const EmaBuffers& b, const Sum* sums, const int64_t* counts, const E
 
 void ema_update(const EmaBuffers& b, const void* sums, bool sums_double, const int64_t* counts,
                 const EmaOptions& o, int n_threads) {
+  const DefaultFloatingPoint environment;
+  const Uninterrupted whole;  // half an update would leave buffers that do not fit each other
   if (b.dtype == DType::f64 && sums_double)
     update<double>(b, static_cast<const double*>(sums), counts, o, n_threads);
   else if (b.dtype == DType::f64)

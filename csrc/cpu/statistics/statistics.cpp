@@ -24,7 +24,6 @@
 #include <vector>
 
 #include "../../fastvq.h"
-#include "../common/fp_environment.h"
 #include "../common/parallel.h"
 #include "table.h"
 
@@ -43,6 +42,7 @@ const StatisticsKernels& statistics_kernels(Isa isa) {
 namespace {
 
 constexpr int64_t kRowsPerChunk = 512;
+constexpr int64_t kCheckpointMask = (1 << 20) - 1;  // of a row that is counted, 1 ns each
 constexpr int64_t kWorkPerThread = 1 << 17;  // elements that pay for starting a thread
 
 struct Task {
@@ -84,6 +84,7 @@ class Statistics {
       std::vector<int64_t> mine(n_codes_ + 1, 0);  // entry 0 counts the rows without a code
       const int64_t* index = indices_ + h * n_rows_;
       for (int64_t r = begin; r < end; ++r) {
+        if ((r & kCheckpointMask) == 0) checkpoint();
         const int64_t k = index[r];
         if (k < -1 || k >= n_codes_) {
           int64_t seen = first_bad.load(std::memory_order_relaxed);
@@ -138,7 +139,6 @@ class Statistics {
   }
 
   bool add_task(const Task& task, std::vector<double>& table) {
-    const DefaultFloatingPoint environment;
     const CodeRange& range = task.range;
     const int64_t n = range.code_end - range.code_begin, width = range.d_end - range.d_begin;
     table.assign(static_cast<size_t>(n * width), 0.0);

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../common/checkpoint.h"
 #include "kernels.h"
 
 namespace fastvq {
@@ -49,6 +50,7 @@ class RowAdder {
     const auto add_rows = is_double ? kernels_.add_f64 : kernels_.add_f32;
     RowWalk walk(x_, head, begin);
     for (int64_t first = begin; first < end; first += kListed) {
+      if (first > begin) checkpoint();
       int64_t n = 0;
       for (int64_t r = first; r < std::min(first + kListed, end); ++r, walk.next()) {
         offsets_[n] = walk.offset();

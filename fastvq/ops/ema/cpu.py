@@ -19,6 +19,7 @@ def refuse(tensor: Tensor, *_: Any) -> str | None:
     return None
 
 
+@_native.cpu_call
 def code_statistics(
     x: Tensor,  # [..., D] or [H, ..., D]
     indices: Tensor,  # [...] or [H, ...] int64
@@ -43,6 +44,7 @@ def code_statistics(
     return sums, counts
 
 
+@_native.cpu_call
 def ema_update_(
     codebook: Tensor,  # [K, D] or [H, K, D]
     embed_sum: Tensor,  # [K, D] or [H, K, D]
@@ -62,6 +64,7 @@ def ema_update_(
     )  # fmt: skip
 
 
+@_native.cpu_call
 def replace_dead_codes_(
     codebook: Tensor,  # [K, D] or [H, K, D]
     embed_sum: Tensor,  # [K, D] or [H, K, D]

@@ -43,6 +43,7 @@ def _bias(bias: Tensor | None) -> tuple[Tensor | None, int]:
     return bias, bias.data_ptr()
 
 
+@_native.cpu_call
 def masked_conv2d(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in, kh, kw]
@@ -61,6 +62,7 @@ def masked_conv2d(
     return out
 
 
+@_native.cpu_call
 def masked_conv2d_backward(
     grad: Tensor,  # [B, C_out, H, W]
     x: Tensor,  # [B, C_in, H, W]
@@ -94,6 +96,7 @@ def masked_conv2d_backward(
     return grad_x, grad_weight, grad_bias
 
 
+@_native.cpu_call
 def gated(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [2C, C_in, kh, kw]
@@ -119,6 +122,7 @@ def gated(
     return out, tanh_a, sigmoid_b
 
 
+@_native.cpu_call
 def gated_backward(
     grad: Tensor,  # [B, C, H, W]
     tanh_a: Tensor,  # [B, C, H, W]

@@ -10,6 +10,7 @@ from fastvq import _native
 __all__ = ["nearest", "pack"]
 
 
+@_native.cpu_call
 def nearest(
     x: Tensor,  # [..., D] or [H, ..., D]
     codebook: Tensor,  # [K, D] or [H, K, D]
@@ -28,6 +29,7 @@ def nearest(
     return indices
 
 
+@_native.cpu_call
 def pack(
     codebook: Tensor,  # [K, D] or [H, K, D]
     metric: str,

@@ -23,6 +23,7 @@ def refuse(weights: Sequence[Tensor], *_: Any) -> str | None:
     return None
 
 
+@_native.cpu_call
 def prepare(
     weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int, isa: int
 ) -> tuple[list[Tensor], Tensor]:
@@ -45,6 +46,7 @@ def prepare(
     return [embedding.contiguous(), packed], torch.empty(n_cache)
 
 
+@_native.cpu_call
 def step(
     ids: Tensor,  # [B, H, W] int64
     weights: Sequence[Tensor],  # embedding [K, C], packed

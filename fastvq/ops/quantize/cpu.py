@@ -16,6 +16,7 @@ def _heads(codebook: Tensor) -> int | None:
     return codebook.shape[0] if codebook.dim() == 3 else None
 
 
+@_native.cpu_call
 def quantize(
     x: Tensor,  # [..., D] or [H, ..., D]
     codebook: Tensor,  # [K, D] or [H, K, D]
@@ -44,6 +45,7 @@ def quantize(
     return quantized.tensor(), torch.tensor(beta * mean, dtype=loss), torch.tensor(mean, dtype=loss), indices
 
 
+@_native.cpu_call
 def quantize_backward(
     x: Tensor,  # [..., D] or [H, ..., D]
     codebook: Tensor,  # [K, D] or [H, K, D]

@@ -13,6 +13,7 @@ from fastvq.ops.residual import reference
 __all__ = ["residual_quantize", "residual_quantize_backward"]
 
 
+@_native.cpu_call
 def residual_quantize(
     x: Tensor,  # [..., D]
     codebooks: Tensor,  # [Q, K, D]
@@ -51,6 +52,7 @@ def residual_quantize(
     return quantized.tensor(), indices, (beta * mean).to(loss), mean.to(loss), sums, counts
 
 
+@_native.cpu_call
 def residual_quantize_backward(
     x: Tensor,  # [..., D]
     codebooks: Tensor,  # [Q, K, D]
