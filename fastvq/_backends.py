@@ -6,21 +6,34 @@ the first whose predicate has nothing against the call; the same predicates writ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastvq import _cuda_native, _env, _native, _triton
 
-__all__ = ["BACKENDS", "Backend", "Implementation", "check_backend", "choose", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Implementation",
+    "bound_backend",
+    "check_backend",
+    "choose",
+    "serving",
+    "use_backend",
+]
 
 
 class Backend(NamedTuple):
     name: str
     what: str
     unavailable: Callable[[], str | None]  # why it cannot run on this machine at all, or None
+    refuse_device: Callable[[torch.device], str | None]  # why it cannot serve tensors of that device, or None
 
 
 # In order of preference. Triton's interpreter takes CPU tensors too: it is slower than anything, so it stands behind
@@ -29,10 +42,10 @@ class Backend(NamedTuple):
 BACKENDS = {
     b.name: b
     for b in (
-        Backend("cpu", "C++ kernels for CPU tensors", _native.unavailable),
-        Backend("triton", "Triton kernels for CUDA tensors", _triton.unavailable),
-        Backend("cuda", "CUDA C++ kernels for CUDA tensors", _cuda_native.unavailable),
-        Backend("reference", "plain torch, any device", lambda: None),
+        Backend("cpu", "C++ kernels for CPU tensors", _native.unavailable, _native.refuse_device),
+        Backend("triton", "Triton kernels for CUDA tensors", _triton.unavailable, _triton.refuse_device),
+        Backend("cuda", "CUDA C++ kernels for CUDA tensors", _cuda_native.unavailable, _cuda_native.refuse_device),
+        Backend("reference", "plain torch, any device", lambda: None, lambda device: None),
     )
 }
 
@@ -42,27 +55,42 @@ class Implementation(NamedTuple):
     refuse: Callable[..., str | None]  # called with run's arguments: why it cannot serve this call, or None
 
 
-_override: str | None = None
+_override: ContextVar[str | None] = ContextVar("fastvq_backend", default=None)
+_warned: set[str] = set()  # types of device whose calls fell to the reference
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the block, every fastvq call that names no backend uses ``name``, on all threads of the process.
+    """Within the block, every fastvq call of this thread that names no backend uses ``name``.
 
     As with ``backend=`` of a single call there is no falling back: a call that ``name`` cannot serve raises, with the
     reason. ``FASTVQ_BACKEND`` does the same for a whole process.
 
+    The choice is a context variable: other threads, and other tasks of asyncio, are not affected, whatever they do
+    meanwhile, and a thread that is started inside the block does not inherit it (``contextvars.copy_context().run``
+    hands it on). A backward uses what its forward was called with, on whatever thread and after the block too.
+
+    A graph of ``torch.compile`` asks at every run: its forward and its backward use ``name`` where they are run inside
+    the block, wherever the graph was compiled. On a GPU a compiled backward runs on a thread of autograd's, where no
+    block is seen: pass ``backend=`` in the compiled function to fix it there.
+
     Raises:
         ValueError: ``name`` is no backend, or cannot run on this machine.
     """
-    # Process-wide rather than per thread: autograd runs a backward on threads of its own.
-    global _override
     check_backend("fastvq.use_backend", name)
-    before, _override = _override, name
+    token = _override.set(name)
     try:
         yield
     finally:
-        _override = before
+        _override.reset(token)
+
+
+def bound_backend(requested: str | None) -> str | None:
+    """What a call's backward must name to get the backend that the call named, or that ``use_backend`` did.
+
+    While a graph is being compiled: ``requested``, as the graph will be run inside and outside of ``use_backend``.
+    """
+    return requested if torch.compiler.is_compiling() else requested or _override.get()
 
 
 def check_backend(op: str, name: str) -> None:
@@ -84,12 +112,12 @@ def choose(
     """The implementation of ``op`` that serves the call ``args``.
 
     ``requested``, else ``use_backend``, else ``FASTVQ_BACKEND`` is taken or raises; with none of them, the fastest that
-    supports the call.
+    supports the call. The first call that the reference serves because no kernels run on its device gives a warning.
 
     Raises:
         ValueError: the requested backend cannot serve the call, or none can; every refusal is listed.
     """
-    named = requested or _override or _env.read("FASTVQ_BACKEND")
+    named = requested or _override.get() or _env.read("FASTVQ_BACKEND")
     if named:
         _check_name(op, named)
     refusals = []
@@ -100,7 +128,11 @@ def choose(
         else:
             reason = BACKENDS[name].unavailable() or implementation.refuse(*args)
             if reason is None:
-                return _outside_autocast(implementation.run) if name == "reference" else implementation.run
+                if name != "reference":
+                    return implementation.run
+                if not named:
+                    _warn_of_reference(op, args)
+                return _outside_autocast(implementation.run)
         refusals.append(f"{name}: {reason}")
     remedy = "; pass backend=None to let fastvq choose" if named else ""
     raise ValueError(f"{op}: no backend can serve this call ({'; '.join(refusals)}){remedy}")
@@ -119,3 +151,50 @@ def _outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
             return run(*args)
 
     return plain
+
+
+def serving(device: torch.device) -> tuple[str, str | None]:
+    """The backend that serves calls on ``device`` which name none, and, for the reference, why no kernels do."""
+    named = _override.get() or _env.read("FASTVQ_BACKEND")
+    if named:
+        return named, None
+    reasons = []
+    for backend in BACKENDS.values():
+        reason = backend.refuse_device(device) or backend.unavailable()
+        if reason is None:
+            return backend.name, "; ".join(reasons) if backend.name == "reference" else None
+        reasons.append(f"{backend.name}: {reason}")
+    raise AssertionError("the reference serves every device")
+
+
+def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, (list, tuple)):
+            yield from _tensors(a)
+
+
+def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
+    device = next(_tensors(args)).device
+    if device.type in _warned:
+        return
+    backend, reason = serving(device)
+    if backend != "reference":
+        return  # kernels run on the device, though not for this call: the op's documentation says which it takes
+    _warned.add(device.type)
+    warnings.warn(
+        f"{op}: no fastvq kernels run on {device.type} tensors here, so plain torch serves them (backend 'reference'): "
+        f"right, but many times slower. {reason}. {_remedy(device)}, or choose backend='reference' to do without this "
+        "warning",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def _remedy(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "Build the CPU kernels: pip install fastvq-kernels, or pip install -e . in its source folder"
+    if device.type == "cuda":
+        return "Install a Triton that serves, or build the CUDA C++ kernels, as the reasons say"
+    return f"There are no kernels for {device.type}: move the tensors to a CPU or to a CUDA GPU"

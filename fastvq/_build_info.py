@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastvq import _cuda_native, _native
-from fastvq._backends import BACKENDS
+from fastvq._backends import BACKENDS, serving
 from fastvq._version import VERSION
 
 __all__ = ["build_info"]
@@ -23,6 +23,8 @@ def build_info() -> dict[str, Any]:
       (None, with the reason under ``backends``, where the extension was not built), and ``amx``, why lookups do not run
       on matrix tiles (None where they can);
     - ``cuda``: ``compiler`` and the GPU ``architectures`` compiled for; None and none where it was not built;
+    - ``devices``: for each kind of device that torch sees, the ``backend`` that serves calls which name none
+      (``use_backend`` and ``FASTVQ_BACKEND`` count) and, where that is the reference, the ``reason`` why no kernels do;
     - ``backends``: for each, fastest first, ``what`` it is, whether it is ``available``, and the ``reason`` if not.
 
     Raises:
@@ -45,8 +47,20 @@ def build_info() -> dict[str, Any]:
             "compiler": _cuda_native._cuda.compiler() if _cuda_native.built() else None,
             "architectures": _cuda_native._cuda.architectures().split() if _cuda_native.built() else [],
         },
+        "devices": {
+            str(device): dict(zip(("backend", "reason"), serving(device), strict=True)) for device in _devices()
+        },
         "backends": {
             b.name: {"what": b.what, "available": (reason := b.unavailable()) is None, "reason": reason}
             for b in BACKENDS.values()
         },
     }
+
+
+def _devices() -> list[torch.device]:
+    found = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    for kind in ("mps", "xpu"):
+        module = getattr(torch, kind, None)
+        if module is not None and module.is_available():
+            found.append(torch.device(kind))
+    return found

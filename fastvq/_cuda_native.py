@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 
-__all__ = ["built", "on_device_of", "refuse", "stream", "unavailable", "workspace"]
+__all__ = ["built", "on_device_of", "refuse", "refuse_device", "stream", "unavailable", "workspace"]
 
 OLDEST = (8, 0)  # the first with asynchronous copies to shared memory
 DEVICE = "cuda"  # the type of device whose tensors the kernels take
@@ -42,13 +42,19 @@ def unavailable() -> str | None:
     return None
 
 
+def refuse_device(device: torch.device) -> str | None:
+    if device.type != DEVICE:
+        return "it takes CUDA tensors"
+    if DEVICE == "cuda" and (found := torch.cuda.get_device_capability(device)) < OLDEST:
+        return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]} or later, {device} has {found[0]}.{found[1]}"
+    return None
+
+
 def refuse(x: Tensor, *_: Any) -> str | None:
     """Why the CUDA C++ kernels cannot serve a call on ``x``, or None: the predicate of most ops."""
     if x.device.type != DEVICE:
         return f"it takes CUDA tensors, x is on {x.device}"
-    if DEVICE == "cuda" and (found := torch.cuda.get_device_capability(x.device)) < OLDEST:
-        return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]} or later, {x.device} has {found[0]}.{found[1]}"
-    return None
+    return refuse_device(x.device)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -9,6 +9,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "metric_code",
     "packing_isa",
     "refuse",
+    "refuse_device",
     "rows_of",
     "rows_view",
     "statistics_view",
@@ -82,8 +84,19 @@ if _import_error is None:
 def unavailable() -> str | None:
     """Why the CPU kernels cannot run at all, or None."""
     if _import_error is not None:
-        return f"the extension fastvq._cpu was not built or cannot be loaded ({_import_error}); reinstall fastvq"
+        return f"the extension fastvq._cpu was not built or cannot be loaded ({_import_error}); {_remedy()}"
     return None
+
+
+def _remedy() -> str:
+    """For an extension that is missing; a source folder is found before an installed package by who stands in it."""
+    folder = Path(__file__).resolve().parent.parent
+    if (folder / "setup.py").is_file() and (folder / "csrc").is_dir():
+        return (
+            f"this is the source folder {folder}: build it with pip install -e ., or leave the folder so that Python "
+            "finds an installed fastvq"
+        )
+    return "reinstall fastvq"
 
 
 def available_isas() -> list[str]:
@@ -152,6 +165,10 @@ def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int, fast:
     threads = torch.get_num_threads()
     open_rows = sum(_cpu.nearest(tried, few_codes, metric, False, indices.data_ptr(), ISAS["amx"], threads, 0))
     return isa() if open_rows <= MOST_OPEN * outer * inner else packing_isa()
+
+
+def refuse_device(device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "it takes CPU tensors"
 
 
 def refuse(x: Tensor, *_: Any) -> str | None:

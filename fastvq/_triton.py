@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["capability", "float64_bits", "interpreting", "lazily", "refuse", "refuse_rows", "unavailable"]
+__all__ = [
+    "capability",
+    "float64_bits",
+    "interpreting",
+    "lazily",
+    "refuse",
+    "refuse_device",
+    "refuse_rows",
+    "unavailable",
+]
 
 OLDEST_TRITON = (3, 6)
 OLDEST = 80  # compute capability times ten: the first with bf16 tensor cores and asynchronous copies
@@ -71,15 +80,23 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def refuse_device(device: torch.device) -> str | None:
+    if device.type == "cpu" and interpreting():
+        return None
+    if device.type != "cuda":
+        return "it takes CUDA tensors"
+    if (found := capability(device)) < OLDEST:
+        return f"it needs compute capability {OLDEST / 10} or later, {device} has {found / 10}"
+    return None
+
+
 def refuse(x: Tensor, *_: Any) -> str | None:
     """Why the Triton kernels cannot serve a call on ``x``, or None: the predicate of most ops."""
     if x.device.type == "cpu":
         return None if interpreting() else "it takes CUDA tensors, x is on cpu"
     if x.device.type != "cuda":
         return f"it takes CUDA tensors, x is on {x.device}"
-    if (found := capability(x.device)) < OLDEST:
-        return f"it needs compute capability {OLDEST / 10} or later, {x.device} has {found / 10}"
-    return None
+    return refuse_device(x.device)
 
 
 def refuse_rows(x: Tensor, *_: Any) -> str | None:

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,13 @@ def test_build_info_without_the_extension(monkeypatch):
     assert info["cpu"] == {"compiler": None, "available": [], "isa": None, "amx": info["backends"]["cpu"]["reason"]}
     assert not info["backends"]["cpu"]["available"] and "no such file" in info["backends"]["cpu"]["reason"]
     x, codebook = torch.randn(5, 3), torch.randn(7, 3)
-    assert fastvq.ops.nearest(x, codebook).shape == (5,)  # the reference serves
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert fastvq.ops.nearest(x, codebook).shape == (5,)  # the reference serves, or Triton's interpreter
     try:
         fastvq.ops.nearest(x, codebook, backend="cpu")
     except ValueError as error:
-        assert "was not built or cannot be loaded (ImportError: no such file); reinstall fastvq" in str(error)
+        assert "was not built or cannot be loaded (ImportError: no such file); this is the source folder" in str(error)
     else:
         raise AssertionError("a named backend fell back")
 

@@ -85,7 +85,7 @@ def test_use_backend():
         raise RuntimeError("leave")
     from fastvq import _backends
 
-    assert _backends._override is None
+    assert _backends._override.get() is None
 
 
 def test_backend_from_the_environment(monkeypatch):

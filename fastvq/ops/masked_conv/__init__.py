@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _triton
-from fastvq._backends import Implementation, choose
+from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import check_float, check_option, check_same_device
 from fastvq.ops._library import register
 from fastvq.ops.masked_conv import cpu, cuda, reference
@@ -227,7 +227,8 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.mask, taps, ctx.colours, ctx.backend = inputs
+    x, weight, bias, ctx.mask, taps, ctx.colours, backend = inputs
+    ctx.backend = bound_backend(backend)
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight, taps)
 
@@ -280,7 +281,8 @@ def _fake_gated(
 
 
 def _setup_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, condition, ctx.mask, taps, save, ctx.backend = inputs
+    x, weight, bias, condition, ctx.mask, taps, save, backend = inputs
+    ctx.backend = bound_backend(backend)
     _out, tanh_a, sigmoid_b = output
     ctx.mark_non_differentiable(tanh_a, sigmoid_b)
     ctx.set_materialize_grads(False)

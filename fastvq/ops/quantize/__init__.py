@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _native, _triton
-from fastvq._backends import Implementation, choose
+from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
@@ -147,7 +147,8 @@ def _fake(
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     """Of this op, and of those that take its arguments and return its outputs before their own."""
-    x, codebook, _mask, _metric, ctx.estimator, ctx.beta, _precision, ctx.backend, *_ = inputs
+    x, codebook, _mask, _metric, ctx.estimator, ctx.beta, _precision, backend, *_ = inputs
+    ctx.backend = bound_backend(backend)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, codebook, output[3])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _cuda_native, _golden, _native, _triton
-from fastvq._backends import Implementation, choose
+from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq._golden_cases import configuration
 from fastvq.ops._library import no_second_derivative, register
@@ -196,7 +196,8 @@ def _fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, codebooks, _mask, _metric, ctx.estimator, ctx.beta, _statistics, _precision, ctx.backend = inputs
+    x, codebooks, _mask, _metric, ctx.estimator, ctx.beta, _statistics, _precision, backend = inputs
+    ctx.backend = bound_backend(backend)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, codebooks, output[3])
