@@ -1,6 +1,8 @@
 // Elements of the four input types as the numbers they hold, by run-time type: for the parts of a kernel that read or
 // write each element once. Rows and Codes are those of fastvq.h.
 #pragma once
+#include <limits>
+
 #include "../fastvq.h"
 #include "primitives.cuh"
 
@@ -41,6 +43,15 @@ __device__ __forceinline__ void store_float(void* data, DType dtype, int64_t at,
       static_cast<uint16_t*>(data)[at] = static_cast<uint16_t>(v == v ? (bits + 0x7fff + even) >> 16 : 0x7fc0);
     }
   }
+}
+
+// What lies beyond the largest finite number becomes that number. NaN stays NaN.
+template <class Real>
+__device__ __forceinline__ Real saturated(double v) {
+  constexpr double most = std::numeric_limits<Real>::max();
+  v = v > most ? most : v;
+  v = v < -most ? -most : v;
+  return static_cast<Real>(v);
 }
 
 __device__ __forceinline__ bool is_finite(double v) { return v - v == 0; }

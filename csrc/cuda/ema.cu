@@ -10,6 +10,7 @@
 // Arithmetic is double and each stored value is rounded once: the result is that of the CPU's kernel to the bit, but for
 // the order in which the sizes are added up.
 #include "../fastvq_cuda.h"
+#include "elements.cuh"
 #include "primitives.cuh"
 
 namespace fastvq::cuda {
@@ -80,9 +81,10 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t d = threadIdx.x % 32; d < b.dim; d += 32) {
     // The product with 0 would keep a NaN.
     const double old = keep == 0 ? 0.0 : keep * static_cast<double>(average[d * b.embed_sum_d]);
-    const Real now = static_cast<Real>(old + take * static_cast<double>(sums[code * b.dim + d]));
+    const double sum = static_cast<double>(saturated<Sum>(static_cast<double>(sums[code * b.dim + d])));
+    const Real now = saturated<Real>(old + take * sum);
     average[d * b.embed_sum_d] = now;
-    if (divisor != kKeepCode) row[d * b.codebook_d] = static_cast<Real>(static_cast<double>(now) / divisor);
+    if (divisor != kKeepCode) row[d * b.codebook_d] = saturated<Real>(static_cast<double>(now) / divisor);
   }
 }
 

@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) replace_kernel(EmaBuffers b, Rows x,
   for (int64_t d = threadIdx.x % 32; d < b.dim; d += 32) {
     const Real v = static_cast<Real>(load_double(x.data, x.dtype, from + d * x.stride_d));
     row[d * b.codebook_d] = v;
-    sum[d * b.embed_sum_d] = v * threshold;
+    sum[d * b.embed_sum_d] = saturated<Real>(static_cast<double>(v * threshold));
   }
   if (threadIdx.x % 32 == 0)
     static_cast<Real*>(b.cluster_size)[h * b.cluster_size_head + k * b.cluster_size_k] = threshold;

@@ -179,7 +179,8 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) residual_kernel(Re
     }
     __syncwarp();
     const double square = warp_sum(advance(a, q, m, residual, width));
-    if (lane == 0) a.squares[(q * gridDim.x + blockIdx.x) * kWarps + warp] = square;
+    // Infinite only where a residual holds infinity, which stands for no distance at all: NaN then.
+    if (lane == 0) a.squares[(q * gridDim.x + blockIdx.x) * kWarps + warp] = square + (square - square);
   }
   for (int i = warp; i < S::kRows && first + i < N; i += kWarps) write_sum(a, first + i);
 }

@@ -25,9 +25,9 @@ __device__ __forceinline__ int64_t row_of_all(const Rows& x, int64_t n_rows, int
 }
 __device__ __forceinline__ void store_sum(const Statistics& s, int64_t at, double v) {
   if (s.sums_double)
-    static_cast<double*>(s.sums)[at] = v;
+    static_cast<double*>(s.sums)[at] = saturated<double>(v);
   else
-    static_cast<float*>(s.sums)[at] = static_cast<float>(v);
+    static_cast<float*>(s.sums)[at] = saturated<float>(v);
 }
 
 Statistics statistics_of(const Rows& x, int64_t n_codes);

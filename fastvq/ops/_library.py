@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fastvq.ops._transforms import transformable
+
 __all__ = ["no_second_derivative", "register"]
 
 LIBRARY = torch.library.Library("fastvq", "DEF")
@@ -18,19 +20,25 @@ def register(
     fake: Callable[..., Any],
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
-) -> None:
+    jvp: Callable[..., Any] | None = None,
+    fold: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Registers an op under ``schema``: one implementation for every device, which chooses its backend per call.
 
     The choice is made inside the op rather than before it, so that a compiled or exported graph holds the op alone and
     chooses where it runs. ``fake`` gives the outputs' shapes and dtypes; ``backward`` and ``setup_context`` are for
-    differentiable ops only (a registered autograd costs 15 to 30 microseconds a call).
+    differentiable ops only (a registered autograd costs 15 to 30 microseconds a call), which also have a ``jvp``; for
+    it and ``fold`` see ``_transforms.transformable``. Returns the op, as the public functions and formulas call it.
     """
     name = "fastvq::" + schema.split("(", 1)[0]
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+    op: Callable[..., Any] = getattr(torch.ops.fastvq, name.partition("::")[2])
+    if backward is None or setup_context is None or jvp is None:
+        return op
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)
+    return transformable(op, backward, setup_context, jvp, fold)
 
 
 def no_second_derivative(op: str) -> Callable[..., Any]:

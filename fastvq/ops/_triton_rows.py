@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["axis_of", "code_strides", "finite", "narrow", "plain", "row_offset", "wide"]
+__all__ = ["axis_of", "code_strides", "finite", "narrow", "plain", "row_offset", "saturate", "wide"]
 
 
 @triton.jit
@@ -52,6 +52,18 @@ def narrow(v, dtype: tl.constexpr):
     """float32 or float64 to any float type, to half types by way of float32, as torch does it."""
     if dtype != tl.float64:
         v = v.to(tl.float32)
+    return v.to(dtype)
+
+
+@triton.jit
+def saturate(v, dtype: tl.constexpr):
+    """float64 to float32 or float64; what lies beyond the largest finite number becomes that number. NaN stays NaN."""
+    if dtype == tl.float64:
+        most = tl.full([], 1.7976931348623157e308, tl.float64)
+    else:
+        most = tl.full([], 3.4028234663852886e38, tl.float64)
+    v = tl.where(v > most, most, v)
+    v = tl.where(v < -most, -most, v)
     return v.to(dtype)
 
 

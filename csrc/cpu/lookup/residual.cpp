@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../common/elements.h"
+#include "../statistics/saturate.h"
 #include "driver.h"
 
 namespace fastvq {
@@ -179,7 +180,7 @@ void add_columns(const Rows& x, const Codes& levels, const int64_t* indices, con
     }
   }
   for (int64_t i = 0; i < Q * K; ++i)
-    for (int64_t d = 0; d < width; ++d) sums[i * D + d0 + d] = static_cast<Sum>(table[static_cast<size_t>(i * width + d)]);
+    for (int64_t d = 0; d < width; ++d) sums[i * D + d0 + d] = saturated<Sum>(table[static_cast<size_t>(i * width + d)]);
 }
 
 template <class Real, class Sum>

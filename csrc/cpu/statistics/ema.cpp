@@ -14,6 +14,7 @@
 #include "../../fastvq.h"
 #include "../common/fp_environment.h"
 #include "../common/parallel.h"
+#include "saturate.h"
 
 namespace fastvq {
 namespace {
@@ -62,9 +63,9 @@ void update(const EmaBuffers& b, const Sum* sums, const int64_t* counts, const E
         for (int64_t d = 0; d < b.dim; ++d) {
           // The product with 0 would keep a NaN.
           const double old = keep == 0 ? 0.0 : keep * average[d * b.embed_sum_d];
-          const Real now = static_cast<Real>(old + take * static_cast<double>(sum[d]));
+          const Real now = saturated<Real>(old + take * static_cast<double>(saturated<Sum>(static_cast<double>(sum[d]))));
           average[d * b.embed_sum_d] = now;
-          if (divisor >= 0) code[d * b.codebook_d] = static_cast<Real>(now / divisor);
+          if (divisor >= 0) code[d * b.codebook_d] = saturated<Real>(static_cast<double>(now) / divisor);
         }
       }
     });

@@ -8,6 +8,7 @@
 
 #include "../common/checkpoint.h"
 #include "kernels.h"
+#include "saturate.h"
 
 namespace fastvq {
 
@@ -76,14 +77,14 @@ class RowAdder {
   std::vector<double> staged_;  // of float where x is not double
 };
 
-// Rounds a table to sums [n_codes, row]; returns whether all of it is finite.
+// Rounds a table to sums [n_codes, row]; returns whether all of the table is finite.
 template <class Out>
 bool store_sums(const double* table, int64_t n_codes, int64_t width, Out* sums, int64_t row) {
   double pollution = 0.0;  // stays 0 while every sum is finite
   for (int64_t k = 0; k < n_codes; ++k)
     for (int64_t d = 0; d < width; ++d) {
       const double sum = table[k * width + d];
-      sums[k * row + d] = static_cast<Out>(sum);
+      sums[k * row + d] = saturated<Out>(sum);
       pollution += sum * 0.0;
     }
   return pollution == 0.0;

@@ -99,6 +99,8 @@ def replace_dead_codes_(
     threshold: float,
 ) -> Tensor:  # [] int64
     with _cuda_native.on_device_of(codebook):
+        if x.dtype == torch.float64 and codebook.dtype == torch.float32:
+            x = x.float()  # a row that float32 does not hold is not finite there, and is not taken
         x, rows = _native.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
         n_heads, n_rows = rows[2], rows[3] * rows[4]
         if n_rows == 0:

@@ -7,7 +7,15 @@ from torch import Tensor
 
 from fastvq import _env
 
-__all__ = ["check_indices", "choose_rows", "code_statistics", "ema_update_", "raise_bad_index", "replace_dead_codes_"]
+__all__ = [
+    "check_indices",
+    "choose_rows",
+    "code_statistics",
+    "ema_update_",
+    "raise_bad_index",
+    "replace_dead_codes_",
+    "saturate",
+]
 
 
 def raise_bad_index(op: str, indices: Tensor, n_codes: int, flat_row: int) -> None:
@@ -17,6 +25,15 @@ def raise_bad_index(op: str, indices: Tensor, n_codes: int, flat_row: int) -> No
         f"{op}: indices must be -1 (no code) or 0 ... {n_codes - 1} (n_codes = {n_codes}), got {value} at row {row}; "
         "look the vectors up again or pass the right n_codes"
     )
+
+
+def saturate(
+    wide: Tensor,  # float64
+    dtype: torch.dtype,
+) -> Tensor:
+    """``wide`` as ``dtype``; what lies beyond its largest finite number becomes that number. NaN stays NaN."""
+    most = torch.finfo(dtype).max
+    return wide.clamp(-most, most).to(dtype)
 
 
 def check_indices(indices: Tensor, n_codes: int) -> None:
@@ -36,7 +53,8 @@ def code_statistics(
 ) -> tuple[Tensor, Tensor]:
     """sums_k = float32(sum in float64, in row order, of x_r where index_r = k), counts_k = how many.
 
-    Rows with index -1 and rows that hold NaN or infinity are left out. float64 x: float64 sums.
+    Rows with index -1 and rows that hold NaN or infinity are left out. A sum beyond the largest finite number of its
+    type is that number. float64 x: float64 sums.
     """
     check_indices(indices, n_codes)
     if n_heads is not None:
@@ -49,7 +67,7 @@ def code_statistics(
     wide = torch.where(used[:, None], rows, 0).double()
     sums = wide.new_zeros(n_codes + 1, x.shape[-1]).index_add_(0, index, wide)[:n_codes]
     counts = index.new_zeros(n_codes + 1).index_add_(0, index, torch.ones_like(index))[:n_codes]
-    return sums.to(torch.float64 if x.dtype == torch.float64 else torch.float32), counts.clone()
+    return saturate(sums, torch.float64 if x.dtype == torch.float64 else torch.float32), counts.clone()
 
 
 def ema_update_(
@@ -72,7 +90,7 @@ def ema_update_(
     if debias:
         keep = torch.where(empty_before, 0, keep)
     old = torch.where(keep[..., None] == 0, 0, keep[..., None] * embed_sum.double())
-    average = (old + (1 - decay) * sums.double()).to(dtype)
+    average = saturate(old + (1 - decay) * saturate(sums.double(), sums.dtype).double(), dtype)
     wide = size.double()
     total = wide.sum(dim=-1, keepdim=True)
     laplace = (wide + eps) / (total + size.shape[-1] * eps) * total
@@ -80,7 +98,7 @@ def ema_update_(
     stays = total == 0
     if debias:
         stays = stays | (size == 0)
-    new = torch.where(stays[..., None], codebook, (average.double() / divisor[..., None]).to(dtype))
+    new = torch.where(stays[..., None], codebook, saturate(average.double() / divisor[..., None], dtype))
     codebook.copy_(torch.where(counted, new, codebook))
     embed_sum.copy_(torch.where(counted, average, embed_sum))
     cluster_size.copy_(torch.where(counted[..., 0], size, cluster_size))
@@ -119,12 +137,14 @@ def replace_dead_codes_(
     rows = x.reshape(-1, x.shape[-1])
     if rows.shape[0] == 0:
         return torch.zeros((), dtype=torch.int64, device=x.device)
-    low, high = torch.aminmax(rows, dim=-1)  # NaN and infinity come through, and no N x D tensor is made
+    # NaN and infinity come through, and no N x D tensor is made. Rows must be finite as codes will be.
+    low, high = (t.to(codebook.dtype) for t in torch.aminmax(rows, dim=-1))
     usable = low.isfinite() & high.isfinite()
     dead = (cluster_size < threshold) & usable.any()
     chosen = choose_rows(usable, dead.cumsum(0) - 1, dead.sum(), uniforms)
     samples = rows[chosen].to(codebook.dtype)
+    sums = saturate((samples * threshold).double(), codebook.dtype)
     codebook.copy_(torch.where(dead[:, None], samples, codebook))
-    embed_sum.copy_(torch.where(dead[:, None], samples * threshold, embed_sum))
+    embed_sum.copy_(torch.where(dead[:, None], sums, embed_sum))
     cluster_size.masked_fill_(dead, threshold)
     return dead.sum()

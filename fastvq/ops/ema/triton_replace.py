@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvq import _rows, _tiles
 from fastvq._triton import float64_bits
-from fastvq.ops._triton_rows import axis_of, finite, plain, row_offset, wide
+from fastvq.ops._triton_rows import axis_of, finite, plain, row_offset, saturate, wide
 
 __all__ = ["replace_dead_codes_"]
 
@@ -88,7 +88,7 @@ def _replace(
         place = (head * codebook_head + code * codebook_k)[:, None] + column[None, :] * codebook_d
         tl.store(codebook + place, value, mask=here)
         place = (head * embed_sum_head + code * embed_sum_k)[:, None] + column[None, :] * embed_sum_d
-        tl.store(embed_sum + place, value * threshold.to(dtype), mask=here)
+        tl.store(embed_sum + place, saturate((value * threshold.to(dtype)).to(tl.float64), dtype), mask=here)
     size = tl.zeros([CODES], tl.float64) + threshold
     tl.store(cluster_size + head * cluster_size_head + code * cluster_size_k, size.to(dtype), mask=taken)
 
@@ -101,6 +101,8 @@ def replace_dead_codes_(
     uniforms: Tensor,  # [K] or [H, K]
     threshold: float,
 ) -> Tensor:  # [] int64
+    if x.dtype == torch.float64 and codebook.dtype == torch.float32:
+        x = x.float()  # a row that float32 does not hold is not finite there, and is not taken
     view = _rows.rows(x, codebook.shape[0] if codebook.dim() == 3 else None)
     if codebook.dim() == 2:
         codebook, embed_sum, cluster_size = (t.unsqueeze(0) for t in (codebook, embed_sum, cluster_size))

@@ -32,7 +32,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvq import _rows, _tiles
-from fastvq.ops._triton_rows import finite, narrow, plain, row_offset
+from fastvq.ops._triton_rows import finite, plain, row_offset, saturate
 from fastvq.ops.ema import reference
 
 __all__ = ["code_statistics"]
@@ -131,7 +131,7 @@ def _add(
                 n += here.to(tl.int64)
             result, n_here = tl.sum(total, axis=0), tl.sum(n, axis=0)
             if whole:
-                tl.store(sums + low.to(tl.int64) * D + column, narrow(result, sums.dtype.element_ty), mask=column < D)
+                tl.store(sums + low.to(tl.int64) * D + column, saturate(result, sums.dtype.element_ty), mask=column < D)
                 if tl.program_id(1) == 0:
                     tl.store(counts + low, n_here)
             else:
@@ -157,7 +157,7 @@ def _join(
                 partial + piece[:, None] * D + column[None, :], mask=here[:, None] & (column < D)[None, :], other=0.0
             )
             n += tl.load(partial_counts + piece, mask=here, other=0)
-        tl.store(sums + code * D + column, narrow(tl.sum(total, axis=0), sums.dtype.element_ty), mask=column < D)
+        tl.store(sums + code * D + column, saturate(tl.sum(total, axis=0), sums.dtype.element_ty), mask=column < D)
         if tl.program_id(1) == 0:
             tl.store(counts + code, tl.sum(n, axis=0))
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fastvq import _tiles
 from fastvq._triton import float64_bits
+from fastvq.ops._triton_rows import saturate
 
 __all__ = ["ema_update_"]
 
@@ -104,10 +105,11 @@ def _elements(
     dtype = embed_sum.dtype.element_ty
     old = tl.load(average, mask=here & (keep != 0), other=0.0).to(tl.float64)  # 0 times a NaN would be one
     new = tl.load(sums + row[:, None].to(tl.int64) * D + column[None, :], mask=here, other=0.0).to(tl.float64)
-    now = (keep * old + take * new).to(dtype)
+    new = saturate(new, sums.dtype.element_ty).to(tl.float64)
+    now = saturate(keep * old + take * new, dtype)
     tl.store(average, now, mask=here)
     place = (codebook + head * codebook_head + code * codebook_k)[:, None] + column[None, :] * codebook_d
-    tl.store(place, (now.to(tl.float64) / divisor).to(dtype), mask=here & (divisor != STAYS))
+    tl.store(place, saturate(now.to(tl.float64) / divisor, dtype), mask=here & (divisor != STAYS))
 
 
 def ema_update_(

@@ -11,6 +11,7 @@ from fastvq import _triton
 from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import check_float, check_option, check_same_device
 from fastvq.ops._library import register
+from fastvq.ops._transforms import active, no_forward_mode
 from fastvq.ops.masked_conv import cpu, cuda, reference
 from fastvq.ops.masked_conv.masks import COLOUR_MASKS, MASKS
 
@@ -93,7 +94,7 @@ def masked_conv2d(
     mask, taps = _check(OP, x, weight, bias, mask, colours)
     x, weight, bias = _autocast(x, weight, bias)
     _check_dtypes(OP, x, weight, bias)
-    return torch.ops.fastvq.masked_conv2d(x, weight, bias, mask, taps, colours, backend)
+    return _conv(x, weight, bias, mask, taps, colours, backend)
 
 
 def gated_masked_conv2d(
@@ -146,8 +147,8 @@ def gated_masked_conv2d(
     x, weight, bias, condition = _autocast(x, weight, bias, condition)
     _check_dtypes(GATED, x, weight, bias, condition)
     tensors = (x, weight, bias, condition)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    return torch.ops.fastvq.gated_masked_conv2d(x, weight, bias, condition, mask, taps, save, backend)[0]
+    save = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or active()
+    return _gated(x, weight, bias, condition, mask, taps, save, backend)[0]
 
 
 def _check(
@@ -237,9 +238,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, taps = ctx.saved_tensors
     need_x, need_weight = ctx.needs_input_grad[:2]
     need_bias = ctx.needs_input_grad[2] and ctx.has_bias
-    grads = torch.ops.fastvq.masked_conv2d_backward(
-        grad, x, weight, ctx.mask, taps, ctx.colours, need_x, need_weight, need_bias, ctx.backend
-    )
+    grads = _conv_backward(grad, x, weight, ctx.mask, taps, ctx.colours, need_x, need_weight, need_bias, ctx.backend)
     needed = (need_x, need_weight, need_bias)
     return *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None, None, None
 
@@ -286,7 +285,7 @@ def _setup_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     _out, tanh_a, sigmoid_b = output
     ctx.mark_non_differentiable(tanh_a, sigmoid_b)
     ctx.set_materialize_grads(False)
-    ctx.has_bias, ctx.save = bias is not None, save
+    ctx.has_bias, ctx.save, ctx.colours = bias is not None, save, 1
     ctx.condition_dim = 0 if condition is None else condition.dim()
     ctx.save_for_backward(x, weight, taps, tanh_a, sigmoid_b)
 
@@ -298,9 +297,9 @@ def _backward_gated(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | No
         raise RuntimeError(f"{GATED}: backward needs the factors of the gate, which save=False did not keep")
     x, weight, taps, tanh_a, sigmoid_b = ctx.saved_tensors
     need_x, need_weight, need_bias, need_condition = ctx.needs_input_grad[:4]
-    grad_ab = torch.ops.fastvq.gate_backward(grad, tanh_a, sigmoid_b, ctx.backend)
+    grad_ab = _gate_backward(grad, tanh_a, sigmoid_b, ctx.backend)
     needed = (need_x, need_weight, need_bias and ctx.has_bias)
-    grads = torch.ops.fastvq.masked_conv2d_backward(grad_ab, x, weight, ctx.mask, taps, 1, *needed, ctx.backend)
+    grads = _conv_backward(grad_ab, x, weight, ctx.mask, taps, 1, *needed, ctx.backend)
     grad_condition = None
     if need_condition and ctx.condition_dim:
         grad_condition = grad_ab if ctx.condition_dim == 4 else grad_ab.sum((2, 3))
@@ -323,21 +322,65 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
     )
 
 
-register(
+def _jvp(
+    ctx: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None, *_: None
+) -> Tensor | None:
+    """The op is linear in x and bias, and in weight and bias."""
+    x, weight, taps = ctx.saved_tensors[:3]
+    total: Tensor | None = None
+    for image, kernel in ((x_tangent, weight), (x, weight_tangent)):
+        if image is not None and kernel is not None:
+            part = _conv(image, kernel, bias_tangent, ctx.mask, taps, ctx.colours, ctx.backend)
+            total, bias_tangent = part if total is None else total + part, None
+    if bias_tangent is not None:
+        total = bias_tangent[:, None, None].expand(x.shape[0], -1, *x.shape[2:])
+    return total
+
+
+def _gated_jvp(
+    ctx: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None,
+    condition_tangent: Tensor | None, *_: None,
+) -> tuple[Tensor | None, None, None]:  # fmt: skip
+    tangent = _jvp(ctx, x_tangent, weight_tangent, bias_tangent)
+    if condition_tangent is not None:
+        if condition_tangent.dim() == 2:
+            condition_tangent = condition_tangent[:, :, None, None]
+        tangent = condition_tangent if tangent is None else tangent + condition_tangent
+    if tangent is None:
+        return None, None, None
+    tanh_a, sigmoid_b = ctx.saved_tensors[3:]
+    wide = torch.float64 if tanh_a.dtype == torch.float64 else torch.float32
+    a, b = tangent.to(wide).chunk(2, dim=1)
+    t, s = tanh_a.to(wide), sigmoid_b.to(wide)
+    return (s * ((1 - t * t) * a + t * (1 - s) * b)).to(tanh_a.dtype), None, None
+
+
+def _fold(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *others: Any) -> tuple[Tensor, int] | None:
+    """A batch of images and one weight: a larger batch."""
+    if in_dims[0] is None or any(d is not None for d in in_dims[1:]):
+        return None
+    out = _conv(x.movedim(in_dims[0], 0).flatten(0, 1), *others)
+    return out.unflatten(0, (info.batch_size, -1)), 0
+
+
+NO_SECOND = "the derivative of its gradient is not implemented"
+_conv = register(
     "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, str mask, Tensor? taps, int colours, str? backend) -> Tensor",
-    _run, _fake, _backward, _setup_context,
+    _run, _fake, _backward, _setup_context, _jvp, _fold,
 )  # fmt: skip
-register(
+_conv_backward = register(
     "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, str mask, Tensor? taps, int colours, bool need_x, "
     "bool need_weight, bool need_bias, str? backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     _run_backward, _fake_backward, _no_second_derivative, lambda ctx, inputs, output: None,
+    no_forward_mode(OP, NO_SECOND),
 )  # fmt: skip
-register(
+_gated = register(
     "gated_masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, str mask, Tensor? taps, bool save, "
     "str? backend) -> (Tensor out, Tensor tanh_a, Tensor sigmoid_b)",
-    _run_gated, _fake_gated, _backward_gated, _setup_gated,
+    _run_gated, _fake_gated, _backward_gated, _setup_gated, _gated_jvp,
 )  # fmt: skip
-register(
+_gate_backward = register(
     "gate_backward(Tensor grad, Tensor tanh_a, Tensor sigmoid_b, str? backend) -> Tensor",
     _run_gate_backward, _fake_gate_backward, _no_second_derivative, lambda ctx, inputs, output: None,
+    no_forward_mode(GATED, NO_SECOND),
 )  # fmt: skip

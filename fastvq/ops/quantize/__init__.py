@@ -11,6 +11,7 @@ from fastvq import _native, _triton
 from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import no_second_derivative, register
+from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 from fastvq.ops.nearest import METRICS, PRECISIONS, PackedCodebook, operands
 from fastvq.ops.quantize import cpu, cuda, reference
@@ -115,7 +116,7 @@ def quantize(
     check_option(OP, "estimator", estimator, ESTIMATORS)
     check_option(OP, "precision", precision, PRECISIONS)
     check_mask(OP, x, mask)
-    quantized, commitment_loss, codebook_loss, indices = torch.ops.fastvq.quantize(
+    quantized, commitment_loss, codebook_loss, indices = _quantize(
         x, codes, mask, metric, estimator, float(beta), precision, backend, layout
     )
     if estimator == "none":
@@ -164,7 +165,7 @@ def backward(
     """The gradients of one that ``setup_context`` set up."""
     x, codebook, indices = ctx.saved_tensors
     need_x, need_codebook = ctx.needs_input_grad[:2]
-    grad_x, grad_codebook = torch.ops.fastvq.quantize_backward(
+    grad_x, grad_codebook = _quantize_backward(
         x, codebook, indices, grad_quantized, grad_commitment, grad_codebook_loss,
         ctx.estimator, ctx.beta, need_x, need_codebook, ctx.backend,
     )  # fmt: skip
@@ -194,15 +195,16 @@ def _fake_backward(
     )
 
 
-register(
+NO_JVP = no_forward_mode(OP, "the estimator defines what goes back alone")
+_quantize = register(
     "quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
     "str? backend, Tensor? layout=None) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, "
     "Tensor indices)",
-    _run, _fake, backward, setup_context,
+    _run, _fake, backward, setup_context, NO_JVP,
 )  # fmt: skip
-register(
+_quantize_backward = register(
     "quantize_backward(Tensor x, Tensor codebook, Tensor indices, Tensor? grad_quantized, Tensor? grad_commitment, "
     "Tensor? grad_codebook_loss, str estimator, float beta, bool need_x, bool need_codebook, str? backend) "
     "-> (Tensor grad_x, Tensor grad_codebook)",
-    _run_backward, _fake_backward, no_second_derivative(OP), lambda ctx, inputs, output: None,
+    _run_backward, _fake_backward, no_second_derivative(OP), lambda ctx, inputs, output: None, NO_JVP,
 )  # fmt: skip

@@ -35,6 +35,7 @@ def quantize(
     codes = gather(codebook, indices)
     quantized = torch.empty_like(x).copy_(torch.where(real[..., None], codes, 0))
     difference = torch.where(real[..., None], x.double() - codes.double(), 0)
+    difference = torch.where(real[..., None] & x.isinf(), torch.nan, difference)  # no distance at all, as of NaN
     elements = max(1, int(real.sum()) * x.shape[-1])
     mean = (difference * difference).sum() / elements
     loss_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32

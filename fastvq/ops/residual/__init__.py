@@ -13,6 +13,7 @@ from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq._golden_cases import configuration
 from fastvq.ops._library import no_second_derivative, register
+from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS
 from fastvq.ops.residual import cpu, cuda, reference
@@ -153,7 +154,7 @@ def residual_quantize(
     check_option(OP, "estimator", estimator, ESTIMATORS)
     check_option(OP, "precision", precision, PRECISIONS)
     check_mask(OP, x, mask)
-    quantized, commitment, codebook, indices, sums, counts = torch.ops.fastvq.residual_quantize(
+    quantized, commitment, codebook, indices, sums, counts = _residual_quantize(
         x, codebooks, mask, metric, estimator, float(beta), statistics, precision, backend
     )
     if estimator == "none":
@@ -206,7 +207,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     x, codebooks, indices = ctx.saved_tensors
     need_x, need_codebooks = ctx.needs_input_grad[:2]
-    grad_x, grad_codebooks = torch.ops.fastvq.residual_quantize_backward(
+    grad_x, grad_codebooks = _residual_quantize_backward(
         x, codebooks, indices, *grads[:3], ctx.estimator, ctx.beta, need_x, need_codebooks, ctx.backend
     )
     return grad_x if need_x else None, grad_codebooks if need_codebooks else None, *[None] * 7
@@ -232,15 +233,16 @@ def _fake_backward(
     )
 
 
-register(
+NO_JVP = no_forward_mode(OP, "the estimator defines what goes back alone")
+_residual_quantize = register(
     "residual_quantize(Tensor x, Tensor codebooks, Tensor? mask, str metric, str estimator, float beta, "
     "bool statistics, str precision, str? backend) -> (Tensor quantized, Tensor commitment_losses, "
     "Tensor codebook_losses, Tensor indices, Tensor sums, Tensor counts)",
-    _run, _fake, _backward, _setup_context,
+    _run, _fake, _backward, _setup_context, NO_JVP,
 )  # fmt: skip
-register(
+_residual_quantize_backward = register(
     "residual_quantize_backward(Tensor x, Tensor codebooks, Tensor indices, Tensor? grad_quantized, "
     "Tensor? grad_commitment, Tensor? grad_codebook, str estimator, float beta, bool need_x, bool need_codebooks, "
     "str? backend) -> (Tensor grad_x, Tensor grad_codebooks)",
-    _run_backward, _fake_backward, no_second_derivative(OP), lambda ctx, inputs, output: None,
+    _run_backward, _fake_backward, no_second_derivative(OP), lambda ctx, inputs, output: None, NO_JVP,
 )  # fmt: skip

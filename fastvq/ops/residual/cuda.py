@@ -75,6 +75,7 @@ def _level_by_level(
         found = nearest(residual, codes, metric, precision)
         chosen = one_level.gather(codes, found)
         gap = residual.double() - chosen.double()
+        gap = torch.where(residual.isinf(), torch.nan, gap)  # infinity stands for no distance at all, as NaN does
         if mask is not None:
             found = torch.where(mask, found, -1)
             chosen, gap = (torch.where(mask[..., None], t, 0) for t in (chosen, gap))

@@ -57,7 +57,8 @@ def _advance(
         tl.store(residual + at, before - code, mask=inside)
         tl.store(total + at, tl.load(total + at, mask=inside, other=0.0) + code, mask=inside)
         gap = before.to(tl.float64) - code.to(tl.float64)
-        square += tl.sum(gap * gap, axis=1)
+        # Infinity stands for no distance at all, as NaN does.
+        square += tl.sum(tl.where(tl.abs(before) < float("inf"), gap * gap, float("nan")), axis=1)
     tl.store(squares + tl.program_id(0), tl.sum(square))
 
 

@@ -266,7 +266,9 @@ def _levels(
         from_code = level + chosen[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
         code = as_work(tl.load(from_code, mask=inside, other=0.0), tl.float32)
         apart = residual.to(tl.float64) - code.to(tl.float64)
-        tl.store(squares + tl.program_id(0), tl.sum(tl.sum(apart * apart, axis=1)))
+        square = tl.sum(tl.sum(apart * apart, axis=1))
+        # Infinite only where a residual holds infinity, which stands for no distance at all: NaN then.
+        tl.store(squares + tl.program_id(0), square + (square - square))
         residual -= code
         level += stride_q
         mean += dim

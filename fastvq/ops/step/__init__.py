@@ -11,6 +11,7 @@ from fastvq import _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_codebook, check_mask, check_option
 from fastvq.ops._library import register
+from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS, backward, setup_context
 from fastvq.ops.quantize import FORWARD as QUANTIZE
@@ -93,7 +94,7 @@ def vq_step(
     check_option(OP, "estimator", estimator, ESTIMATORS)
     check_option(OP, "precision", precision, PRECISIONS)
     check_mask(OP, x, mask)
-    quantized, commitment_loss, codebook_loss, indices, sums, counts = torch.ops.fastvq.vq_step(
+    quantized, commitment_loss, codebook_loss, indices, sums, counts = _vq_step(
         x, codebook, mask, metric, estimator, float(beta), precision, backend, deterministic
     )
     if estimator == "none":
@@ -125,9 +126,9 @@ def _fake(
 
 
 # The arguments are those of quantize, in its order: its gradient is this op's too.
-register(
+_vq_step = register(
     "vq_step(Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
     "str? backend, bool deterministic) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, "
     "Tensor indices, Tensor sums, Tensor counts)",
-    _run, _fake, backward, setup_context,
+    _run, _fake, backward, setup_context, no_forward_mode(OP, "the estimator defines what goes back alone"),
 )  # fmt: skip
