@@ -16,7 +16,7 @@ INF = float("inf")
 
 def _near_the_largest(sign: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows whose sum per code is beyond float32, and their codes."""
-    x = torch.tensor([[3e38, 1.0, -3e38], [3.2e38, 2.0, -3e38], [1.0, 2.0, 3.0], [2e38, 4.0, 0.0]]) * sign
+    x = torch.tensor([[3e38, 1.0, -3e38], [3.2e38, 2.0, -3e38], [1.0, 2.0, 3.0], [2.9e38, 4.0, -1e38]]) * sign
     return x, torch.tensor([0, 0, 1, 0])
 
 
