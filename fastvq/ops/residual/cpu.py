@@ -79,7 +79,7 @@ def residual_quantize_backward(
             scales.copy_(grad_commitment).mul_(beta * scale)
         incoming, g = None, None
         if grad_quantized is not None and estimator != "none":
-            if estimator == "rotation":
+            if estimator == "rotation" and x.numel() > 0:
                 grad_quantized = _turn(x, codebooks, indices, grad_quantized)
             incoming, g = _native.rows_view(grad_quantized, None)
         _native._cpu.residual_backward(
