@@ -158,7 +158,7 @@ def serving(device: torch.device) -> tuple[str, str | None]:
     named = _override.get() or _env.read("FASTVQ_BACKEND")
     if named:
         return named, None
-    reasons = []
+    reasons: list[str] = []
     for backend in BACKENDS.values():
         reason = backend.refuse_device(device) or backend.unavailable()
         if reason is None:

@@ -65,8 +65,8 @@ def transformable(
             folded = None if fold is None else fold(info, in_dims, *args)
             return folded or _one_by_one(call, info.batch_size, in_dims, args)
 
-    Transformed.backward = staticmethod(backward)  # type: ignore[method-assign, assignment]
-    Transformed.jvp = staticmethod(jvp)  # type: ignore[method-assign, assignment]
+    Transformed.backward = staticmethod(backward)  # type: ignore[method-assign]
+    Transformed.jvp = staticmethod(jvp)  # type: ignore[method-assign]
 
     def call(*args: Any) -> Any:
         return Transformed.apply(*args) if active() else op(*args)
