@@ -15,7 +15,7 @@ from tests import triton_calls_learning
 CALLS: dict[str, Callable[[], object]] = {}
 
 # Kernels that must use the tensor cores, in every tile and dtype of theirs that CALLS launches.
-TENSOR_CORES: set[str] = {"_filter", "_survivors", "_levels"}
+TENSOR_CORES: set[str] = {"_filter", "_collect_candidates", "_levels"}
 
 # Calls that differ from one above in how many vectors or images there are, and so must not compile anything.
 REPEATS: dict[str, Callable[[], object]] = {}

@@ -34,7 +34,7 @@ FEWER = {
 
 @pytest.fixture(autouse=True)
 def _filter_even_small_codebooks(monkeypatch):
-    monkeypatch.setattr(kernels, "FEW_SCORES", 0)
+    monkeypatch.setattr(kernels, "MIN_FILTERED_SCORES", 0)
 
 
 @pytest.fixture
@@ -49,14 +49,14 @@ def large_tiles(monkeypatch):
 def listed(monkeypatch):
     """[rows that the filter did not prove, rows scanned] of each slab that was looked up."""
     found = []
-    look_up = kernels.look_up
+    lookup_slab = kernels.lookup_slab
 
     def spy(*args):
-        counters = look_up(*args)
+        counters = lookup_slab(*args)
         found.append(counters.sum(0).tolist())
         return counters
 
-    monkeypatch.setattr(kernels, "look_up", spy)
+    monkeypatch.setattr(kernels, "lookup_slab", spy)
     return found
 
 
@@ -136,7 +136,7 @@ def test_a_row_alone_and_in_a_batch_and_slabs(monkeypatch):
 
 
 def test_few_scores_go_to_the_definition(monkeypatch, listed):
-    monkeypatch.setattr(kernels, "FEW_SCORES", 1 << 12)
+    monkeypatch.setattr(kernels, "MIN_FILTERED_SCORES", 1 << 12)
     x, codebook = gaussian(70, 7, 31, generator(7))
     x[5], codebook[2] = torch.nan, torch.inf
     check(x, codebook, "dot")
@@ -197,9 +197,9 @@ def test_the_bound_holds_and_says_something(case, metric, dtype):
     x, codebook = x[:100].to(dtype), codebook.to(dtype)
     if case == "one_huge_code" and metric == "dot":
         codebook[13] /= 1e30  # a score that no float32 holds: such a codebook is not the filter's
-    code, brain = kernels.METRICS[metric], dtype == torch.bfloat16
-    meta = pick("nearest", kernels.TILES, x.device, x.shape[1], torch.bfloat16 if brain else torch.float16)
-    packed = kernels.pack(codebook[None], code, brain, code != 1 and not brain, meta)
+    code, is_bf16 = kernels.METRICS[metric], dtype == torch.bfloat16
+    meta = pick("nearest", kernels.TILES, x.device, x.shape[1], torch.bfloat16 if is_bf16 else torch.float16)
+    packed = kernels.pack(codebook[None], code, is_bf16, code != 1 and not is_bf16, meta)
     rows = kernels.pack_rows(x[None], packed)
     held = packed.norms[0, : len(codebook)] >= 0
     good = rows.norms[0] >= 0
@@ -215,7 +215,7 @@ def test_the_bound_holds_and_says_something(case, metric, dtype):
     upper = left @ right.T
     # The bound's two norms are columns 3 and 4; what it adds to the bias is what the pieces exceed -|c'|^2 / 2 by.
     bias = left[:, :3] @ right[:, :3].T + (0.5 * c.square().sum(1) if metric == "euclidean" else 0)
-    bound = left[:, 3:FIRST_DATA] @ right[:, 3:FIRST_DATA].T + bias
+    bound = left[:, 3 : FIRST_DATA.value] @ right[:, 3 : FIRST_DATA.value].T + bias
     ratio = ((upper - bound) - exact).abs() / bound
     assert ratio.max() <= 1
     # Operands that 16 bits hold exactly leave the tensor cores' own part of the bound, which float64 does not use.

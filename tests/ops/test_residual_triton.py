@@ -39,7 +39,7 @@ def both(x, codebooks, g, w, **options):
     ],
 )
 def test_against_the_reference(metric, estimator, dtype, masked, monkeypatch):
-    monkeypatch.setattr(kernels, "FEW_SCORES", 0)
+    monkeypatch.setattr(kernels, "MIN_FILTERED_SCORES", 0)
     n, q, k, d = 70, 3, 65, 17
     x, codebooks = draw(n, q, k, d)
     x = x.to(dtype).view(2, 35, d)
@@ -81,7 +81,7 @@ def one_launch(monkeypatch):
     """All calls in one launch, whose number is counted, even of small codebooks."""
     calls = []
     launch = triton_levels.residual_quantize
-    monkeypatch.setattr(kernels, "FEW_SCORES", 0)
+    monkeypatch.setattr(kernels, "MIN_FILTERED_SCORES", 0)
     monkeypatch.setattr(triton_levels, "residual_quantize", lambda *args: calls.append(args) or launch(*args))
     return calls
 

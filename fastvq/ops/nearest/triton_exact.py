@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastvq.ops.nearest.triton_filter import ROOM, append
+from fastvq.ops.nearest.triton_filter import MAX_CANDIDATE_GROUPS, push_to_list
 from fastvq.ops.nearest.triton_pack import wide
 
 
@@ -34,9 +34,9 @@ def distance(total, square, odd, METRIC: tl.constexpr):
 
 
 @triton.jit
-def best_noted(row, row_step, there, codes, stride_k, code_step, k, noted, n_codes, dim,
+def best_of_candidates(row, row_step, there, codes, stride_k, code_step, k, is_candidate, n_codes, dim,
                METRIC: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
-    """Least d_k of the noted codes ``k`` [rows, codes] and its k, n_codes where there is none.
+    """Least d_k of the candidates ``k`` [rows, codes] and its k, n_codes where there is none.
 
     UNROLL: elements loaded before the first is used.
     """
@@ -48,14 +48,14 @@ def best_noted(row, row_step, there, codes, stride_k, code_step, k, noted, n_cod
         for i in tl.static_range(UNROLL):
             inside = (d0 + i + tl.zeros((1,), tl.int32)) < dim  # beyond, 0 is added, which changes no sum
             v = wide(tl.load(row, mask=there & inside, other=0.0))[:, None]
-            c = wide(tl.load(code, mask=noted & inside[None, :], other=0.0))
+            c = wide(tl.load(code, mask=is_candidate & inside[None, :], other=0.0))
             total, square = step(v, c, total, square, METRIC)
             odd += c - c
             row += row_step
             code += code_step
-    found = tl.where(noted, distance(total, square, odd, METRIC), float("inf"))
+    found = tl.where(is_candidate, distance(total, square, odd, METRIC), float("inf"))
     least = tl.min(found, axis=1)
-    return least, tl.min(tl.where(noted & (found == least[:, None]), k, n_codes), axis=1)
+    return least, tl.min(tl.where(is_candidate & (found == least[:, None]), k, n_codes), axis=1)
 
 
 @triton.jit
@@ -92,37 +92,41 @@ def best_of_all(row_start, row_step, there, codes, stride_k, code_step, n_codes,
 
 
 @triton.jit(do_not_specialize=["i_stride_h", "slab"])
-def _few(
+def _rescore_candidates(
     x, x_stride_h, x_stride_n, x_stride_d, dim,
     codebook, c_stride_h, c_stride_k, c_stride_d, n_codes,
     indices, i_stride_h, slab,
     counters, listed, candidates, candidate_counts, pending,
     METRIC: tl.constexpr, GROUP: tl.constexpr, LANES: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """Listed rows of few candidates: the best of these. Rows of more are left to ``_scan``."""
+    """Listed rows with few candidates: the best of them by the definition. Other rows go to ``_exhaustive``."""
     head = tl.program_id(1).to(tl.int64)
     n_listed = tl.load(counters + head * 2)
-    WIDE: tl.constexpr = ROOM * GROUP
+    WIDE: tl.constexpr = MAX_CANDIDATE_GROUPS * GROUP
     j = tl.arange(0, WIDE)
     for tile in range(tl.program_id(0), tl.cdiv(n_listed, BM), tl.num_programs(0)):
         i = tile * BM + tl.arange(0, BM)
         there = i < n_listed
         r = tl.load(listed + head * slab + i, mask=there, other=0)
         n = tl.load(candidate_counts + head * slab + i, mask=there, other=0)
-        few = there & (n <= ROOM)
-        append(counters + head * 2 + 1, pending + head * slab, r, there & ~few)
-        noted = few[:, None] & ((j // GROUP)[None, :] < n[:, None])
-        k = tl.load(candidates + (head * slab + i)[:, None] * ROOM + (j // GROUP)[None, :], mask=noted, other=0)
+        few = there & (n <= MAX_CANDIDATE_GROUPS)
+        push_to_list(counters + head * 2 + 1, pending + head * slab, r, there & ~few)
+        is_candidate = few[:, None] & ((j // GROUP)[None, :] < n[:, None])
+        k = tl.load(
+            candidates + (head * slab + i)[:, None] * MAX_CANDIDATE_GROUPS + (j // GROUP)[None, :],
+            mask=is_candidate,
+            other=0,
+        )
         k = k.to(tl.int64) + ((j % GROUP) * LANES)[None, :]
-        noted = noted & (k < n_codes)
+        is_candidate = is_candidate & (k < n_codes)
         row = x + head * x_stride_h + r.to(tl.int64) * x_stride_n
-        _, index = best_noted(row, x_stride_d, few, codebook + head * c_stride_h, c_stride_k, c_stride_d, k, noted,
-                              n_codes, dim, METRIC, 1)  # fmt: skip
+        _, index = best_of_candidates(row, x_stride_d, few, codebook + head * c_stride_h, c_stride_k, c_stride_d, k,
+                                      is_candidate, n_codes, dim, METRIC, 1)  # fmt: skip
         tl.store(indices + head * i_stride_h + r, tl.where(index < n_codes, index, 0), mask=few)
 
 
 @triton.jit(do_not_specialize=["n_rows", "i_stride_h", "slab"])
-def _scan(
+def _exhaustive(
     x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,
     codebook, c_stride_h, c_stride_k, c_stride_d, n_codes,
     indices, i_stride_h, slab,

@@ -9,9 +9,9 @@
                                                      4. second group and all but one of the first below L: proved.
                                                         Otherwise the row and its L go on a list.
 
-``_filter`` does steps 1 and 2, ``_decide`` the others: in one kernel, the registers of 3 would keep a second block of
-threads off the multiprocessor, whose products run while the first one compares. ``_survivors`` goes over the listed
-rows once more and notes, for each, the groups that reach its L; triton_exact.py scores those by the definition.
+``_filter`` does steps 1 and 2, ``_certify`` the others: in one kernel, the registers of 3 would keep a second block of
+threads off the multiprocessor, whose products run while the first one compares. ``_collect_candidates`` scores the
+listed rows again and lists, for each, the groups that reach its L; triton_exact.py rescores those by the definition.
 
 Nothing of size N x K exists. Shared memory: BM * D' + stages * BN * (D' + 16) elements of 16 bits, D' being BD where
 the row tile is not kept. Arithmetic: (GROUP - 1 + 4) / GROUP operations a score, 1.75 for groups of 4, 1.375 for groups
@@ -25,17 +25,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastvq.ops.nearest.triton_pack import WIDTH
+from fastvq.ops.nearest.triton_pack import COLUMNS
 from fastvq.ops.nearest.triton_rows import row_piece
 
-CAP = 8  # groups noted for a row before it is scanned instead
-ROOM: tl.constexpr = tl.constexpr(CAP)
+# A row with more candidate groups goes to the exhaustive scan.
+MAX_CANDIDATE_GROUPS: tl.constexpr = tl.constexpr(8)
 LOWEST: tl.constexpr = tl.constexpr(-3e38)
 
 
 @triton.jit
 def multiplied(a, b, start, INTERPRETED: tl.constexpr):
-    if INTERPRETED:  # it multiplies the bits of bfloat16 as integers, and float16 slowly
+    if INTERPRETED:  # the interpreter multiplies the bits of bfloat16 as integers, and is slow in float16
         return tl.dot(a.to(tl.float32), tl.trans(b.to(tl.float32)), start)
     return tl.dot(a, tl.trans(b), start)
 
@@ -43,15 +43,15 @@ def multiplied(a, b, start, INTERPRETED: tl.constexpr):
 @triton.jit
 def upper_bounds(
     tile, columns, rows, line, codes, code_columns, block,  # block: first code of the block, head included
-    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, RESIDENT: tl.constexpr,
     DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     k = tl.arange(0, BN)[:, None]
-    c = tl.load(code_columns + block * WIDTH + k * WIDTH + tl.arange(0, WIDTH)[None, :])
+    c = tl.load(code_columns + block * COLUMNS + k * COLUMNS + tl.arange(0, COLUMNS)[None, :])
     upper = multiplied(columns, c, tl.zeros((BM, BN), tl.float32), INTERPRETED)
     if not NARROW:
         d = tl.arange(0, BD)[None, :]
-        if KEPT:
+        if RESIDENT:
             code = tl.load(codes + block * DP + k * DP + d)
             upper = multiplied(tile, code, upper, INTERPRETED)
         else:
@@ -63,17 +63,17 @@ def upper_bounds(
 
 
 @triton.jit
-def row_operands(rows, row_columns, line, NARROW: tl.constexpr, KEPT: tl.constexpr, DP: tl.constexpr):
-    columns = tl.load(row_columns + line[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :])
+def row_operands(rows, row_columns, line, NARROW: tl.constexpr, RESIDENT: tl.constexpr, DP: tl.constexpr):
+    columns = tl.load(row_columns + line[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
     tile = columns
-    if KEPT and not NARROW:
+    if RESIDENT and not NARROW:
         tile = tl.load(rows + line[:, None] * DP + tl.arange(0, DP)[None, :])
     return tile, columns
 
 
 @triton.jit
-def append(counter, entries, items, chosen):
-    """Adds the chosen items to a list; returns where each went."""
+def push_to_list(counter, entries, items, chosen):
+    """Appends the chosen items to a list in memory; returns the place of each."""
     ones = chosen.to(tl.int32)
     first = tl.atomic_add(counter, tl.sum(ones))
     at = first + tl.cumsum(ones) - ones
@@ -85,7 +85,7 @@ def append(counter, entries, items, chosen):
 def _filter(
     codes, code_columns, n_blocks, rows, row_columns, n_rows, slab,
     groups, runners_up, packing,
-    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr, BITS: tl.constexpr,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, RESIDENT: tl.constexpr, BITS: tl.constexpr,
     DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Steps 1 and 2: the first code of each row's best group [H, slab], and a bound on all other groups."""
@@ -93,7 +93,7 @@ def _filter(
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     there = r < n_rows
     line = head * slab + tl.where(there, r, 0)
-    tile, columns = row_operands(rows, row_columns, line, NARROW, KEPT, DP)
+    tile, columns = row_operands(rows, row_columns, line, NARROW, RESIDENT, DP)
     # A lane holds the groups at its place of every block.
     LANES: tl.constexpr = BN // GROUP
     MASK: tl.constexpr = (1 << BITS) - 1
@@ -102,7 +102,7 @@ def _filter(
     first_code = head * n_blocks * BN
     for b in range(0, n_blocks):
         upper = upper_bounds(tile, columns, rows, line, codes, code_columns, first_code + b * BN,
-                             INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
+                             INTERPRETED, NARROW, RESIDENT, DP, BM, BN, BD)  # fmt: skip
         top = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1)
         top = ((top.to(tl.int32, bitcast=True) & ~MASK) | b).to(tl.float32, bitcast=True)
         second = tl.maximum(second, tl.minimum(best, top))
@@ -116,8 +116,8 @@ def _filter(
 
 
 @triton.jit
-def told_apart(score, norm, length, mean_norm, dim, sum_error, METRIC: tl.constexpr):
-    """Which of a row's codes scored in float32 [rows, codes] may be the nearest of them; a bound below its score."""
+def separated(score, norm, length, mean_norm, dim, sum_error, METRIC: tl.constexpr):
+    """Which of the codes scored in float32 [rows, codes] may be the nearest; a lower bound of the nearest's score."""
     own = (dim + 3) * 2.0**-53
     held = norm >= 0
     error = sum_error * (length[:, None] * norm + 0.5 * norm * norm) + dim * 2.0**-80
@@ -129,7 +129,7 @@ def told_apart(score, norm, length, mean_norm, dim, sum_error, METRIC: tl.conste
 
 
 @triton.jit(do_not_specialize=["n_rows", "i_stride_h", "slab"])
-def _decide(
+def _certify(
     x, x_stride_h, x_stride_n, x_stride_d, n_rows, dim,  # [H, N, D]
     codebook, c_stride_h, c_stride_k, c_stride_d,  # [H, K, D]
     indices, i_stride_h,  # [H, N]
@@ -138,13 +138,13 @@ def _decide(
     METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr, FAST: tl.constexpr,
     GROUP: tl.constexpr, LANES: tl.constexpr, BM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Steps 3 and 4: the best group's codes in float32, then the index, or the row's place on a list."""
+    """Steps 3 and 4: rescores the best group in float32, then writes the index or lists the row."""
     head = tl.program_id(1).to(tl.int64)
     x += head * x_stride_h
     codebook += head * c_stride_h
     mean += head * dim
-    # A line is a row and a code of its group. Codes' addresses are made of lines from the start: of one that was
-    # reshaped the compiler does not know what divides it, and it loads elements one by one.
+    # A line is a row and a code of its group. Code addresses are computed from lines directly: the compiler loses the
+    # divisibility of a reshaped index, and would load elements one by one.
     line = tl.arange(0, BM * GROUP)
     row = tl.program_id(0) * BM + line // GROUP
     real = row < n_rows
@@ -174,30 +174,29 @@ def _decide(
         winner = score == tl.max(score, axis=1)[:, None]
         certain = finite & (tl.max(norm, axis=1) >= 0)
     else:
-        winner, least = told_apart(score, norm, length, tl.load(info + head * 2 + 1), dim, sum_error, METRIC)
+        winner, least = separated(score, norm, length, tl.load(info + head * 2 + 1), dim, sum_error, METRIC)
         runner_up = tl.load(runners_up + head * slab + r, mask=there, other=0.0)
         certain = finite & (tl.sum(winner.to(tl.int32), axis=1) == 1) & (runner_up < least)
     index = tl.min(tl.where(winner, k, padded_codes), axis=1)
     tl.store(indices + head * i_stride_h + r, index, mask=certain)
     if not FAST:
-        place = append(counters + head * 2, listed + head * slab, r, finite & ~certain)
+        place = push_to_list(counters + head * 2, listed + head * slab, r, finite & ~certain)
         tl.store(thresholds + head * slab + place, least, mask=finite & ~certain)
         tl.store(candidate_counts + head * slab + place, tl.zeros((BM,), tl.int32), mask=finite & ~certain)
         certain = finite
-    append(counters + head * 2 + 1, pending + head * slab, r, there & ~certain)
+    push_to_list(counters + head * 2 + 1, pending + head * slab, r, there & ~certain)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "slab", "n_parts"])
-def _survivors(
+def _collect_candidates(
     codes, code_columns, n_blocks, rows, row_columns, slab, n_parts,
     counters, listed, thresholds, candidates, candidate_counts,
-    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, KEPT: tl.constexpr,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, RESIDENT: tl.constexpr,
     DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Notes, for every listed row, the groups of codes whose upper bound reaches the row's threshold.
+    """Lists, for every row of the list, the groups of codes whose upper bound reaches the row's threshold.
 
-    Few rows are listed, so a program takes one of ``n_parts`` parts of the codes: else most programs would have nothing
-    to do while the others go through all codes.
+    Few rows are listed, so the codes are split over ``n_parts`` programs (split-K): otherwise most programs would idle.
     """
     head = tl.program_id(1).to(tl.int64)
     n_listed = tl.load(counters + head * 2)
@@ -209,15 +208,19 @@ def _survivors(
         i = t // n_parts * BM + tl.arange(0, BM)
         there = i < n_listed
         line = head * slab + tl.load(listed + head * slab + i, mask=there, other=0)
-        tile, columns = row_operands(rows, row_columns, line, NARROW, KEPT, DP)
+        tile, columns = row_operands(rows, row_columns, line, NARROW, RESIDENT, DP)
         threshold = tl.load(thresholds + head * slab + i, mask=there, other=float("inf"))
         at = (head * slab + i)[:, None]
         first = t % n_parts * part_blocks
         for b in range(first, tl.minimum(first + part_blocks, n_blocks)):
             upper = upper_bounds(tile, columns, rows, line, codes, code_columns, first_code + b * BN,
-                                 INTERPRETED, NARROW, KEPT, DP, BM, BN, BD)  # fmt: skip
+                                 INTERPRETED, NARROW, RESIDENT, DP, BM, BN, BD)  # fmt: skip
             reaches = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1) >= threshold[:, None]
             reaches = reaches & there[:, None]
             if tl.sum(reaches.to(tl.int32)) > 0:
                 place = tl.atomic_add(candidate_counts + at + tl.zeros_like(lanes), 1, mask=reaches)
-                tl.store(candidates + at * ROOM + place, b * BN + lanes, mask=reaches & (place < ROOM))
+                tl.store(
+                    candidates + at * MAX_CANDIDATE_GROUPS + place,
+                    b * BN + lanes,
+                    mask=reaches & (place < MAX_CANDIDATE_GROUPS),
+                )

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
 """Operands of the Triton filter: codes and rows rounded to 16 bits, and the columns that carry bias and error bound.
 
-In units of a power of two per head (``scale``), with m a mean of the codes (euclidean and dot; 0 where that gains
-nothing), c' = scale (c - m) (cosine: scale c / |c|) and x' = scale (x - m) (dot, cosine: any power of two times x),
+In units of a power of two per head (``scale``), with m a mean of the codes (euclidean and dot; 0 where useless),
+c' = scale (c - m) (cosine: scale c / |c|) and x' = scale (x - m) (dot, cosine: any power of two times x),
 the index is that of the largest t_k = x'.c'_k - |c'_k|^2 / 2 (dot, cosine: x'.c'_k). With x^ and c^ the 16-bit
 operands, the tensor cores return ``upper_k >= t_k`` in one product, because five more columns ride along:
 
@@ -15,10 +15,10 @@ All norms are rounded up, residuals are measured, and gamma = (1.25 D' + 16) 2^-
 columns on tensor cores that align and truncate the 17 addends of a step of 16.
 
   what              tensor                         where
-  mean              [H, D] float32                 ``_survey``
+  mean              [H, D] float32                 ``_codebook_stats``
   info              [H, 2] float32                 scale; |m| in units of it
   flags             [H, 3] int32                   1: no certificate holds for this head; bits of the smallest norm
-                                                   held; bits of the smallest norm left out as too large
+                                                   packed; bits of the smallest norm excluded as too large
   codes             [H, K', D'] 16 bits            ``_pack_codes``, zero beyond D and for codes that cannot win
   code_columns      [H, K', 16] 16 bits            the five columns, then the whole code where D <= 11
   norms, factors    [H, K'] float32                |c'_k|, or -1 for a code that cannot win; c' = factor (c - m)
@@ -29,18 +29,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["COLUMNS", "FIRST_DATA", "LARGEST_ROW", "gamma"]
+__all__ = ["COLUMNS", "FIRST_DATA", "gamma"]
 
-COLUMNS = 16  # one step of the tensor cores
-FIRST_DATA = 5  # columns that the bias and the bound take; the others hold vectors that are narrow enough
-FIRST: tl.constexpr = tl.constexpr(FIRST_DATA)
-WIDTH: tl.constexpr = tl.constexpr(COLUMNS)
-LARGEST_CODE: tl.constexpr = tl.constexpr(4096.0)  # |c'|: half its square must fit in 256 times a float16
-LARGEST_ROW = 60000.0  # a row's elements in float16
-TOP: tl.constexpr = tl.constexpr(LARGEST_ROW)
+COLUMNS: tl.constexpr = tl.constexpr(16)  # one step of the tensor cores
+# Columns before this one hold the bias and the bound; the others hold vectors that are narrow enough.
+FIRST_DATA: tl.constexpr = tl.constexpr(5)
+MAX_CODE_NORM: tl.constexpr = tl.constexpr(4096.0)  # |c'|: half its square must fit in 256 times a float16
+MAX_ROW_ELEMENT: tl.constexpr = tl.constexpr(60000.0)  # of a scaled row in float16
 SAMPLE: tl.constexpr = tl.constexpr(256)  # codes that the mean and the scale are taken from
-# What no code that holds a finite score can be mistaken for: bits of +infinity as int32.
-INFINITE: tl.constexpr = tl.constexpr(0x7F800000)
+# Marks an empty slot: the int32 bits of +inf, which no finite score has.
+EMPTY_SLOT: tl.constexpr = tl.constexpr(0x7F800000)
 
 
 def gamma(width: int) -> float:
@@ -55,14 +53,14 @@ def wide(v):
 
 
 @triton.jit
-def raised(v, BRAIN: tl.constexpr):
-    """A little above ``v >= 0``, so that rounding to 16 bits does not end below it."""
-    return v * (1 + (2.0**-7 if BRAIN else 2.0**-9)) + 2.0**-24
+def raised(v, IS_BF16: tl.constexpr):
+    """A little above ``v >= 0``, so that the value rounded to 16 bits is not below v."""
+    return v * (1 + (2.0**-7 if IS_BF16 else 2.0**-9)) + 2.0**-24
 
 
 @triton.jit
-def narrow(v, BRAIN: tl.constexpr):
-    return v.to(tl.bfloat16) if BRAIN else v.to(tl.float16)
+def narrow(v, IS_BF16: tl.constexpr):
+    return v.to(tl.bfloat16) if IS_BF16 else v.to(tl.float16)
 
 
 @triton.jit
@@ -72,7 +70,7 @@ def power_of_two(e):
 
 
 @triton.jit
-def _survey(
+def _codebook_stats(
     codebook, stride_h, stride_k, stride_d, n_codes, dim,  # [H, K, D]
     mean, info, flags,
     METRIC: tl.constexpr, CENTRE: tl.constexpr, BD: tl.constexpr,
@@ -125,8 +123,8 @@ def _survey(
     tl.store(info + head * 2, scale)
     tl.store(info + head * 2 + 1, tl.sqrt(mean_square.to(tl.float32)) * scale * (1 + 2.0**-10))
     tl.store(flags + head * 3, tl.where(regular, 0, 1))
-    tl.store(flags + head * 3 + 1, INFINITE)
-    tl.store(flags + head * 3 + 2, INFINITE)
+    tl.store(flags + head * 3 + 1, EMPTY_SLOT)
+    tl.store(flags + head * 3 + 2, EMPTY_SLOT)
 
 
 @triton.jit
@@ -134,7 +132,7 @@ def _pack_codes(
     codebook, stride_h, stride_k, stride_d, n_codes, dim,  # [H, K, D]
     mean, info, flags,
     codes, code_columns, norms, factors, padded_codes, gamma,
-    METRIC: tl.constexpr, BRAIN: tl.constexpr, NARROW: tl.constexpr,  # NARROW: the code lies in the columns
+    METRIC: tl.constexpr, IS_BF16: tl.constexpr, NARROW: tl.constexpr,  # NARROW: the code lies in the columns
     DP: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
@@ -164,7 +162,7 @@ def _pack_codes(
     else:
         factor = tl.zeros((BK,), tl.float64) + scale
         norm = tl.sqrt(square)
-        held = finite & (norm <= LARGEST_CODE)
+        held = finite & (norm <= MAX_CODE_NORM)
         excluded = finite & ~held
         irregular = excluded & (METRIC == 2)
         above = (norm * (1 + 2.0**-10)).to(tl.float32).to(tl.int32, bitcast=True)
@@ -182,9 +180,11 @@ def _pack_codes(
         c = wide(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
         m = tl.load(mean + head * dim + d, mask=d < dim, other=0.0).to(tl.float64)
         v = tl.where(inside, (c - m[None, :]) * factor[:, None], 0.0)
-        rounded = narrow(v.to(tl.float32), BRAIN)
+        rounded = narrow(v.to(tl.float32), IS_BF16)
         if NARROW:
-            tl.store(code_columns + at * WIDTH + FIRST + d[None, :], rounded, mask=(d < WIDTH - FIRST)[None, :])
+            tl.store(
+                code_columns + at * COLUMNS + FIRST_DATA + d[None, :], rounded, mask=(d < COLUMNS - FIRST_DATA)[None, :]
+            )
         else:
             tl.store(codes + at * DP + d[None, :], rounded)
         back = wide(rounded)
@@ -201,22 +201,22 @@ def _pack_codes(
     else:
         slope += 2 * own * (norm + tl.load(info + head * 2 + 1)) if METRIC == 2 else 2 * (own + 2.0**-50) * norm
         bias = tl.zeros((BK,), tl.float64) + 2.0**-34 + underflow
-    bias = tl.where(held, bias, -256 * TOP).to(tl.float32)
-    first = narrow(bias * 2.0**-8, BRAIN)
+    bias = tl.where(held, bias, -256 * MAX_ROW_ELEMENT).to(tl.float32)
+    first = narrow(bias * 2.0**-8, IS_BF16)
     rest = bias - first.to(tl.float32) * 256
-    second = narrow(rest, BRAIN)
-    third = narrow((rest - second.to(tl.float32)) * 2048, BRAIN)
-    grown = narrow(raised(((1 + 2.0**-8) * (1 + gamma) * rounded_norm).to(tl.float32), BRAIN), BRAIN)
-    slope16 = narrow(raised(((1 + 2.0**-8) * slope).to(tl.float32) * 256, BRAIN), BRAIN)
-    line = (head * padded_codes + k) * WIDTH
+    second = narrow(rest, IS_BF16)
+    third = narrow((rest - second.to(tl.float32)) * 2048, IS_BF16)
+    grown = narrow(raised(((1 + 2.0**-8) * (1 + gamma) * rounded_norm).to(tl.float32), IS_BF16), IS_BF16)
+    slope16 = narrow(raised(((1 + 2.0**-8) * slope).to(tl.float32) * 256, IS_BF16), IS_BF16)
+    line = (head * padded_codes + k) * COLUMNS
     tl.store(code_columns + line, first)
     tl.store(code_columns + line + 1, second)
     tl.store(code_columns + line + 2, third)
     tl.store(code_columns + line + 3, grown)
     tl.store(code_columns + line + 4, slope16)
     if not NARROW:
-        rest_of_line = FIRST + tl.arange(0, WIDTH)
-        zero = narrow(tl.zeros((BK, WIDTH), tl.float32), BRAIN)
-        tl.store(code_columns + line[:, None] + rest_of_line[None, :], zero, mask=(rest_of_line < WIDTH)[None, :])
+        rest_of_line = FIRST_DATA + tl.arange(0, COLUMNS)
+        zero = narrow(tl.zeros((BK, COLUMNS), tl.float32), IS_BF16)
+        tl.store(code_columns + line[:, None] + rest_of_line[None, :], zero, mask=(rest_of_line < COLUMNS)[None, :])
     tl.store(norms + head * padded_codes + k, tl.where(held, norm * (1 + 2.0**-10), -1.0).to(tl.float32))
     tl.store(factors + head * padded_codes + k, tl.where(held, factor, 0.0).to(tl.float32))

@@ -12,10 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastvq.ops.nearest.triton_pack import FIRST, TOP, WIDTH, narrow, power_of_two, raised, wide
+from fastvq.ops.nearest.triton_pack import COLUMNS, FIRST_DATA, MAX_ROW_ELEMENT, narrow, power_of_two, raised, wide
 
-LONGEST: tl.constexpr = tl.constexpr(2.0**23)  # |x'|: 2^-8 of it must fit in a float16
-SEEN: tl.constexpr = tl.constexpr(2.0**-74)  # squares of smaller differences vanish in float32
+MAX_ROW_NORM: tl.constexpr = tl.constexpr(2.0**23)  # |x'|: 2^-8 of it must fit in a float16
+SMALLEST_SEEN: tl.constexpr = tl.constexpr(2.0**-74)  # squares of smaller differences underflow in float32
 
 
 @triton.jit
@@ -44,45 +44,45 @@ def row_scale(top, scale, METRIC: tl.constexpr):
 
 
 @triton.jit
-def round_piece(f, BRAIN: tl.constexpr):
-    """Scaled elements as 16 bits. Those out of reach become 0; their row is out of the filter's range anyway."""
-    return narrow(tl.where(tl.abs(f) <= TOP, f, 0.0), BRAIN)
+def round_piece(f, IS_BF16: tl.constexpr):
+    """Scaled elements as 16 bits. Elements out of range become 0; the filter does not serve their row anyway."""
+    return narrow(tl.where(tl.abs(f) <= MAX_ROW_ELEMENT, f, 0.0), IS_BF16)
 
 
 @triton.jit
-def norms_of(square, residual, top, flags, dim, METRIC: tl.constexpr, FORMED: tl.constexpr):
+def norms_of(square, residual, top, flags, dim, METRIC: tl.constexpr, SHIFTED_X: tl.constexpr):
     """(|x'|, |x' - x^|) from their squares, rounded up; |x'| is NaN for a row that the filter cannot hold."""
     up = 1 + (dim + 16) * 2.0**-24
-    norm = tl.sqrt(square) * up + dim * SEEN
-    off = tl.sqrt(residual) * up + dim * SEEN
-    if FORMED:  # x' itself was rounded to float32
+    norm = tl.sqrt(square) * up + dim * SMALLEST_SEEN
+    off = tl.sqrt(residual) * up + dim * SMALLEST_SEEN
+    if SHIFTED_X:  # x' itself was rounded to float32
         off += 2.0**-23 * norm
     flags += tl.zeros_like(norm).to(tl.int32)  # loaded once a row: the interpreter mixes no scalar into a mask
-    good = (norm <= LONGEST) & (top <= TOP) & (tl.load(flags) == 0)
+    good = (norm <= MAX_ROW_NORM) & (top <= MAX_ROW_ELEMENT) & (tl.load(flags) == 0)
     if METRIC == 0:
-        # A code left out is farther than 2 |x'| + |c'| for the shortest code held, or the row is not the filter's.
+        # Served only if every excluded code is longer than 2 |x'| + |c'|, c' the shortest packed code.
         shortest = tl.load(flags + 1).to(tl.float32, bitcast=True)
         left_out = tl.load(flags + 2).to(tl.float32, bitcast=True)
         reach = (2 * norm + shortest) * (1 + 2.0**-8)
-        good = good & (reach < left_out) & (shortest <= LONGEST)
+        good = good & (reach < left_out) & (shortest <= MAX_ROW_NORM)
     return tl.where(good, norm, float("nan")), off
 
 
 @triton.jit
-def columns_of(norm, off, f, BRAIN: tl.constexpr, NARROW: tl.constexpr):
+def columns_of(norm, off, f, IS_BF16: tl.constexpr, NARROW: tl.constexpr):
     """The rows' columns [rows, 16]: multipliers of the bias, norms of the bound, and ``f`` where NARROW.
 
-    f: the scaled row itself, its first element in column FIRST.
+    f: the scaled row itself, its first element in column FIRST_DATA.
     """
-    j = tl.arange(0, WIDTH)[None, :]
+    j = tl.arange(0, COLUMNS)[None, :]
     good = norm >= 0
-    length = tl.where(good, raised(norm * 2.0**-8, BRAIN), 0.0)
-    error = tl.where(good, raised(off, BRAIN), 0.0)
+    length = tl.where(good, raised(norm * 2.0**-8, IS_BF16), 0.0)
+    error = tl.where(good, raised(off, IS_BF16), 0.0)
     v = tl.where(j == 0, 256.0, tl.where(j == 1, 1.0, tl.where(j == 2, 2.0**-11, 0.0)))
     v = tl.where(j == 3, error[:, None], tl.where(j == 4, length[:, None], v))
     if NARROW:
-        v = tl.where((j < FIRST) | ~good[:, None], v, tl.where(tl.abs(f) <= TOP, f, 0.0))
-    return narrow(v, BRAIN)
+        v = tl.where((j < FIRST_DATA) | ~good[:, None], v, tl.where(tl.abs(f) <= MAX_ROW_ELEMENT, f, 0.0))
+    return narrow(v, IS_BF16)
 
 
 @triton.jit(do_not_specialize=["n_rows", "slab"])
@@ -90,7 +90,7 @@ def _pack_rows(
     x, stride_h, stride_n, stride_d, n_rows, dim,  # [H, N, D]
     mean, info, flags,
     rows, row_columns, row_norms, row_scales, slab,
-    METRIC: tl.constexpr, SHIFT: tl.constexpr, FORMED: tl.constexpr, BRAIN: tl.constexpr, NARROW: tl.constexpr,
+    METRIC: tl.constexpr, SHIFT: tl.constexpr, SHIFTED_X: tl.constexpr, IS_BF16: tl.constexpr, NARROW: tl.constexpr,
     DP: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """rows [H, slab, D'], row_columns [H, slab, 16], row_norms and row_scales [H, slab]."""
@@ -116,18 +116,18 @@ def _pack_rows(
         f = row_piece(x, at, there, stride_d, mean, d, dim, SHIFT) * factor[:, None]
         if METRIC == 0:
             top = tl.maximum(top, tl.max(tl.abs(f), axis=1))
-        rounded = round_piece(f, BRAIN)
+        rounded = round_piece(f, IS_BF16)
         if not NARROW:
             tl.store(rows + line[:, None] * DP + d[None, :], rounded, mask=there[:, None])
         square += tl.sum(f * f, axis=1)
         gap = f - rounded.to(tl.float32)
         residual += tl.sum(gap * gap, axis=1)
-    norm, off = norms_of(square, residual, top, flags + head * 3, dim, METRIC, FORMED)
+    norm, off = norms_of(square, residual, top, flags + head * 3, dim, METRIC, SHIFTED_X)
     own = norm[:, None]
     if NARROW:
-        d = tl.arange(0, WIDTH) - FIRST
+        d = tl.arange(0, COLUMNS) - FIRST_DATA
         own = row_piece(x, at, there, stride_d, mean, tl.where(d < 0, dim, d), dim, SHIFT) * factor[:, None]
-    columns = columns_of(norm, off, own, BRAIN, NARROW)
-    tl.store(row_columns + line[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], columns, mask=there[:, None])
+    columns = columns_of(norm, off, own, IS_BF16, NARROW)
+    tl.store(row_columns + line[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], columns, mask=there[:, None])
     tl.store(row_norms + line, norm, mask=there)
     tl.store(row_scales + line, factor, mask=there)

@@ -32,9 +32,9 @@ from torch import Tensor
 from fastvq import _triton
 from fastvq._tiles import Tile, pick
 from fastvq.ops.nearest import triton_ as lookup
-from fastvq.ops.nearest.triton_exact import best_noted, best_of_all
-from fastvq.ops.nearest.triton_filter import LOWEST, multiplied, told_apart, upper_bounds
-from fastvq.ops.nearest.triton_pack import FIRST, WIDTH
+from fastvq.ops.nearest.triton_exact import best_of_all, best_of_candidates
+from fastvq.ops.nearest.triton_filter import LOWEST, multiplied, separated, upper_bounds
+from fastvq.ops.nearest.triton_pack import COLUMNS, FIRST_DATA
 from fastvq.ops.nearest.triton_rows import columns_of, norms_of, round_piece, row_scale
 
 __all__ = ["TILES", "as_work", "residual_quantize", "served"]
@@ -64,14 +64,14 @@ def as_work(v, WORK: tl.constexpr):
 @triton.jit
 def best_groups(
     tile, columns, codes, code_columns, n_blocks,
-    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, PARTED: tl.constexpr, BITS: tl.constexpr,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, SPLIT_BIAS: tl.constexpr, BITS: tl.constexpr,
     DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The largest upper bounds of groups in each lane, [BM, BN / GROUP]: two with block numbers, and the next.
 
-    PARTED: the columns' product is subtracted, rather than the start of the other's. With fewer than 16 rows a warp the
-    compiler gives a chain of two products two layouts, and takes every score from one to the other; added, it would
-    make them a chain again. The rounding of the difference is less than what gamma counts for the columns.
+    SPLIT_BIAS: Triton assigns different layouts to two chained dots when a warp has fewer than 16 rows, and converts
+    every score between them. Computing the bias product separately and subtracting it avoids the conversion; the extra
+    rounding is covered by gamma.
     """
     LANES: tl.constexpr = BN // GROUP
     MASK: tl.constexpr = (1 << BITS) - 1
@@ -79,9 +79,9 @@ def best_groups(
     second = tl.full((BM, LANES), LOWEST, tl.float32)
     third = tl.full((BM, LANES), LOWEST, tl.float32)
     for b in range(0, n_blocks):
-        upper = upper_bounds(tile, -columns if PARTED else columns, codes, 0, codes, code_columns, b * BN,
-                             INTERPRETED, NARROW or PARTED, True, DP, BM, BN, DP)  # fmt: skip
-        if PARTED:
+        upper = upper_bounds(tile, -columns if SPLIT_BIAS else columns, codes, 0, codes, code_columns, b * BN,
+                             INTERPRETED, NARROW or SPLIT_BIAS, True, DP, BM, BN, DP)  # fmt: skip
+        if SPLIT_BIAS:
             code = tl.load(codes + b * BN * DP + (tl.arange(0, BN) * DP)[:, None] + tl.arange(0, DP)[None, :])
             upper = multiplied(tile, code, tl.zeros((BM, BN), tl.float32), INTERPRETED) - upper
         top = tl.max(tl.reshape(upper, (BM, GROUP, LANES)), axis=1)
@@ -117,16 +117,16 @@ def scores_of(f, group, codebook, stride_k, stride_d, mean, norms, factors, d, d
 
 @triton.jit
 def lifted(v, packing):
-    """No less than the bound that ``v`` was before a block number took its low bits."""
+    """At least the bound that ``v`` was before a block number replaced its low bits."""
     return v + tl.abs(v) * packing
 
 
 @triton.jit
-def note(
+def list_open_rows(
     best, second, third, least, packing, finite, open_row, bounds, thresholds, listed, BM: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """Lists the open rows: from the front those whose candidates all have names, from the back those to scan."""
+    """Lists the open rows: from the front those whose candidate groups are all known, from the back those to scan."""
     few = open_row & finite & (tl.max(lifted(third, packing), axis=1) < least)
     scanned = open_row & ~few
     r = tl.arange(0, BM)
@@ -140,13 +140,13 @@ def note(
 
 
 @triton.jit
-def settle(
+def resolve_open_rows(
     n_few, n_scanned, bounds, thresholds, listed, packing, rest, dim, codebook, stride_k, stride_d, n_codes,
     indices, stride_i,
     METRIC: tl.constexpr, BITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr,
     FEW: tl.constexpr, NAMED: tl.constexpr, SCANNED: tl.constexpr, SCAN_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """The indices of the rows that ``note`` listed, by the definition: FEW rows and NAMED of their groups at a time."""
+    """The indices of the listed rows, by the definition: FEW rows and NAMED of their groups at a time."""
     MASK: tl.constexpr = (1 << BITS) - 1
     LANES: tl.constexpr = BN // GROUP
     lane = tl.arange(0, 2 * LANES)[None, :]
@@ -169,8 +169,8 @@ def settle(
             k = tl.reshape(first[:, :, None] + (tl.arange(0, GROUP) * LANES)[None, None, :], (FEW, NAMED * GROUP))
             chosen = (s + slot < n[:, None])[:, :, None] & (tl.arange(0, GROUP) >= 0)[None, None, :]
             chosen = tl.reshape(chosen, (FEW, NAMED * GROUP)) & (k < n_codes)
-            found, at = best_noted(rest + r.to(tl.int64) * dim, 1, there, codebook, stride_k, stride_d, k.to(tl.int64),
-                                   chosen, n_codes, dim, METRIC, UNROLL)  # fmt: skip
+            found, at = best_of_candidates(rest + r.to(tl.int64) * dim, 1, there, codebook, stride_k, stride_d,
+                                           k.to(tl.int64), chosen, n_codes, dim, METRIC, UNROLL)  # fmt: skip
             index = tl.where((found < least) | ((found == least) & (at < index)), at, index)
             least = tl.minimum(least, found)
         tl.store(indices + r * stride_i, tl.where(index < n_codes, index, 0), mask=there)
@@ -191,7 +191,7 @@ def _levels(
     mask, indices, total, squares, n_programs,  # [N], [N, Q], [N, D], [Q, programs]
     bounds, thresholds, listed, packing, sum_error,  # scratch, BM rows a program
     METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
-    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, PARTED: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr,
+    INTERPRETED: tl.constexpr, NARROW: tl.constexpr, SPLIT_BIAS: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, FEW: tl.constexpr, NAMED: tl.constexpr,
     SCANNED: tl.constexpr, SCAN_N: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -206,7 +206,7 @@ def _levels(
         real = there & (tl.load(mask + base + r, mask=there, other=0) != 0)
     d = tl.arange(0, DP)
     if NARROW:  # as the columns hold the row
-        d = d - FIRST
+        d = d - FIRST_DATA
     column = (d >= 0) & (d < dim)
     inside = real[:, None] & column[None, :]
     from_x = x + (base + r)[:, None] * x_stride_n + d.to(tl.int64)[None, :] * x_stride_d
@@ -219,7 +219,7 @@ def _levels(
     bounds += base * (2 * LANES)
     lanes = tl.arange(0, LANES)[None, :]
     level = codebooks
-    # Hoisted out of this loop, the addresses of all that goes through shared memory in it would spill.
+    # Disable LICM: hoisting the shared-memory address computations makes registers spill.
     for q in tl.range(0, n_levels, disable_licm=True):
         f = residual
         if SHIFT_X:
@@ -232,7 +232,7 @@ def _levels(
                                flags, dim, METRIC, SHIFT_X)  # fmt: skip
         columns = columns_of(length, off, f, False, NARROW)
         best, second, third = best_groups(rounded, columns, codes, code_columns, n_blocks,
-                                          INTERPRETED, NARROW, PARTED, BITS, DP, BM, BN, GROUP)  # fmt: skip
+                                          INTERPRETED, NARROW, SPLIT_BIAS, BITS, DP, BM, BN, GROUP)  # fmt: skip
         highest = tl.max(best, axis=1)
         lane = tl.min(tl.where(best == highest[:, None], lanes, LANES - 1), axis=1)
         group = (highest.to(tl.int32, bitcast=True) & MASK) * BN + lane
@@ -245,9 +245,9 @@ def _levels(
             winner = score == tl.max(score, axis=1)[:, None]
             certain = finite & (tl.max(norm, axis=1) >= 0)
             least = tl.full((BM,), float("inf"), tl.float32)
-            finite = certain  # the others name no candidates
+            finite = certain  # precision="fast" lists no candidates: the other rows are scanned
         else:
-            winner, least = told_apart(score, norm, length, tl.load(info + 1), dim, sum_error, METRIC)
+            winner, least = separated(score, norm, length, tl.load(info + 1), dim, sum_error, METRIC)
             runner_up = tl.max(tl.where(lanes == lane[:, None], second, best), axis=1)
             certain = finite & (tl.sum(winner.to(tl.int32), axis=1) == 1) & (lifted(runner_up, packing) < least)
         index = tl.min(tl.where(winner, k, n_blocks * BN), axis=1).to(tl.int64)
@@ -255,12 +255,12 @@ def _levels(
         open_row = real & ~certain
         if tl.sum(open_row.to(tl.int32)) > 0:
             tl.store(total + r[:, None] * dim + d[None, :], residual, mask=open_row[:, None] & column[None, :])
-            n_few, n_scanned = note(best, second, third, least, packing, finite, open_row,
+            n_few, n_scanned = list_open_rows(best, second, third, least, packing, finite, open_row,
                                     bounds, thresholds, listed, BM, LANES)  # fmt: skip
-            tl.debug_barrier()  # what the threads wrote, others read
-            settle(n_few, n_scanned, bounds, thresholds, listed, packing, total, dim, level, stride_k, stride_d,
-                   n_codes, indices + q, n_levels,
-                   METRIC, BITS, BM, BN, GROUP, FEW, NAMED, SCANNED, SCAN_N, UNROLL)  # fmt: skip
+            tl.debug_barrier()  # other threads read these rows
+            resolve_open_rows(n_few, n_scanned, bounds, thresholds, listed, packing, total, dim, level, stride_k,
+                              stride_d, n_codes, indices + q, n_levels,
+                              METRIC, BITS, BM, BN, GROUP, FEW, NAMED, SCANNED, SCAN_N, UNROLL)  # fmt: skip
         tl.debug_barrier()
         chosen = tl.load(own + q, mask=real, other=0)
         from_code = level + chosen[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
@@ -275,7 +275,7 @@ def _levels(
         info += 2
         flags += 3
         codes += padded * DP
-        code_columns += padded * WIDTH
+        code_columns += padded * COLUMNS
         norms += padded
         factors += padded
         squares += n_programs
@@ -295,11 +295,12 @@ def served(x: Tensor, codebooks: Tensor) -> bool:
     0.4 ms, and 0.9 a launch a level.
 
     One level gains nothing; float64 residuals take twice the registers; and codebooks that the lookup does not pack
-    (up to FEW_SCORES elements) go to the definition, level by level.
+    (up to MIN_FILTERED_SCORES elements) go to the definition, level by level.
     """
     n_levels, n_codes, dim = codebooks.shape
     return (
-        n_levels > 1 and dim <= WIDEST and 0 < x.numel() <= MOST_ROWS * dim and n_codes * dim > lookup.FEW_SCORES
+        n_levels > 1 and dim <= WIDEST and 0 < x.numel() <= MOST_ROWS * dim
+        and n_codes * dim > lookup.MIN_FILTERED_SCORES
         and torch.float64 not in (x.dtype, codebooks.dtype)
     )  # fmt: skip
 
@@ -317,7 +318,7 @@ def _launch(
     bm, programs = meta["BM"], triton.cdiv(n, meta["BM"])
     n_blocks = packed.columns.shape[1] // meta["BN"]
     bits = lookup.block_bits(n_blocks)
-    parted = not packed.narrow and bm < 16 * meta["num_warps"]
+    split_bias = not packed.narrow and bm < 16 * meta["num_warps"]
     total = x.new_empty(n, dim, dtype=torch.float32)
     indices = torch.empty(n, n_levels, dtype=torch.int64, device=x.device)
     squares = torch.empty(n_levels, programs, dtype=torch.float64, device=x.device)
@@ -335,7 +336,7 @@ def _launch(
         indices if mask is None else mask, indices, total, squares, programs, bounds, thresholds, listed,
         2.0 ** (bits - 22), (dim + 14) * 2.0**-24 * (1 + 2.0**-6),
         METRIC=metric, SHIFT_X=metric == 0, SHIFT_C=metric != 1, MASKED=mask is not None, FAST=fast,
-        INTERPRETED=_triton.interpreting(), NARROW=packed.narrow, PARTED=parted, BITS=bits, DP=packed.width,
+        INTERPRETED=_triton.interpreting(), NARROW=packed.narrow, SPLIT_BIAS=split_bias, BITS=bits, DP=packed.width,
         **meta, **definition, enable_fp_fusion=False,
     )  # fmt: skip
     return total, indices, squares
