@@ -217,6 +217,12 @@ def test_restart_begins_anew(encode, pictures, tmp_path):
     assert manifest(tmp_path)["pictures"] == 8 and (tmp_path / "ids" / "mine.txt").read_text() == "mine"
 
 
+def test_a_folder_of_a_model_is_no_folder_of_maps(encode, pictures, model):
+    before = {p: p.read_bytes() for p in model.iterdir()}
+    assert "holds a model" in said(encode(pictures, "--out", model, "--restart", status=2))
+    assert {p: p.read_bytes() for p in model.iterdir()} == before
+
+
 def test_resume_with_an_archive_deleted_is_refused(encode, tmp_path):
     for i in range(2):
         (tmp_path / f"set-{i}.tar").write_bytes(archive([("x.png", png(i))]))

@@ -17,12 +17,14 @@ from fastvq._files import write_atomically
 from fastvq._json import read_json, write_json
 from fastvq.cli.id_shards import MANIFEST, ORDER_KIND, SHARDS, load_shard
 from fastvq.data import Shards, Source
+from fastvq.models.checkpoints import WEIGHTS
 
 __all__ = ["LOG", "begin", "forget", "listing_digest"]
 
 OP = "fastvq encode"
 ORDER, LISTING, LOG = "order.json", "listing.jsonl", "log.jsonl"
-WRITTEN = (SHARDS, "skipped-*.json", MANIFEST, ORDER, LISTING, LOG, "usage.png", "reconstructions.png")
+WRITTEN = (SHARDS, "skipped-*.json", MANIFEST, ORDER, LISTING)
+ALSO_OF_MODELS = (LOG, "usage.png", "reconstructions.png")  # names that a training writes, too
 NAMED = 3  # pictures that an error names
 WORDS = {"model_sha256": "model"}  # what an entry is called in a message
 ADVICE = "take another --out, or start anew with --restart"
@@ -41,6 +43,8 @@ def begin(out: Path, order: dict[str, Any], source: Source | Shards, n_codes: Se
     Raises:
         ValueError: the folder was begun with something else; the message names the difference.
     """
+    if (out / WEIGHTS).exists() and not (out / ORDER).is_file():
+        raise ValueError(f"{out} holds a model; take another --out for the maps")
     if restart:
         forget(out)
     listing = source.listing()
@@ -66,7 +70,7 @@ def begin(out: Path, order: dict[str, Any], source: Source | Shards, n_codes: Se
 
 def forget(out: Path) -> None:
     """Removes all that ``fastvq encode`` writes, and nothing else."""
-    for pattern in WRITTEN:
+    for pattern in WRITTEN if (out / WEIGHTS).exists() else (*WRITTEN, *ALSO_OF_MODELS):
         for path in out.glob(pattern):
             path.unlink()
 
