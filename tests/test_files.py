@@ -13,6 +13,7 @@ import pytest
 from fastvq import _files
 from fastvq._files import lock_folder, remove_leftovers, write_atomically
 from fastvq._json import any_of, list_of, nothing, number, parse_json, read_json, record, text, whole, write_json
+from fastvq.training.log import write_line
 
 HOLD = f"""
 import sys, time
@@ -88,6 +89,28 @@ def test_a_folder_without_locks_is_used_without(tmp_path, monkeypatch):
     with lock_folder("op", tmp_path):
         write_atomically(tmp_path / "a", b"x")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_run_that_fails_before_it_writes_leaves_no_folder(tmp_path):
+    for content in (None, "kept"):
+        with pytest.raises(ZeroDivisionError), lock_folder("op", tmp_path / "a" / "b"):
+            if content:
+                (tmp_path / "a" / content).touch()
+            raise ZeroDivisionError
+        assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == (["a", "a/kept"] if content else [])
+    with lock_folder("op", tmp_path / "c"):
+        pass
+    assert (tmp_path / "c").is_dir()
+
+
+def test_a_part_of_a_line_does_not_spoil_the_next(tmp_path):
+    path = tmp_path / "a" / "log.jsonl"
+    write_line(path, {"n": 1})
+    write_line(path, {"n": 2})
+    with path.open("a") as file:
+        file.write('{"n": ')
+    write_line(path, {"n": 3})
+    assert path.read_text().splitlines() == ['{"n": 1}', '{"n": 2}', '{"n": ', '{"n": 3}']
 
 
 def test_leftovers_of_killed_writes_go_and_nothing_else(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,13 @@ __all__ = ["Log", "write_line"]
 def write_line(path: Path, line: dict[str, Any]) -> None:
     """Adds a line to a JSON-lines file, in one write, so that several processes may share it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    with path.open("ab+") as file:
+        whole = True
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            whole = file.read(1) == b"\n"
+        # A killed run may have left a part of a line: that part must not spoil this one.
+        file.write((b"" if whole else b"\n") + json.dumps(line).encode() + b"\n")
 
 
 class Log:
