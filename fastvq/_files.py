@@ -127,15 +127,15 @@ def remove_leftovers(folder: Path | str) -> None:
 def lock_folder(op: str, folder: Path | str) -> Iterator[None]:
     """Holds ``folder`` for one run at a time, and first removes what a killed run left half written there.
 
-    The folder is made where there is none, and removed again where the run fails before it writes anything. The lock belongs to the process: it ends with it, however it ends. A nested call for a folder that the caller holds
-    already does nothing. Where a file system has no locks there is no protection.
+    The folder is made where there is none. The lock belongs to the process: it ends with it, however it ends. A nested
+    call for a folder that the caller holds already does nothing. Where a file system has no locks there is no
+    protection.
 
     Raises:
         ValueError: another run holds the folder; the message names its process.
         OSError: the folder cannot be made or written to.
     """
     folder = Path(folder)
-    made = [f for f in (folder, *folder.parents) if not f.exists()]
     key = folder.resolve()
     if key in _held.get():
         yield
@@ -148,26 +148,18 @@ def lock_folder(op: str, folder: Path | str) -> Iterator[None]:
             holder = f" ({path.read_text()})"
         raise ValueError(f"{op}: another run{holder} is writing to {folder}; wait for its end, or take another folder")
     _handles.add(handle)
-    failed = False
     token = _held.set(_held.get() | {key})
     try:
         os.truncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
         remove_leftovers(folder)
         yield
-    except BaseException:
-        failed = True
-        raise
     finally:
         _held.reset(token)
         with contextlib.suppress(OSError):
             os.unlink(path)  # while it is locked: who takes it later finds that it is no longer the folder's
         _handles.discard(handle)
         os.close(handle)
-        if failed:
-            with contextlib.suppress(OSError):  # one that holds something stays
-                for empty in made:
-                    empty.rmdir()
 
 
 def _take(path: Path) -> int | None:
@@ -176,7 +168,7 @@ def _take(path: Path) -> int | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # a run that failed has just removed the folder
+        except FileNotFoundError:  # a run that wrote nothing has just removed the folder
             continue
         if not _lock(handle):
             os.close(handle)

@@ -91,18 +91,6 @@ def test_a_folder_without_locks_is_used_without(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_run_that_fails_before_it_writes_leaves_no_folder(tmp_path):
-    for content in (None, "kept"):
-        with pytest.raises(ZeroDivisionError), lock_folder("op", tmp_path / "a" / "b"):
-            if content:
-                (tmp_path / "a" / content).touch()
-            raise ZeroDivisionError
-        assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == (["a", "a/kept"] if content else [])
-    with lock_folder("op", tmp_path / "c"):
-        pass
-    assert (tmp_path / "c").is_dir()
-
-
 def test_a_part_of_a_line_does_not_spoil_the_next(tmp_path):
     path = tmp_path / "a" / "log.jsonl"
     write_line(path, {"n": 1})

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from fastvq._files import remove_leftovers
 from fastvq.cli import shared
 from fastvq.cli.pictures import check_picture_path, edit_picture, grid, save_image, save_picture
 from fastvq.data import Source, check_size, normalise, open_data
@@ -43,6 +44,7 @@ def sample(
     """Draw new pictures."""
     with shared.reported():
         check_picture_path("--out", out)
+        remove_leftovers(out.parent)
         check_size("fastvq sample", size)
         device = str(find_device(device))
         autoencoder = shared.read_model(model, device)
@@ -105,6 +107,7 @@ def edit_command(
     """Change a part of a picture: transplant, set or swap its codes, or (else) let the prior draw it again."""
     with shared.reported():
         check_picture_path("--out", out)
+        remove_leftovers(out.parent)
         check_size("fastvq edit", size)
         device = str(find_device(device))
         autoencoder = shared.read_model(model, device)

@@ -77,7 +77,7 @@ def wrong_json(value: Any, rng: random.Random, place: str) -> tuple[str, Any]:
     elif isinstance(at, list):
         at.insert(0, new)
     else:
-        at["heads_of_hydra" if way == "added" else f"{key}_"] = new if way == "added" else at.pop(key)
+        at["hydra" if way == "added" else f"{key}_"] = new if way == "added" else at.pop(key)
     return f"{trail} {way}, {new!r}"[:SHOWN], copied
 
 
@@ -89,24 +89,21 @@ def wrong_tensors(tensors: dict[str, torch.Tensor], rng: random.Random) -> tuple
     dtype = rng.choice(
         (torch.int32, torch.int64, torch.bool, torch.float16, torch.float64, torch.uint8, torch.bfloat16)
     )
-    value = rng.choice((0, -1, 3, 200, float("nan"), float("inf"), 3e38))
-    wide = torch.float32 if t.is_floating_point() or t.dtype == torch.bool else t.dtype
+    value = rng.choice((0, -1, 3, 200, float("nan"), float("inf"), 3e38) if t.is_floating_point() else (0, 1, 3, 200))
     way = rng.choice(("removed", "added", "renamed", "flat", "longer", "empty", "type", "values", "values"))
     if way == "removed":
         del tensors[name]
     elif way in ("added", "renamed"):
         new = rng.choice(("hydra", f"{name}_", "model.hydra", "optimizer.x.step", "optimizer.-1.step", "level9", ""))
-        tensors[new] = tensors[name] if way == "added" else tensors.pop(name)
+        tensors[new] = t.clone() if way == "added" else tensors.pop(name)
     elif way == "values":
-        number = int(value) if not torch.empty(0, dtype=wide).is_floating_point() and abs(value) < 300 else value
-        low, high = (0, 255) if t.dtype == torch.uint8 else (-300, 300)
-        tensors[name] = torch.full_like(t, min(max(number, low), high) if not t.is_floating_point() else number)
+        tensors[name] = torch.full_like(t, value)
     else:
         tensors[name] = {
             "flat": lambda: t.flatten()[:, None], "longer": lambda: torch.cat([t.flatten(), t.flatten()]),
             "empty": lambda: t[:0] if t.dim() else t.flatten()[:0], "type": lambda: t.to(dtype),
         }[way]()  # fmt: skip
-    return f"tensor {name} {way}", tensors
+    return f"tensor {name} {way}", {name: t.contiguous() for name, t in tensors.items()}
 
 
 def damaged(path: Path, rng: random.Random, place: str) -> Damage:
