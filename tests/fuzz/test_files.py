@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 from fastvq.cli import app
 from tests.fuzz.damage import damaged
@@ -33,12 +33,13 @@ PRIOR = ["--channels", "4", "--layers", "1", "--batch-size", "2", "--save-every"
 TRAIN = ["train", "vqvae", "--data", "pictures", "--out", "vqvae", *MODEL]
 TRAIN_PRIOR = ["train", "prior", "--model", "vqvae", "--out", "prior", *PRIOR]
 ENCODE = ["encode", "pictures", "--model", "vqvae", "--out", "ids", "--shard-size", "3", "--device", "cpu"]
+COMMAND = typer.main.get_command(app)
 JSON, TENSORS = "*.json", "*.safetensors"
 # (files that it reads, command, folder that it may write to, share of the examples)
 COMMANDS = [
-    (["vqvae/config.json", f"vqvae/{TENSORS}"], ["info", "vqvae"], None, 6),
-    (["prior/level0/config.json", f"prior/level0/{TENSORS}"], ["info", "prior/level0"], None, 3),
-    (["ids/manifest.json"], ["info", "ids"], None, 2),
+    (["vqvae/config.json", f"vqvae/{TENSORS}"], ["info", "vqvae"], None, 8),
+    (["prior/level0/config.json", f"prior/level0/{TENSORS}"], ["info", "prior/level0"], None, 5),
+    (["ids/manifest.json"], ["info", "ids"], None, 3),
     (["ids/manifest.json", f"ids/{TENSORS}"], ["decode", "ids", "--model", "vqvae", "--out", "decoded"], "decoded", 6),
     ([f"ids/{JSON}", f"ids/{TENSORS}", "ids/*.jsonl"], ENCODE, "ids", 4),
     ([f"vqvae/{JSON}", "vqvae/model.safetensors"], ENCODE, "ids", 2),
@@ -66,12 +67,12 @@ def run(arguments):
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as said:
+            status = COMMAND.main(arguments, standalone_mode=False)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    return result.exit_code, result.stdout, (said.getvalue() + getattr(result, "stderr", "")).splitlines()
+    return status or 0, output.getvalue(), said.getvalue().splitlines()
 
 
 def contents(root, folder=None):
