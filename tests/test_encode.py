@@ -19,7 +19,7 @@ from fastvq.data import Shards, http
 from fastvq.models import VQVAE
 from fastvq.training import Place
 
-from .archives import archive, png, send, server
+from .archives import archive, header, png, send, server
 from .models.small import small_vqvae
 from .test_cli import fastvq
 
@@ -119,10 +119,16 @@ def test_no_two_names_get_one_path(tmp_path_factory, names):
 # Archives.
 
 
-@pytest.mark.parametrize("pack, share", [(bytes, 2 / 3), (gzip.compress, 3 / 4)])
-def test_a_truncated_archive_is_not_a_whole_one(encode, tmp_path, pack, share):
-    whole = archive([(f"{i}.png", png(i)) for i in range(6)])
-    (tmp_path / "set.tar").write_bytes(pack(whole)[: int(len(pack(whole)) * share)])
+SIX = archive([(f"{i}.png", png(i)) for i in range(6)])
+FIFTH = SIX.index(header("4.png", len(png(4))))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [SIX[:FIFTH], SIX[: FIFTH + 100], SIX[: FIFTH + 600], gzip.compress(SIX)[: len(gzip.compress(SIX)) * 3 // 4]],
+)
+def test_a_truncated_archive_is_not_a_whole_one(encode, tmp_path, data):
+    (tmp_path / "set.tar").write_bytes(data)
     assert "set.tar: shard cannot be read to its end" in said(encode(tmp_path / "set.tar"))
     assert manifest(tmp_path)["pictures"] == 4 and manifest(tmp_path)["shards"][0]["pictures"] == 4
     assert "cannot be read to its end" in manifest(tmp_path)["skipped"][str(tmp_path / "set.tar")]
