@@ -2,6 +2,7 @@
 
 import copy
 import multiprocessing
+import os
 import sys
 import traceback
 
@@ -264,6 +265,120 @@ def test_sharded_lookup_equals_the_whole(ranks):
         assert indices.shape == (len(x), 1)
 
 
+@job
+def groups(rank, world):
+    """Half of the ranks hold quantizers, the others do not; nobody waits for them."""
+    n = max(1, world // 2)
+    group = dist.new_group(list(range(n)))
+    if rank >= n:
+        with pytest.raises(ValueError, match="group must be one that this rank belongs to"):
+            VectorQuantizer(D, 31, group=group)
+        return None
+    found = {}
+    for name, make in MODULES.items():
+        for update in ("forward", "manual"):
+            module = seeded(lambda make=make, update=update: make(update=update, group=group))
+            copied = copy.deepcopy(module)
+            for x in batches():
+                copied(share(x, rank, n))
+                update_codebooks(copied)
+            found[name, update] = numbers(copied)
+    for make in (VectorQuantizer, lambda *a, **o: ResidualVQ(a[0], a[1], 2, **o)):
+        module = make(D, 31, kmeans_init=True, dead_code_threshold=9.0, group=group)
+        for x in batches():
+            module(share(x, rank, n))
+        found["start", str(make)[:10]] = numbers(module)
+    # Quantizers of several groups: a message each.
+    alone = seeded(lambda: VectorQuantizer(D, 31, sync="none", update="manual"))
+    together = seeded(lambda: VectorQuantizer(D, 31, group=group, update="manual"))
+    for module in (alone, together):
+        module(share(batches()[0], rank, n))
+    update_codebooks(torch.nn.ModuleList([alone, together]))
+    found["counts"] = {"alone": alone.counts.sum().numpy(), "together": together.counts.sum().numpy()}
+    return found
+
+
+def test_a_group_of_ranks_equals_one_process(ranks):
+    world = len(ranks["groups"])
+    members = [found for found in ranks["groups"] if found is not None]
+    assert len(members) == max(1, world // 2)
+    for name, make in MODULES.items():
+        torch.manual_seed(7)
+        whole = make()
+        for x in batches():
+            whole(x)
+        for update in ("forward", "manual"):
+            results = [found[name, update] for found in members]
+            assert agree(results)
+            for key, value in whole.state_dict().items():
+                torch.testing.assert_close(torch.from_numpy(results[0][key]), value, rtol=3e-6, atol=3e-6)
+    for key in [key for key in members[0] if key[0] == "start"]:
+        assert agree([found[key] for found in members])
+    assert all(found["counts"]["together"] == 301 for found in members)
+    assert sum(int(found["counts"]["alone"]) for found in members) == 301
+
+
+@job
+def same_codebooks(rank, world):
+    """FASTVQ_CHECK=2 finds a rank whose codebook differs, on every rank."""
+    found = []
+    os.environ["FASTVQ_CHECK"] = "2"
+    try:
+        for update in ("forward", "manual"):
+            module = seeded(lambda update=update: VectorQuantizer(D, 31, update=update))
+            module(torch.randn(40, D))
+            update_codebooks(module)  # equal codebooks pass
+            if rank == world - 1:
+                module.codebook[[3, 4]] = module.codebook[[4, 3]]
+            with pytest.raises(RuntimeError) as error:
+                module(torch.randn(40, D))
+                update_codebooks(module)
+            found.append(str(error.value))
+    finally:
+        del os.environ["FASTVQ_CHECK"]
+    module(torch.randn(40, D))
+    update_codebooks(module)  # off by default
+    return found
+
+
+def test_codebooks_that_differ_are_named(ranks):
+    last = len(ranks["same_codebooks"]) - 1
+    for found in ranks["same_codebooks"]:
+        for message in found:
+            assert f"VectorQuantizer: codebook must be the same on every rank, but rank {last} of the group" in message
+
+
+@job
+def totals(rank, world):
+    module = seeded(lambda: VectorQuantizer(D, 31))
+    module.track_usage()
+    for training in (True, False):
+        module.train(training)(share(batches()[0], rank, world))
+    return module.usage(total=True).counts.numpy(), module.usage(total=True, all_ranks=True).counts.numpy()
+
+
+def test_usage_of_all_ranks(ranks):
+    mine, every = zip(*ranks["totals"], strict=True)
+    assert all((sum(mine) == e).all() for e in every) and every[0].sum() == 2 * 301
+    assert sum(m.sum() > 0 for m in mine) > 1
+
+
+@job
+def waiting(rank, world):
+    """k-means waits while no rank has a usable vector, and starts with those of one rank."""
+    module, found = VectorQuantizer(D, 31, kmeans_init=True), []
+    x = batches()[0]
+    for batch in (x[:0], torch.full_like(x, torch.nan), x if rank == world - 1 else x[:0]):
+        module(batch)
+        found.append(bool(module.initialised))
+    return found, numbers(module)
+
+
+def test_kmeans_waits_on_all_ranks(ranks):
+    assert all(found == [False, False, True] for found, _ in ranks["waiting"])
+    assert agree([state for _, state in ranks["waiting"]])
+
+
 class Model(torch.nn.Module):
     def __init__(self, **options):
         super().__init__()
@@ -297,6 +412,23 @@ def ddp(rank, world):
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
         found[update] = fit(wrapped, model, rank, world)
     return found
+
+
+@job
+def micro_batches(rank, world):
+    """DistributedDataParallel sends all buffers of rank 0 at every forward; statistics that wait are not among them."""
+    model = seeded(lambda: Model(update="manual"))
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    for part in batches()[0][rank::world][: 301 // world].split(20):
+        wrapped(part)
+    update_codebooks(model)
+    return int(model.vq.counts.sum()), numbers(model)
+
+
+def test_micro_batches_under_ddp(ranks):
+    world = len(ranks["micro_batches"])
+    assert agree([state for _, state in ranks["micro_batches"]])
+    assert all(count == world * (301 // world) for count, _ in ranks["micro_batches"])
 
 
 @job
