@@ -14,6 +14,7 @@ __all__ = [
     "check_codebook",
     "check_codes",
     "check_float",
+    "check_ids",
     "check_indices",
     "check_mask",
     "check_option",
@@ -96,20 +97,27 @@ def check_indices(op: str, argument: str, indices: object, lowest: int, n: int) 
 
     The range is checked on a CPU. Elsewhere that would wait for the device: there only under FASTVQ_CHECK=1.
     """
+    return check_ids(op, argument, indices, lowest, n)[0]
+
+
+def check_ids(op: str, argument: str, indices: object, lowest: int, n: int) -> tuple[Tensor, bool]:
+    """``check_indices``, and whether all of them are known to be at least 0."""
     if not isinstance(indices, Tensor):
         raise TypeError(
             f"{op}: {argument} must be an integer tensor, got {type(indices).__name__}; convert it with torch.as_tensor"
         )
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise TypeError(f"{op}: {argument} must be an integer tensor, got {indices.dtype}; convert it with .long()")
-    indices = indices.long()
+    if indices.dtype != torch.int64:
+        indices = indices.long()
     if torch.compiler.is_compiling() or not indices.numel():
-        return indices
+        return indices, False
     if indices.device.type == "cpu" or (not indices.is_meta and _env.read("FASTVQ_CHECK") in ("1", "2")):
         low, high = map(int, torch.aminmax(indices))
         if low < lowest or high >= n:
             raise ValueError(f"{op}: {argument} must be in [{lowest}, {n}), got {low} .. {high}")
-    return indices
+        return indices, low >= 0
+    return indices, False
 
 
 def check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:

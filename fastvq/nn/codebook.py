@@ -99,9 +99,11 @@ class LearnedCodebook(CodebookState):
 
     def _stored(self) -> Tensor:
         """The codes for ``encode`` and ``decode``."""
-        self._settle()
-        if self.learnable and self.metric == "cosine":
-            return nn.functional.normalize(self.codebook, dim=-1)
+        codes = self.codebook
+        if self.learnable:
+            return nn.functional.normalize(codes, dim=-1) if self.metric == "cosine" else codes
+        if codes.dtype != torch.float32:
+            self._settle()
         return self.codebook
 
     def _learns(self) -> bool:

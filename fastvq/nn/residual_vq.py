@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastvq._checks import check_indices
+from fastvq._checks import check_ids
 from fastvq.nn._projection import Projected
 from fastvq.nn.codebook import LearnedCodebook
 from fastvq.ops import ResidualQuantized, residual_quantize
@@ -131,7 +131,7 @@ class ResidualVQ(Projected, LearnedCodebook):
             TypeError: indices that are not integers.
         """
         name = f"{self.owner}.decode"
-        indices = check_indices(name, "indices", indices, -1, self.n_codes)
+        indices, all_real = check_ids(name, "indices", indices, -1, self.n_codes)
         if indices.dim() < 1 or indices.shape[-1] > self.n_levels:
             raise ValueError(
                 f"{name}: indices must be [..., Q] with Q at most {self.n_levels} levels, got {list(indices.shape)}"
@@ -141,8 +141,11 @@ class ResidualVQ(Projected, LearnedCodebook):
         total = torch.zeros(*indices.shape[:-1], self.code_dim, device=levels.device, dtype=dtype)
         for q in range(indices.shape[-1]):
             index = indices[..., q]
-            total = total + torch.where((index >= 0)[..., None], levels[q][index.clamp(min=0)], 0)
-        return self._outward(total, (indices >= 0).any(dim=-1), self._module_dtype)
+            if all_real:
+                total = total + levels[q][index]
+            else:
+                total = total + torch.where((index >= 0)[..., None], levels[q][index.clamp(min=0)], 0)
+        return self._outward(total, None if all_real else (indices >= 0).any(dim=-1), self._module_dtype)
 
     def extra_repr(self) -> str:
         shared = ", shared codebook" if self.shared_codebook else ""

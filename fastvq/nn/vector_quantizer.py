@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastvq._checks import check_indices
+from fastvq._checks import check_ids
 from fastvq.nn._projection import Projected
 from fastvq.nn.codebook import LearnedCodebook
 from fastvq.ops import Quantized, VQStep, nearest, quantize, vq_step
@@ -158,16 +158,18 @@ class VectorQuantizer(Projected, LearnedCodebook):
             TypeError: indices that are not integers.
         """
         name = f"{self.owner}.decode"
-        indices = check_indices(name, "indices", indices, -1, self.n_codes)
+        indices, all_real = check_ids(name, "indices", indices, -1, self.n_codes)
         if self.heads > 1 and (indices.dim() < 1 or indices.shape[-1] != self.heads):
             raise ValueError(f"{name}: indices must be [..., {self.heads}], one a head, got {list(indices.shape)}")
-        real = indices >= 0
-        codes, index = self._stored(), indices.clamp(min=0)
-        head = torch.arange(self.heads, device=codes.device)
-        chosen = torch.where(real[..., None], codes[head, index] if self.lead else codes[index], 0)
+        codes, real = self._stored(), None
+        index = indices if all_real else indices.clamp(min=0)
+        chosen = codes[torch.arange(self.heads, device=codes.device), index] if self.lead else codes[index]
+        if not all_real:
+            real = indices >= 0
+            chosen = torch.where(real[..., None], chosen, 0)
+            real = real.any(dim=-1) if self.heads > 1 else real
         if self.heads > 1:
             chosen = chosen.flatten(-2)
-            real = real.any(dim=-1)
         return self._outward(chosen, real, self._module_dtype)
 
     def extra_repr(self) -> str:
