@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
 
 import torch
@@ -11,22 +12,49 @@ from fastvq import _env
 
 __all__ = [
     "FLOATS",
+    "check_backend_name",
     "check_codebook",
     "check_codes",
     "check_float",
     "check_ids",
     "check_indices",
+    "check_integer",
     "check_mask",
+    "check_number",
     "check_option",
     "check_same_device",
 ]
 
+LARGEST = 2**63 - 1
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_option(op: str, argument: str, value: object, allowed: Iterable[str]) -> None:
     if value not in (allowed := tuple(allowed)):
         raise ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_backend_name(op: str, backend: object) -> None:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"{op}: backend must be the name of a backend or None, got {type(backend).__name__}")
+
+
+def check_integer(op: str, argument: str, value: object) -> None:
+    """An integer that 64 bits hold; callers check its range. torch's symbolic sizes are integers too."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+            raise TypeError(f"{op}: {argument} must be an integer, got {type(value).__name__} {value!r}")
+        value = operator.index(value)
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{op}: {argument} must be below 2^63, got {value}")
+
+
+def check_number(op: str, argument: str, value: object) -> None:
+    """A real number, or a tensor of one."""
+    if type(value) is float or type(value) is int:
+        return
+    if isinstance(value, (bool, str, bytes, complex)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__} {value!r}")
 
 
 def check_float(op: str, argument: str, value: object) -> None:
@@ -38,6 +66,11 @@ def check_float(op: str, argument: str, value: object) -> None:
         raise TypeError(
             f"{op}: {argument} must be float32, float64, float16 or bfloat16, got {value.dtype}; "
             "convert it with .float()"
+        )
+    if value.is_nested:
+        raise TypeError(
+            f"{op}: {argument} must be a dense tensor, got a nested one; pad it with torch.nested.to_padded_tensor and "
+            "pass a mask"
         )
     if value.layout != torch.strided:
         raise TypeError(f"{op}: {argument} must be a dense tensor, got layout {value.layout}; convert with .to_dense()")

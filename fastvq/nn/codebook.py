@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvq import _kmeans, distributed
-from fastvq._checks import check_option
+from fastvq._checks import check_integer, check_number, check_option
 from fastvq.nn._learning import Found, Group, learn
 from fastvq.nn._state import CodebookState
 from fastvq.nn._usage import CodeUsage, count_codes, usage_of
@@ -51,7 +51,12 @@ class LearnedCodebook(CodebookState):
         group: dist.ProcessGroup | None,
         precision: str,
     ) -> None:
+        for name, number in (("decay", decay), ("eps", eps), ("commitment_weight", commitment_weight)):
+            check_number(owner, name, number)
+        if dead_code_threshold is not None:
+            check_number(owner, "dead_code_threshold", dead_code_threshold)
         for name, value in (("n_codes", n_codes), ("code_dim", code_dim)):
+            check_integer(owner, name, value)
             if value < 1:
                 raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
         if not 0 <= decay <= 1:

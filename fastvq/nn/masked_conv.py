@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from fastvq._checks import check_option
+from fastvq._checks import check_integer, check_option
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.masked_conv.masks import MASKS, active_taps
 
@@ -36,6 +36,7 @@ class _MaskedBase(nn.Module):
             )
         kh, kw = sizes
         for argument, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+            check_integer(f"fastvq.nn.{name}", argument, value)
             if value < 1:
                 raise ValueError(f"fastvq.nn.{name}: {argument} must be >= 1, got {value}")
         if kh < 1 or kw < 1 or kh % 2 == 0 or kw % 2 == 0:
@@ -46,6 +47,7 @@ class _MaskedBase(nn.Module):
             (kh, kw),
             colours,
         )
+        check_integer(f"fastvq.nn.{name}", "colours", colours)
         self.mask_name: str | None = None
         if isinstance(mask, str):
             check_option(f"fastvq.nn.{name}", "mask", mask, MASKS)

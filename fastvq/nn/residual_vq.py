@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastvq._checks import check_ids
+from fastvq._checks import check_ids, check_integer
 from fastvq.nn._projection import Projected
 from fastvq.nn.codebook import LearnedCodebook
 from fastvq.ops import ResidualQuantized, residual_quantize
@@ -63,6 +63,8 @@ class ResidualVQ(Projected, LearnedCodebook):
         group: dist.ProcessGroup | None = None,
         precision: str = "exact",
     ) -> None:
+        for argument, value in (("dim", dim), ("n_levels", n_levels)):
+            check_integer(OP, argument, value)
         if dim < 1 or n_levels < 1:
             raise ValueError(f"{OP}: dim and n_levels must be at least 1, got {dim} and {n_levels}")
         if metric == "cosine":

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastvq._checks import check_ids
+from fastvq._checks import check_ids, check_integer
 from fastvq.nn._projection import Projected
 from fastvq.nn.codebook import LearnedCodebook
 from fastvq.ops import Quantized, VQStep, nearest, quantize, vq_step
@@ -89,6 +89,8 @@ class VectorQuantizer(Projected, LearnedCodebook):
         precision: str = "exact",
     ) -> None:
         name = f"fastvq.nn.{type(self).__name__}"
+        for argument, value in (("dim", dim), ("heads", heads)):
+            check_integer(name, argument, value)
         if dim < 1 or heads < 1:
             raise ValueError(f"{name}: dim and heads must be at least 1, got {dim} and {heads}")
         if code_dim is None:

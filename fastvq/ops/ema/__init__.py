@@ -7,7 +7,15 @@ from torch import Tensor
 
 from fastvq import _cuda_native, _triton
 from fastvq._backends import Implementation, choose
-from fastvq._checks import check_float, check_mask, check_option, check_same_device
+from fastvq._checks import (
+    check_backend_name,
+    check_float,
+    check_integer,
+    check_mask,
+    check_number,
+    check_option,
+    check_same_device,
+)
 from fastvq.ops._library import register
 from fastvq.ops.ema import cpu, cuda, reference
 
@@ -83,6 +91,10 @@ def code_statistics(
         >>> sums.shape, counts.shape
         (torch.Size([512, 64]), torch.Size([512]))
     """
+    check_backend_name(STATISTICS, backend)
+    check_integer(STATISTICS, "n_codes", n_codes)
+    if n_heads is not None:
+        check_integer(STATISTICS, "n_heads", n_heads)
     check_float(STATISTICS, "x", x)
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
@@ -152,12 +164,19 @@ def ema_update_(
         TypeError: buffers that are not float32 or float64 or differ in dtype, counts that are not int64.
     """
     _check_buffers(UPDATE, codebook, embed_sum, cluster_size)
+    check_backend_name(UPDATE, backend)
     check_option(UPDATE, "smoothing", smoothing, SMOOTHINGS)
+    check_number(UPDATE, "decay", decay)
+    check_number(UPDATE, "eps", eps)
     if not 0 <= decay <= 1:
         raise ValueError(f"{UPDATE}: decay must be in [0, 1], got {decay}; 0.99 keeps 99 % of the old average")
     if not eps >= 0:
         raise ValueError(f"{UPDATE}: eps must be 0 or more, got {eps}")
     check_float(UPDATE, "sums", sums)
+    if not isinstance(counts, Tensor):
+        raise TypeError(
+            f"{UPDATE}: counts must be an int64 tensor, got {type(counts).__name__}; pass what code_statistics returned"
+        )
     if sums.dtype not in (torch.float32, torch.float64) or counts.dtype != torch.int64:
         raise TypeError(
             f"{UPDATE}: sums must be float32 or float64 and counts int64, got {sums.dtype} and {counts.dtype}; "
@@ -216,6 +235,8 @@ def replace_dead_codes_(
         ValueError: threshold < 0, shapes or devices that do not fit.
         TypeError: buffers that are not float32 or float64 or differ in dtype, x that is no floating-point tensor.
     """
+    check_backend_name(REPLACE, backend)
+    check_number(REPLACE, "threshold", threshold)
     _check_buffers(REPLACE, codebook, embed_sum, cluster_size)
     check_float(REPLACE, "x", x)
     check_same_device(REPLACE, "codebook", codebook, "x", x)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvq import _triton
 from fastvq._backends import Implementation, bound_backend, choose
-from fastvq._checks import check_float, check_option, check_same_device
+from fastvq._checks import check_backend_name, check_float, check_integer, check_option, check_same_device
 from fastvq.ops._library import register
 from fastvq.ops._transforms import active, no_forward_mode
 from fastvq.ops.masked_conv import cpu, cuda, reference
@@ -91,6 +91,7 @@ def masked_conv2d(
         >>> masked_conv2d(x, weight, mask="A").shape
         torch.Size([4, 24, 32, 32])
     """
+    check_backend_name(OP, backend)
     mask, taps = _check(OP, x, weight, bias, mask, colours)
     x, weight, bias = _autocast(x, weight, bias)
     _check_dtypes(OP, x, weight, bias)
@@ -130,6 +131,7 @@ def gated_masked_conv2d(
         >>> gated_masked_conv2d(x, weight, condition=torch.randn(4, 48)).shape
         torch.Size([4, 24, 32, 32])
     """
+    check_backend_name(GATED, backend)
     mask, taps = _check(GATED, x, weight, bias, mask, 1)
     if weight.shape[0] % 2:
         raise ValueError(
@@ -155,6 +157,7 @@ def _check(
     op: str, x: Tensor, weight: Tensor, bias: Tensor | None, mask: str | Tensor, colours: int
 ) -> tuple[str, Tensor | None]:
     """The mask's name and, for one given as a tensor ("custom"), its taps."""
+    check_integer(op, "colours", colours)
     check_float(op, "x", x)
     check_float(op, "weight", weight)
     check_same_device(op, "x", x, "weight", weight)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvq import _golden, _native, _triton
 from fastvq._backends import Implementation, choose
-from fastvq._checks import check_codebook, check_option
+from fastvq._checks import check_backend_name, check_codebook, check_option
 from fastvq._golden_cases import configuration
 from fastvq.ops._library import register
 from fastvq.ops.nearest import cpu, cuda, reference
@@ -84,6 +84,7 @@ def nearest(
         >>> nearest(x, codebook).shape
         torch.Size([8, 32, 32])
     """
+    check_backend_name(OP, backend)
     codes, layout, backend = operands(OP, codebook, metric, backend)
     check_codebook(OP, x, codes)
     check_option(OP, "metric", metric, METRICS)

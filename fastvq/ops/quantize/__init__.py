@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvq import _native, _triton
 from fastvq._backends import Implementation, bound_backend, choose
-from fastvq._checks import check_codebook, check_mask, check_option
+from fastvq._checks import check_backend_name, check_codebook, check_mask, check_number, check_option
 from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
@@ -110,6 +110,8 @@ def quantize(
         >>> q.quantized.shape, q.indices.shape, q.commitment_loss.shape
         (torch.Size([8, 32, 32, 64]), torch.Size([8, 32, 32]), torch.Size([]))
     """
+    check_backend_name(OP, backend)
+    check_number(OP, "beta", beta)
     codes, layout, backend = operands(OP, codebook, metric, backend)
     check_codebook(OP, x, codes)
     check_option(OP, "metric", metric, METRICS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvq import _cuda_native, _golden, _native, _triton
 from fastvq._backends import Implementation, bound_backend, choose
-from fastvq._checks import check_codebook, check_mask, check_option
+from fastvq._checks import check_backend_name, check_codebook, check_integer, check_mask, check_number, check_option
 from fastvq._golden_cases import configuration
 from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops._transforms import no_forward_mode
@@ -146,7 +146,10 @@ def residual_quantize(
     if codebooks.dim() != 3 or codebooks.shape[0] == 0:
         raise ValueError(f"{OP}: codebooks must be [Q, K, D] with Q >= 1, got {list(codebooks.shape)}")
     check_codebook(OP, x, codebooks[0])
+    check_backend_name(OP, backend)
+    check_number(OP, "beta", beta)
     if n_levels is not None:
+        check_integer(OP, "n_levels", n_levels)
         if not 1 <= n_levels <= codebooks.shape[0]:
             raise ValueError(f"{OP}: n_levels must be 1 ... {codebooks.shape[0]}, got {n_levels}")
         codebooks = codebooks[:n_levels]

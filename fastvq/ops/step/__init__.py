@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvq import _native, _triton
 from fastvq._backends import Implementation, choose
-from fastvq._checks import check_codebook, check_mask, check_option
+from fastvq._checks import check_backend_name, check_codebook, check_mask, check_number, check_option
 from fastvq.ops._library import register
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, PRECISIONS
@@ -89,6 +89,8 @@ def vq_step(
         >>> step.quantized.shape, step.indices.shape, step.sums.shape, step.counts.shape
         (torch.Size([8, 100, 64]), torch.Size([8, 100]), torch.Size([512, 64]), torch.Size([512]))
     """
+    check_backend_name(OP, backend)
+    check_number(OP, "beta", beta)
     check_codebook(OP, x, codebook)
     check_option(OP, "metric", metric, METRICS)
     check_option(OP, "estimator", estimator, ESTIMATORS)
