@@ -63,7 +63,9 @@ def losses(q):
 
 
 def tensors(module):
-    return {name: t.detach().clone() for name, t in (*module.named_buffers(), *module.named_parameters())}
+    waiting = {n: t for n, t in vars(module).items() if n.startswith(("_counts", "pending_"))}  # not buffers
+    named = {**dict(module.named_buffers()), **dict(module.named_parameters()), **waiting}
+    return {name: t.detach().clone() for name, t in named.items()}
 
 
 def equal(a, b):
