@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("fuzz")
     group.addoption("--fuzz", type=int, default=shares.DEFAULT, metavar="N", help="examples of all fuzz tests together")
     group.addoption("--fuzz-seed", type=int, default=0, metavar="S", help="what they are generated from")
+    group.addoption("--fuzz-last", type=Path, metavar="FILE", help="where to write every example before it runs")
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def fuzz(request, record_property):
 
     count = request.config.stash[SHARES].get(request.node.nodeid, 1)
     record_property("fuzz", count)
-    return Examples(count, request.config.getoption("--fuzz-seed"))
+    return Examples(count, *(request.config.getoption(option) for option in ("--fuzz-seed", "--fuzz-last")))
 
 
 def pytest_terminal_summary(terminalreporter, config):
