@@ -12,6 +12,10 @@
 //                  dot (D+3) 2^-53 |x||c|, cosine (2D+8) 2^-53 |x|
 //   gamma = (1.25 D16 + 16) 2^-23: a step aligns 17 addends to the largest and cuts them; u = 2^-24
 //
+// A step aligns a product by the exponents of its operands, and that of a subnormal half is -14. So gamma holds for the
+// sum of max(|x^_d|, 2^-14) max(|c^_kd|, 2^-14), which is at most (|x^| + e)(|c^_k| + e) with e = 2^-14 sqrt(D16): both
+// norms are raised by kSubnormal.
+//
 // Collected, with room for rounding of these numbers themselves and of v +- bound, as
 //   bound(row, k) = rho reach_k + norm slope_k + offset_k + own
 // A code whose operand does not fit fp16 gets a zero operand: rho_k is then |c'_k|, and the bound is Cauchy's. So one
@@ -57,6 +61,7 @@ constexpr int kMaxRowExponent = 36, kMinRowExponent = -60;
 constexpr int kSplitDims = 8, kMaxSplitRowExponent = 7;
 constexpr int kBiasExponent = 12;  // b1 + b2 + b3 = bias 2^-this
 constexpr int64_t kMaxFilterDim = 4096;
+constexpr float kSubnormal = 0x1p-7f;  // 2 x 2^-14 sqrt(kMaxFilterDim); twice, as operands may have two parts
 
 // Written by the survey of a head's codes.
 struct HeadInfo {

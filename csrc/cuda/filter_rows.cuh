@@ -79,7 +79,7 @@ __device__ __forceinline__ RowStatus place_row(const Load& load, bool there, Met
   // The subtraction of the mean was rounded; squares may have been lost to underflow; halves in two parts stop at 2^-25.
   const float rho = (sqrtf(lost) + (shifted ? 0x1p-24f * size : 0) + (kPart ? 0x1p-22f : 0x1p-60f)) * kSlack;
   if (lane == 0) {
-    const float norm = fast ? 0 : (size * kSlack + rho) * inverse;
+    const float norm = fast ? 0 : (size * kSlack + rho + kSubnormal) * inverse;
     const bool rounds = metric == Metric::euclidean;
     info = {inverse, fast ? 0 : rho * inverse, norm,
             rounds ? norm * norm * (static_cast<float>(dim + 3) * 0x1p-53f * kSlack) : 0};

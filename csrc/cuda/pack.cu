@@ -210,12 +210,12 @@ __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metri
     float b[4];
     const double held = split_bias(piece, b), scale = 1 << kBiasExponent;
     const double size = fabs(static_cast<double>(b[0])) + fabs(static_cast<double>(b[1])) + fabs(static_cast<double>(b[2]));
-    bias_error += scale * (gamma * size + fabs(piece - held));
+    bias_error += scale * (gamma * (size + 3 * 0x1p-14) + fabs(piece - held));
   }
   const bool bounded = usable && !fast;
   tile.bias[j] = !usable ? kUnreachable : p.part && fits ? 0 : static_cast<float>(bias);
   tile.reach[j] = bounded ? static_cast<float>(kSlack * (kept + low)) : 0;
-  tile.slope[j] = bounded ? static_cast<float>(kSlack * (lost + (gamma + 4 * u) * (kept + low) + 0x1p-10 * low + rounding)) : 0;
+  tile.slope[j] = bounded ? static_cast<float>(kSlack * (lost + (gamma + 4 * u) * (kept + low + static_cast<double>(kSubnormal)) + 0x1p-10 * low + rounding)) : 0;
   tile.offset[j] = bounded ? static_cast<float>(kSlack * (bias_error + rounding_square) + 0x1p-100) : 0;
 }
 

@@ -177,7 +177,7 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
     {"filter",
      [](Arguments& a) {
        const NearestCall c = nearest_call(a);
-       cuda::Packed packed;
+       cuda::PackedCodebook packed;
        cuda::packed_layout(c.codes, reinterpret_cast<unsigned char*>(c.workspace), &packed);
        if (const int error = cuda::pack_codes(c.codes, c.metric, c.fast != 0, packed, nullptr)) return error;
        return cuda::filtered_lookup({c.x, c.codes, c.metric, c.fast != 0, c.mask, c.indices}, packed, nullptr);

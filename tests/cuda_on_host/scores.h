@@ -14,7 +14,7 @@ struct Scores {
 
 // One block of rows, one head, a shape whose warps see all codes.
 template <class S>
-__global__ void scores_kernel(Scores a, Packed p) {
+__global__ void scores_kernel(Scores a, PackedCodebook p) {
   static_assert(S::kCodeWarps == 1, "");
   const int tid = threadIdx.x, width = p.n_steps * 16;
   const int64_t N = a.x.n_rows();
@@ -53,13 +53,13 @@ __global__ void scores_kernel(Scores a, Packed p) {
 }
 
 template <class S>
-int launch_scores(const Scores& a, const Packed& p) {
+int launch_scores(const Scores& a, const PackedCodebook& p) {
   return launch(scores_kernel<S>, 1, kSearchThreads, SearchMemory<S>::bytes(p.n_steps * 16), nullptr, a, p);
 }
 
 // At most 128 rows.
 inline int filter_scores(const Codes& codes, const Scores& a, void* workspace) {
-  Packed p;
+  PackedCodebook p;
   packed_layout(codes, static_cast<unsigned char*>(workspace), &p);
   if (const int error = pack_codes(codes, a.metric, false, p, nullptr)) return error;
   if (p.part == 4) return launch_scores<Rows128Of4>(a, p);

@@ -1,12 +1,14 @@
 """The CUDA filter's bound: no score is further from the truth, it is not empty, and it leaves few codes to resolve."""
 
 import numpy as np
+import pytest
 import torch
 
 from fastvq import _native
 from tests.cases import METRICS, gaussian, generator
 from tests.cuda_on_host import host
 from tests.distributions import DISTRIBUTIONS
+from tests.fuzz import tensor_cores
 
 ROWS, CODES = 16, 65
 WIDTHS = (3, 4, 5, 8, 9, 64)  # up to 4 and up to 8: operands in two parts
@@ -72,3 +74,20 @@ def test_operands_in_two_parts_leave_less_to_resolve(tmp_path):
         winners = (scores + bounds >= (scores - bounds).max(1, keepdims=True)).sum(1)
         several.append(int((winners > 1).sum()))
     assert several[0] <= 1 and several[0] < several[1]
+
+
+@pytest.mark.skipif(tensor_cores.missing() is not None, reason=str(tensor_cores.missing()))
+@pytest.mark.parametrize("width", [8, 16])  # operands in two parts, in one
+def test_bound_holds_for_subnormal_operands(tmp_path, width):
+    """Tensor cores align the product of a subnormal half as if that half were 2^-14."""
+    x = torch.full((1, width), 0.40625)
+    x[:, 0] = 2.0**14
+    codebook = torch.full((65, width), -(2.0**12))  # sets the scale: to 1
+    codebook[1:] = 2.0**-24
+    scores, bounds, exact = next(iter(run([(x, codebook, "dot")], tmp_path)))
+    assert np.array_equal(exact, (x.double() @ codebook.double().T).numpy()), "the operands are the inputs"
+    assert np.isfinite(scores).all()
+    a, b = x.half().expand(65, width), codebook.half()
+    for instruction in tensor_cores.load("mma.sync fp16"):
+        score = instruction.evaluate(a, b, torch.zeros(65)).double().numpy()
+        assert (np.abs(score - exact[0]) <= bounds[0]).all(), instruction.generation

@@ -19,7 +19,15 @@ from fastvq import _native, ops
 LIBRARY = ctypes.CDLL(sys.argv[1])
 LIBRARY.failing_start.argtypes = [ctypes.c_long, ctypes.c_int]
 LIBRARY.failing_seen.restype = ctypes.c_long
-OTHER = {"amx_unavailable", "available_isas", "bound_use", "compiler", "fma_peak", "read_peak"}  # no op calls these
+OTHER = {
+    "amx_unavailable",
+    "available_isas",
+    "bound_use",
+    "compiler",
+    "fma_peak",
+    "read_peak",
+    "set_main_thread",
+}  # no op calls these
 
 
 class Counted:

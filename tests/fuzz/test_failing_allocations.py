@@ -25,7 +25,7 @@ def test_failing_allocations(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.fuzz.failing_allocations", library],
         env=os.environ | {"LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        cwd=HERE.parents[1], capture_output=True, text=True, timeout=120,
+        cwd=HERE.parents[1], capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     tail = "\n".join([*done.stdout.splitlines()[-3:], *done.stderr.splitlines()[-15:]])
     assert done.returncode == 0, f"exit status {done.returncode}, last lines:\n{tail}"

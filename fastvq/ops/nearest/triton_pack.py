@@ -12,7 +12,9 @@ operands, the tensor cores return ``upper_k >= t_k`` in one product, because fiv
     B_k = -|c'_k|^2 / 2 + its own rounding + what the definition in float64 may lose, in three pieces
 
 All norms are rounded up, residuals are measured, and gamma = (1.25 D' + 16) 2^-23 bounds the sum of D' products and
-columns on tensor cores that align and truncate the 17 addends of a step of 16.
+columns on tensor cores that align and truncate the 17 addends of a step of 16. They align a product by the exponents
+of its operands, and that of a subnormal float16 is -14: gamma holds for the sum of max(|x_d|, 2^-14) max(|c_d|, 2^-14).
+So with float16 SUBNORMAL is added to the norms |x'| and |c^_k| in the columns of the bound.
 
   what              tensor                         where
   mean              [H, D] float32                 ``_codebook_stats``
@@ -37,6 +39,8 @@ FIRST_DATA: tl.constexpr = tl.constexpr(5)
 MAX_CODE_NORM: tl.constexpr = tl.constexpr(4096.0)  # |c'|: half its square must fit in 256 times a float16
 MAX_ROW_ELEMENT: tl.constexpr = tl.constexpr(60000.0)  # of a scaled row in float16
 SAMPLE: tl.constexpr = tl.constexpr(256)  # codes that the mean and the scale are taken from
+# More than twice 2^-14 sqrt(D' + 16) of the widest vectors that the filter takes.
+SUBNORMAL: tl.constexpr = tl.constexpr(2.0**-6 * (1 + 2.0**-8))
 # Marks an empty slot: the int32 bits of +inf, which no finite score has.
 EMPTY_SLOT: tl.constexpr = tl.constexpr(0x7F800000)
 
@@ -192,8 +196,10 @@ def _pack_codes(
         rounded_square += tl.sum(back * back, axis=1)
     rounded_norm = tl.sqrt(rounded_square)
     own = (dim + 3) * 2.0**-53
-    slope = tl.sqrt(residual) + 2.0**-50 * norm + gamma * (1 + 2.0**-8) * rounded_norm
-    underflow = (dim + 1) * 2.0**-80
+    subnormal = 0.0 if IS_BF16 else SUBNORMAL
+    slope = tl.sqrt(residual) + 2.0**-50 * norm + gamma * (1 + 2.0**-8) * (rounded_norm + subnormal)
+    # Subnormal pieces of the bias, which meet 256, 1 and 2^-11, are counted as 2^-14: together less than 2 SUBNORMAL.
+    underflow = (dim + 1) * 2.0**-80 + gamma * (1 + 2.0**-8) * 2 * subnormal
     if METRIC == 0:
         half = 0.5 * norm * norm
         offset = (gamma * (1 + 2.0**-8) + 2.0**-22) * half + own * norm * norm

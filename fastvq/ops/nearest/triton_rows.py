@@ -12,7 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastvq.ops.nearest.triton_pack import COLUMNS, FIRST_DATA, MAX_ROW_ELEMENT, narrow, power_of_two, raised, wide
+from fastvq.ops.nearest.triton_pack import (
+    COLUMNS,
+    FIRST_DATA,
+    MAX_ROW_ELEMENT,
+    SUBNORMAL,
+    narrow,
+    power_of_two,
+    raised,
+    wide,
+)
 
 MAX_ROW_NORM: tl.constexpr = tl.constexpr(2.0**23)  # |x'|: 2^-8 of it must fit in a float16
 SMALLEST_SEEN: tl.constexpr = tl.constexpr(2.0**-74)  # squares of smaller differences underflow in float32
@@ -76,7 +85,8 @@ def columns_of(norm, off, f, IS_BF16: tl.constexpr, NARROW: tl.constexpr):
     """
     j = tl.arange(0, COLUMNS)[None, :]
     good = norm >= 0
-    length = tl.where(good, raised(norm * 2.0**-8, IS_BF16), 0.0)
+    # Twice SUBNORMAL: so the column itself is no subnormal number.
+    length = tl.where(good, raised((norm + (0.0 if IS_BF16 else 2 * SUBNORMAL)) * 2.0**-8, IS_BF16), 0.0)
     error = tl.where(good, raised(off, IS_BF16), 0.0)
     v = tl.where(j == 0, 256.0, tl.where(j == 1, 1.0, tl.where(j == 2, 2.0**-11, 0.0)))
     v = tl.where(j == 3, error[:, None], tl.where(j == 4, length[:, None], v))
