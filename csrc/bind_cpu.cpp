@@ -73,6 +73,14 @@ PYBIND11_MODULE(_cpu, m) {
     return code_statistics(rows(x), pointer<const int64_t>(indices), n_codes, statistics_out(out),
                            static_cast<Isa>(isa), n_threads);
   });
+  m.def("count_indices", [](int64_t indices, int64_t n_rows, int64_t n_levels, int64_t n_codes) {
+    IndexCount count;
+    {
+      py::gil_scoped_release release;
+      count = count_indices(pointer<const int64_t>(indices), n_rows, n_levels, n_codes);
+    }
+    return py::make_tuple(count.first_bad, count.n_real);
+  });
   m.def("ema_update", [](const EmaTuple& b, int64_t sums, bool sums_double, int64_t counts,
                          double decay, double eps, bool laplace, bool debias, int n_threads) {
     py::gil_scoped_release release;

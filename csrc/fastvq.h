@@ -118,6 +118,13 @@ double read_peak(int64_t n_bytes, int n_threads);
 int64_t code_statistics(const Rows& x, const int64_t* indices, int64_t n_codes, const StatisticsOut& out, Isa isa,
                         int n_threads);
 
+// The vectors that have a code, and the place of the first index that is neither -1 nor a code, or differs from its row's
+// first level in being -1; -1 where there is none. indices [n_rows, n_levels].
+struct IndexCount {
+  int64_t first_bad, n_real;
+};
+IndexCount count_indices(const int64_t* indices, int64_t n_rows, int64_t n_levels, int64_t n_codes);
+
 // What ema_update_ writes: [H, K, D] and [H, K], float or double (all three the same), strides in elements.
 struct EmaBuffers {
   DType dtype;

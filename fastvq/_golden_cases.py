@@ -16,6 +16,7 @@ __all__ = ["Configuration", "cases", "configuration", "widened"]
 
 WORK = 1 << 22  # elements of a codebook, and products of a row, a code and a dimension, that the reference goes through
 ROWS = range(8, 65)  # as many as WORK allows
+FLOAT32: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 USED = 512  # dimensions that are not zero: the reference takes them one by one
 
 
@@ -54,7 +55,7 @@ def widened(t: Tensor, dim: int) -> Tensor:
     if t.shape[1] == dim:
         return t
     out = t.new_zeros(len(t), dim)
-    out[:, torch.arange(1, t.shape[1] + 1) * dim // t.shape[1] - 1] = t
+    out[:, torch.arange(1, t.shape[1] + 1, device=t.device) * dim // t.shape[1] - 1] = t
     return out
 
 
@@ -63,16 +64,20 @@ def cases(c: Configuration) -> Iterator[tuple[str, Tensor, Tensor]]:
 
     precision="fast" promises nothing of near-ties: one case, of codes that no rounding confuses.
     """
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator("cpu").manual_seed(0)
     dim, n_codes = min(c.dim, USED), c.n_codes
     n = min(max(WORK // (n_codes * dim), ROWS[0]), ROWS[-1])
     if c.precision == "fast":
-        far = torch.zeros(n_codes, dim)
-        k = torch.arange(min(n_codes, 2 * dim))
+        far = torch.zeros(n_codes, dim, **FLOAT32)
+        k = torch.arange(min(n_codes, 2 * dim), device="cpu")
         far[k, k // 2] = 1.0 - 2.0 * (k % 2)
-        yield "codes far apart", 3 * far[k[torch.randint(len(k), (n,), generator=g)]].to(c.x), far.to(c.codebook)
+        yield (
+            "codes far apart",
+            3 * far[k[torch.randint(len(k), (n,), generator=g, device="cpu")]].to(c.x),
+            far.to(c.codebook),
+        )
         return
-    x, codebook = (torch.randn(m, dim, generator=g, dtype=torch.float64) for m in (n, n_codes))
+    x, codebook = (torch.randn(m, dim, generator=g, dtype=torch.float64, device="cpu") for m in (n, n_codes))
     rows, codes = x.to(c.x), codebook.to(c.codebook)
     yield "gaussian", rows, codes
     offset = 16.0 if min(c.x.itemsize, c.codebook.itemsize) == 2 else 1e3  # 16 bits hold little beside a larger one
@@ -82,14 +87,15 @@ def cases(c: Configuration) -> Iterator[tuple[str, Tensor, Tensor]]:
     yield "equal codes", rows, codes[:1].repeat(n_codes, 1)
     near = codes[: (n_codes + 7) // 8].repeat(8, 1)[:n_codes]
     bits = near.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[near.itemsize])
-    bits += torch.randint(0, 2, near.shape, generator=g)
+    bits += torch.randint(0, 2, near.shape, generator=g, device="cpu")
     yield "codes one bit apart", rows, near
     # Operands half a step off the grid of bfloat16, then of float16, all on one side: half the bound would lose the
     # first code.
     part = max(1, dim // 3)
     for half in (2.0**-8, 2.0**-11):
         low, high = 1 + half, 1 + 3 * half
-        row, two = torch.zeros(dim), torch.zeros(n_codes, dim) + torch.arange(n_codes)[:, None] % 70
+        row, two = (torch.zeros(*shape, **FLOAT32) for shape in ((dim,), (n_codes, dim)))
+        two += torch.arange(n_codes, device="cpu")[:, None] % 70
         two[:2] = 0
         row[:part], row[part : 2 * part] = low, high
         two[0, :part] = low

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fastvq._checks import check_float, check_option
-from fastvq.ops import code_statistics, nearest, quantize
+from fastvq.ops.ema import code_statistics
+from fastvq.ops.nearest import nearest
+from fastvq.ops.quantize import quantize
 
 __all__ = ["Collective", "KMeans", "fit", "kmeans"]
 

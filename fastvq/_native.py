@@ -24,6 +24,7 @@ except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 
 __all__ = [
+    "address",
     "codes_view",
     "cpu_call",
     "ema_view",
@@ -161,9 +162,9 @@ def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int, fast:
     )  # fmt: skip
     step = max(1, codes[3] // TRIED_CODES)
     few_codes = (*codes[:2], 1, codes[3] // step, codes[4], 0, step * codes[6], codes[7])
-    indices = torch.empty(outer * inner, dtype=torch.int64)
+    indices = torch.empty(outer * inner, dtype=torch.int64, device="cpu")
     threads = torch.get_num_threads()
-    open_rows = sum(_cpu.nearest(tried, few_codes, metric, False, indices.data_ptr(), ISAS["amx"], threads, 0))
+    open_rows = sum(_cpu.nearest(tried, few_codes, metric, False, address(indices), ISAS["amx"], threads, 0))
     return isa() if open_rows <= MOST_OPEN * outer * inner else packing_isa()
 
 
@@ -176,6 +177,22 @@ def refuse(x: Tensor, *_: Any) -> str | None:
     if x.device.type != "cpu":
         return f"it takes CPU tensors, x is on {x.device}"
     return None
+
+
+def address(t: Tensor) -> int:
+    """Where the elements of ``t`` lie in memory, for a kernel.
+
+    Raises:
+        TypeError: a tensor that has elements but no memory: on the meta device, of torch.compile's tracing, or of a
+            subclass that wraps other tensors.
+    """
+    at = t.data_ptr()
+    if at == 0 and t.numel():
+        raise TypeError(
+            f"fastvq: a kernel needs a tensor with memory of its own, got {type(t).__name__} {list(t.shape)} on "
+            f"{t.device}, which has none; pass the tensor that it stands for (of a DTensor: .to_local())"
+        )
+    return at
 
 
 def metric_code(metric: str) -> int:
@@ -197,7 +214,7 @@ def rows_view(
 
 def rows_of(view: _rows.Rows) -> tuple[int, ...]:
     """The integers of csrc/fastvq.h's ``Rows``."""
-    return (view.tensor.data_ptr(), DTYPES[view.tensor.dtype], *view[1:])
+    return (address(view.tensor), DTYPES[view.tensor.dtype], *view[1:])
 
 
 def codes_view(
@@ -206,7 +223,7 @@ def codes_view(
     """``codebook`` as the ``Codes`` of csrc/fastvq.h. The caller keeps the tensor alive."""
     heads, stride_head = (1, 0) if codebook.dim() == 2 else (codebook.shape[0], codebook.stride(0))
     return (
-        codebook.data_ptr(), DTYPES[codebook.dtype], heads, codebook.shape[-2], codebook.shape[-1],
+        address(codebook), DTYPES[codebook.dtype], heads, codebook.shape[-2], codebook.shape[-1],
         stride_head, codebook.stride(-2), codebook.stride(-1),
     )  # fmt: skip
 
@@ -216,7 +233,7 @@ def statistics_view(
     counts: Tensor,  # [K] or [H, K] int64, contiguous
 ) -> tuple[int, int, int]:
     """Where statistics go, as the ``StatisticsOut`` of csrc/fastvq.h. The caller keeps the tensors alive."""
-    return sums.data_ptr(), sums.dtype == torch.float64, counts.data_ptr()
+    return address(sums), sums.dtype == torch.float64, address(counts)
 
 
 def ema_view(
@@ -229,7 +246,7 @@ def ema_view(
         codebook, embed_sum, cluster_size = codebook[None], embed_sum[None], cluster_size[None]
     return (
         DTYPES[codebook.dtype], *codebook.shape,
-        codebook.data_ptr(), embed_sum.data_ptr(), cluster_size.data_ptr(),
+        address(codebook), address(embed_sum), address(cluster_size),
         *codebook.stride(), *embed_sum.stride(), *cluster_size.stride(),
     )  # fmt: skip
 
@@ -238,7 +255,7 @@ def image_view(
     x: Tensor,  # [B, C, H, W]
 ) -> tuple[int, int, list[int], list[int]]:
     """``x`` as the ``Image`` of csrc/masked_conv.h, any strides. The caller keeps the tensor alive."""
-    return x.data_ptr(), DTYPES[x.dtype], list(x.shape), list(x.stride())
+    return address(x), DTYPES[x.dtype], list(x.shape), list(x.stride())
 
 
 _ISAS_HERE = available_isas()

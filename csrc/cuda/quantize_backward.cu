@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, 3)  // else the compiler aims at mor
   const int64_t N = a.x.n_outer * a.x.n_inner, total = a.x.n_heads * N;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
   const int64_t index = row < total ? a.indices[row] : -1;
-  const bool real = index >= 0;
+  const bool real = index >= 0 && index < a.codes.n_codes;  // one that was changed since is left out
   const int64_t h = row < total ? row / N : 0, r = row < total ? row % N : 0;
   const int64_t from = row_offset(a.x, h, r), to = row_offset(a.grad_x, h, r), code = code_offset(a.codes, h, real ? index : 0);
   const int64_t from_g = a.g.data ? row_offset(a.g, h, r) : 0;

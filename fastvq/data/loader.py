@@ -109,16 +109,17 @@ class Loader:
             flipped = torch.from_numpy(rng.random(len(pictures)) < 0.5)
             pixels = torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
         known = [p.label for p in pictures if p.label is not None]
-        labels = torch.tensor(known) if len(known) == len(pictures) else None
+        labels = torch.tensor(known, dtype=torch.int64, device="cpu") if len(known) == len(pictures) else None
         return Batch(normalise(pixels), labels)
 
 
 def _shifted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
     batch, _, height, width = pixels.shape
     dy, dx = (torch.from_numpy(rng.integers(-SHIFT, SHIFT + 1, batch)) for _ in range(2))
-    rows = (torch.arange(height) + dy[:, None]).clamp(0, height - 1)  # [B, H]
-    columns = (torch.arange(width) + dx[:, None]).clamp(0, width - 1)
-    return pixels[torch.arange(batch)[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+    image, down, across = (torch.arange(n, device="cpu") for n in (batch, height, width))
+    rows = (down + dy[:, None]).clamp(0, height - 1)  # [B, H]
+    columns = (across + dx[:, None]).clamp(0, width - 1)
+    return pixels[image[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 
 def _first(skipped: dict[str, str]) -> str:

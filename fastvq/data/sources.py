@@ -84,7 +84,7 @@ class Digits(Source):
     def __init__(self, split: str = "train") -> None:
         super().__init__(split)
         pixels, labels = _digits()
-        chosen = torch.tensor(self._split(range(len(labels))))
+        chosen = torch.tensor(self._split(range(len(labels))), device="cpu")
         self.pixels, self.labels = pixels[chosen], labels[chosen]
 
     def __len__(self) -> int:

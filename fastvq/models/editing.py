@@ -222,7 +222,7 @@ def _resample(
         labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         labels = labels.expand(batch).repeat_interleave(n_candidates)
     drafts: list[Tensor] = []  # L maps [B * J, h, w], the J drafts of a picture together
-    weight = torch.zeros(batch, n_candidates, device=device)
+    weight = torch.zeros(batch, n_candidates, dtype=torch.float32, device=device)
     for one, ids, mask in zip(priors, before, where, strict=True):
         if ids.dim() != 3:
             raise ValueError(f"{OP}: prior needs one id a position, got maps {list(ids.shape)}")
@@ -234,7 +234,8 @@ def _resample(
             score = one.log_prob(drawn, labels, drafts).masked_fill(redrawn, 0)
             weight += score.flatten(1).sum(1).view(batch, n_candidates)
         drafts.append(drawn)
-    uniform = torch.rand(batch, 1, generator=generator, device=generator.device if generator else device).to(device)
+    source = generator.device if generator else device
+    uniform = torch.rand(batch, 1, generator=generator, dtype=torch.float32, device=source).to(device)
     chosen = (weight.softmax(1).cumsum(1) < uniform).sum(1).clamp(max=n_candidates - 1)
     row = torch.arange(batch, device=device) * n_candidates + chosen
     return [ids[row] for ids in drafts]

@@ -44,7 +44,7 @@ def code_use(
     offset = torch.arange(depth, device=ids.device) * n_codes
     flat = (columns.clamp(min=0) + offset).flatten()
     ones = (columns >= 0).flatten().to(torch.float32)
-    counts = torch.zeros(depth * n_codes, device=ids.device).scatter_add_(0, flat, ones).view(depth, n_codes)
+    counts = ones.new_zeros(depth * n_codes).scatter_add_(0, flat, ones).view(depth, n_codes)
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)
     entropy = -torch.special.xlogy(share, share).sum(1)
     return entropy.exp().mean(), (counts > 0).float().mean()

@@ -96,7 +96,7 @@ class ResidualVQ(Projected, LearnedCodebook):
             self._start_from(vectors.detach().reshape(-1, self.code_dim), _flat(mask), residual=True)
         n_used = self.n_levels
         if self.quantize_dropout and self.training:
-            n_used = int(torch.randint(1, self.n_levels + 1, ()))
+            n_used = int(torch.randint(1, self.n_levels + 1, (), device="cpu"))
         q = residual_quantize(
             vectors, self._levels(self._codes()), n_levels=n_used, metric=self.metric, estimator=self.estimator,
             mask=mask, beta=self.commitment_weight, statistics=learns, precision=self.precision,

@@ -44,6 +44,9 @@ def prior_objective(
         logits = net(maps[level], labels, maps[:level])
         loss = F.cross_entropy(logits.float(), maps[level])
         right = (logits.argmax(1) == maps[level]).float().mean()
-        return loss, {"bits_per_id": loss / torch.log(torch.tensor(2.0)), "right": right}
+        return loss, {
+            "bits_per_id": loss / torch.log(torch.tensor(2.0, dtype=torch.float32, device="cpu")),
+            "right": right,
+        }
 
     return objective

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastvq import _cuda_native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import (
+    FLOATS,
     check_backend_name,
     check_float,
     check_integer,
@@ -16,6 +17,7 @@ from fastvq._checks import (
     check_option,
     check_same_device,
 )
+from fastvq.ops._contract import check_overlap, check_tensor
 from fastvq.ops._library import register
 from fastvq.ops.ema import cpu, cuda, reference
 
@@ -25,6 +27,7 @@ STATISTICS, UPDATE, REPLACE = (
     f"fastvq.ops.{name}" for name in ("code_statistics", "ema_update_", "replace_dead_codes_")
 )
 SMOOTHINGS = ("laplace", "none")
+_LEARNED = (torch.float32, torch.float64)
 IMPLEMENTATIONS = {
     name: {
         "cpu": Implementation(getattr(cpu, name), cpu.refuse),
@@ -95,25 +98,7 @@ def code_statistics(
     check_integer(STATISTICS, "n_codes", n_codes)
     if n_heads is not None:
         check_integer(STATISTICS, "n_heads", n_heads)
-    check_float(STATISTICS, "x", x)
-    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
-        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
-        raise TypeError(f"{STATISTICS}: indices must be an int64 tensor, got {got}; convert it with .long()")
-    check_same_device(STATISTICS, "x", x, "indices", indices)
-    if x.dim() < 1 or x.shape[-1] == 0:
-        raise ValueError(f"{STATISTICS}: x must be [..., D] with D >= 1, got {list(x.shape)}")
-    if indices.shape != x.shape[:-1]:
-        raise ValueError(
-            f"{STATISTICS}: indices must be {list(x.shape[:-1])}, one a vector of x {list(x.shape)}, "
-            f"got {list(indices.shape)}; pass what nearest returned for this x"
-        )
-    if n_codes < 1:
-        raise ValueError(f"{STATISTICS}: n_codes must be at least 1, got {n_codes}; pass the codebook's K")
-    if n_heads is not None and (x.dim() < 2 or x.shape[0] != n_heads or n_heads < 1):
-        raise ValueError(
-            f"{STATISTICS}: with n_heads = {n_heads}, x must be [H, ..., D] with H = n_heads >= 1, "
-            f"got {list(x.shape)}; put the heads first"
-        )
+    _check_statistics(x, indices, n_codes, n_heads)
     check_mask(STATISTICS, x, mask)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
@@ -238,6 +223,39 @@ def replace_dead_codes_(
     check_backend_name(REPLACE, backend)
     check_number(REPLACE, "threshold", threshold)
     _check_buffers(REPLACE, codebook, embed_sum, cluster_size)
+    _check_candidates(codebook, x)
+    if not threshold >= 0:
+        raise ValueError(f"{REPLACE}: threshold must be 0 or more, got {threshold}")
+    uniforms = torch.rand(cluster_size.shape, generator=generator, dtype=torch.float32, device=x.device)
+    with torch.no_grad():
+        return torch.ops.fastvq.replace_dead_codes_(
+            codebook.detach(), embed_sum, cluster_size, x.detach(), uniforms, float(threshold), backend
+        )
+
+
+def _check_statistics(x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None) -> None:
+    check_float(STATISTICS, "x", x)
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"{STATISTICS}: indices must be an int64 tensor, got {got}; convert it with .long()")
+    check_same_device(STATISTICS, "x", x, "indices", indices)
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"{STATISTICS}: x must be [..., D] with D >= 1, got {list(x.shape)}")
+    if indices.shape != x.shape[:-1]:
+        raise ValueError(
+            f"{STATISTICS}: indices must be {list(x.shape[:-1])}, one a vector of x {list(x.shape)}, "
+            f"got {list(indices.shape)}; pass what nearest returned for this x"
+        )
+    if n_codes < 1:
+        raise ValueError(f"{STATISTICS}: n_codes must be at least 1, got {n_codes}; pass the codebook's K")
+    if n_heads is not None and (x.dim() < 2 or x.shape[0] != n_heads or n_heads < 1):
+        raise ValueError(
+            f"{STATISTICS}: with n_heads = {n_heads}, x must be [H, ..., D] with H = n_heads >= 1, "
+            f"got {list(x.shape)}; put the heads first"
+        )
+
+
+def _check_candidates(codebook: Tensor, x: Tensor) -> None:
     check_float(REPLACE, "x", x)
     check_same_device(REPLACE, "codebook", codebook, "x", x)
     lead = codebook.shape[:-2]
@@ -246,13 +264,6 @@ def replace_dead_codes_(
         raise ValueError(
             f"{REPLACE}: x must be [{expected}] to match the codebook {list(codebook.shape)}, got {list(x.shape)}; "
             "put heads first, or project x first"
-        )
-    if not threshold >= 0:
-        raise ValueError(f"{REPLACE}: threshold must be 0 or more, got {threshold}")
-    uniforms = torch.rand(cluster_size.shape, generator=generator, device=x.device)
-    with torch.no_grad():
-        return torch.ops.fastvq.replace_dead_codes_(
-            codebook.detach(), embed_sum, cluster_size, x.detach(), uniforms, float(threshold), backend
         )
 
 
@@ -280,6 +291,18 @@ def _check_buffers(op: str, codebook: Tensor, embed_sum: Tensor, cluster_size: T
 def _run_statistics(
     x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None, deterministic: bool, backend: str | None
 ) -> tuple[Tensor, Tensor]:
+    shape = x.shape
+    if not (
+        n_codes >= 1
+        and shape
+        and shape[-1] >= 1
+        and (n_heads is None or (len(shape) > 1 and shape[0] == n_heads >= 1))
+        and x.dtype in FLOATS
+        and indices.dtype == torch.int64
+        and indices.shape == shape[:-1]
+        and indices.device == x.device
+    ):
+        _check_statistics(x, indices, n_codes, n_heads)
     arguments = (x, indices, n_codes, n_heads, deterministic)
     return choose(STATISTICS, IMPLEMENTATIONS["code_statistics"], backend, *arguments)(*arguments)
 
@@ -292,10 +315,28 @@ def _fake_statistics(
     return x.new_empty(*lead, n_codes, x.shape[-1], dtype=dtype), indices.new_empty(*lead, n_codes)
 
 
+def _check_learned(op: str, codebook: Tensor, embed_sum: Tensor, cluster_size: Tensor) -> None:
+    """``_check_buffers`` in fewer steps, for a call whose types are those of the schema."""
+    if codebook.dtype not in _LEARNED or codebook.dim() not in (2, 3) or 0 in codebook.shape:
+        _check_buffers(op, codebook, embed_sum, cluster_size)
+    check_tensor(op, "embed_sum", embed_sum, codebook.shape, codebook.dtype, codebook.device)
+    check_tensor(op, "cluster_size", cluster_size, codebook.shape[:-1], codebook.dtype, codebook.device)
+
+
 def _run_update(
     codebook: Tensor, embed_sum: Tensor, cluster_size: Tensor, sums: Tensor, counts: Tensor, decay: float, eps: float,
     smoothing: str, debias: bool, backend: str | None,
 ) -> None:  # fmt: skip
+    _check_learned(UPDATE, codebook, embed_sum, cluster_size)
+    check_tensor(UPDATE, "sums", sums, codebook.shape, None, codebook.device)
+    check_tensor(UPDATE, "counts", counts, cluster_size.shape, torch.int64, codebook.device)
+    if sums.dtype not in _LEARNED:
+        raise TypeError(
+            f"{UPDATE}: sums must be float32 or float64, got {sums.dtype}; pass what code_statistics returned"
+        )
+    check_option(UPDATE, "smoothing", smoothing, SMOOTHINGS)
+    written = {"codebook": codebook, "embed_sum": embed_sum, "cluster_size": cluster_size}
+    check_overlap(UPDATE, written, {"sums": sums, "counts": counts})
     arguments = (codebook, embed_sum, cluster_size, sums, counts, decay, eps, smoothing, debias)
     choose(UPDATE, IMPLEMENTATIONS["ema_update_"], backend, *arguments)(*arguments)
 
@@ -304,6 +345,11 @@ def _run_replace(
     codebook: Tensor, embed_sum: Tensor, cluster_size: Tensor, x: Tensor, uniforms: Tensor, threshold: float,
     backend: str | None,
 ) -> Tensor:  # fmt: skip
+    _check_learned(REPLACE, codebook, embed_sum, cluster_size)
+    _check_candidates(codebook, x)
+    check_tensor(REPLACE, "uniforms", uniforms, cluster_size.shape, None, codebook.device)
+    written = {"codebook": codebook, "embed_sum": embed_sum, "cluster_size": cluster_size}
+    check_overlap(REPLACE, written, {"x": x})
     arguments = (codebook, embed_sum, cluster_size, x, uniforms, threshold)
     return choose(REPLACE, IMPLEMENTATIONS["replace_dead_codes_"], backend, *arguments)(*arguments)
 

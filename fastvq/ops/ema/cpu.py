@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
+from fastvq._native import address
+from fastvq.ops._indices import raise_bad_index
 from fastvq.ops.ema import reference
 
 __all__ = ["code_statistics", "ema_update_", "refuse", "replace_dead_codes_"]
@@ -31,16 +33,16 @@ def code_statistics(
     if sums_dtype is None:
         sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     lead = () if n_heads is None else (n_heads,)
-    sums = torch.empty(*lead, n_codes, x.shape[-1], dtype=sums_dtype)
-    counts = torch.empty(*lead, n_codes, dtype=torch.int64)
+    sums = torch.empty(*lead, n_codes, x.shape[-1], dtype=sums_dtype, device="cpu")
+    counts = torch.empty(*lead, n_codes, dtype=torch.int64, device="cpu")
     indices = indices.contiguous()
     x, rows = _native.rows_view(x, n_heads)
     bad = _native._cpu.code_statistics(
-        rows, indices.data_ptr(), n_codes, _native.statistics_view(sums, counts), _native.isa(),
+        rows, address(indices), n_codes, _native.statistics_view(sums, counts), _native.isa(),
         torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
-        reference.raise_bad_index("fastvq.ops.code_statistics", indices, n_codes, bad)
+        raise_bad_index(reference.STATISTICS, indices, n_codes, bad)
     return sums, counts
 
 
@@ -59,7 +61,7 @@ def ema_update_(
     sums, counts = sums.contiguous(), counts.contiguous()
     buffers = _native.ema_view(codebook, embed_sum, cluster_size)
     _native._cpu.ema_update(
-        buffers, sums.data_ptr(), sums.dtype == torch.float64, counts.data_ptr(),
+        buffers, address(sums), sums.dtype == torch.float64, address(counts),
         decay, eps, smoothing == "laplace", debias, torch.get_num_threads() if codebook.numel() > 1 << 17 else 1,
     )  # fmt: skip
 
@@ -75,5 +77,5 @@ def replace_dead_codes_(
 ) -> Tensor:  # [] int64
     # Here the answer is at hand, and nearly always it is that nothing is to be done.
     if not (cluster_size < threshold).any():
-        return torch.zeros((), dtype=torch.int64)
+        return torch.zeros((), dtype=torch.int64, device="cpu")
     return reference.replace_dead_codes_(codebook, embed_sum, cluster_size, x, uniforms, threshold)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fastvq import _cuda_native, _golden, _golden_calls, _native
+from fastvq._native import address
+from fastvq.ops._indices import check_indices
 from fastvq.ops.ema import reference
 
 __all__ = ["code_statistics", "ema_update_", "refuse_statistics", "refuse_update", "replace_dead_codes_"]
@@ -51,7 +53,7 @@ def code_statistics(
     deterministic: bool = True,
     sums_dtype: torch.dtype | None = None,  # float32 or float64; x's own, at least float32, where None
 ) -> tuple[Tensor, Tensor]:
-    reference.check_indices(indices, n_codes)
+    check_indices(reference.STATISTICS, indices, n_codes)
     if sums_dtype is None:
         sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     lead = () if n_heads is None else (n_heads,)
@@ -63,8 +65,8 @@ def code_statistics(
         n_bytes = _cuda_native._cuda.code_statistics_workspace(rows, n_codes, deterministic)
         room = _cuda_native.workspace(x, n_bytes)
         _cuda_native._cuda.code_statistics(
-            rows, indices.data_ptr(), n_codes, deterministic, sums.data_ptr(), sums_dtype == torch.float64,
-            counts.data_ptr(), room.data_ptr(), _cuda_native.stream(x),
+            rows, address(indices), n_codes, deterministic, address(sums), sums_dtype == torch.float64,
+            address(counts), address(room), _cuda_native.stream(x),
         )  # fmt: skip
     return sums, counts
 
@@ -85,8 +87,8 @@ def ema_update_(
         buffers = _native.ema_view(codebook, embed_sum, cluster_size)
         room = _cuda_native.workspace(codebook, _cuda_native._cuda.ema_update_workspace(buffers))
         _cuda_native._cuda.ema_update(
-            buffers, sums.data_ptr(), sums.dtype == torch.float64, counts.data_ptr(), decay, eps,
-            smoothing == "laplace", debias, room.data_ptr(), _cuda_native.stream(codebook),
+            buffers, address(sums), sums.dtype == torch.float64, address(counts), decay, eps,
+            smoothing == "laplace", debias, address(room), _cuda_native.stream(codebook),
         )  # fmt: skip
 
 
@@ -106,14 +108,14 @@ def replace_dead_codes_(
         if n_rows == 0:
             return torch.zeros((), dtype=torch.int64, device=x.device)
         usable = torch.empty((n_heads, n_rows), dtype=torch.uint8, device=x.device)
-        _cuda_native._cuda.usable_rows(rows, usable.data_ptr(), _cuda_native.stream(x))
+        _cuda_native._cuda.usable_rows(rows, address(usable), _cuda_native.stream(x))
         rank = usable.cumsum(-1)
         dead = (cluster_size < threshold).contiguous().view(n_heads, -1)
         slots = dead.cumsum(-1)
         uniforms = uniforms.double().contiguous()
         _cuda_native._cuda.replace_dead_codes(
             _native.ema_view(codebook, embed_sum, cluster_size), rows,
-            (rank.data_ptr(), dead.data_ptr(), slots.data_ptr(), uniforms.data_ptr()), threshold,
+            (address(rank), address(dead), address(slots), address(uniforms)), threshold,
             _cuda_native.stream(x),
         )  # fmt: skip
         return torch.where(rank[:, -1] > 0, slots[:, -1], 0).sum()

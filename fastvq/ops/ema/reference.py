@@ -5,26 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _env
+from fastvq.ops._indices import check_indices
 
-__all__ = [
-    "check_indices",
-    "choose_rows",
-    "code_statistics",
-    "ema_update_",
-    "raise_bad_index",
-    "replace_dead_codes_",
-    "saturate",
-]
+__all__ = ["choose_rows", "code_statistics", "ema_update_", "replace_dead_codes_", "saturate"]
 
-
-def raise_bad_index(op: str, indices: Tensor, n_codes: int, flat_row: int) -> None:
-    value = indices.reshape(-1)[flat_row].item()
-    row = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_row), indices.shape))
-    raise ValueError(
-        f"{op}: indices must be -1 (no code) or 0 ... {n_codes - 1} (n_codes = {n_codes}), got {value} at row {row}; "
-        "look the vectors up again or pass the right n_codes"
-    )
+STATISTICS = "fastvq.ops.code_statistics"
 
 
 def saturate(
@@ -34,14 +19,6 @@ def saturate(
     """``wide`` as ``dtype``; what lies beyond its largest finite number becomes that number. NaN stays NaN."""
     most = torch.finfo(dtype).max
     return wide.clamp(-most, most).to(dtype)
-
-
-def check_indices(indices: Tensor, n_codes: int) -> None:
-    """Raises on the first index that is neither -1 nor a code. Elsewhere than on the CPU that waits for the device."""
-    if indices.device.type == "cpu" or _env.read("FASTVQ_CHECK") in ("1", "2"):
-        bad = ((indices < -1) | (indices >= n_codes)).reshape(-1)
-        if bad.any():
-            raise_bad_index("fastvq.ops.code_statistics", indices, n_codes, int(bad.nonzero()[0]))
 
 
 def code_statistics(
@@ -56,7 +33,7 @@ def code_statistics(
     Rows with index -1 and rows that hold NaN or infinity are left out. A sum beyond the largest finite number of its
     type is that number. float64 x: float64 sums.
     """
-    check_indices(indices, n_codes)
+    check_indices(STATISTICS, indices, n_codes)
     if n_heads is not None:
         each = [code_statistics(a, i, n_codes, None) for a, i in zip(x, indices, strict=True)]
         return torch.stack([s for s, _ in each]), torch.stack([c for _, c in each])

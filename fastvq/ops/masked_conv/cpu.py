@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
+from fastvq._native import address
 from fastvq.ops.masked_conv.masks import active_taps
 from fastvq.ops.masked_conv.reference import like_input
 
@@ -26,7 +27,7 @@ def _weight_view(weight: Tensor, mask: str, taps: Tensor | None, colours: int) -
     """A contiguous ``weight`` as the MaskedWeight of csrc/masked_conv.h."""
     active = active_taps(mask, taps, weight.shape[2], weight.shape[3], colours)
     return (
-        weight.data_ptr(),
+        address(weight),
         _native.DTYPES[weight.dtype],
         list(weight.shape),
         active,
@@ -40,7 +41,7 @@ def _bias(bias: Tensor | None) -> tuple[Tensor | None, int]:
     if bias is None:
         return None, 0
     bias = bias.float().contiguous()
-    return bias, bias.data_ptr()
+    return bias, address(bias)
 
 
 @_native.cpu_call
@@ -82,11 +83,11 @@ def masked_conv2d_backward(
         grad_x = torch.empty_like(x)
         _native._cpu.masked_conv_input_grad(_native.image_view(grad), view, _native.image_view(grad_x), *settings)
     if need_weight:
-        sums = torch.empty(weight.shape, dtype=torch.float32)
-        bias_sums = torch.empty(weight.shape[0], dtype=torch.float32)
+        sums = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+        bias_sums = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
         _native._cpu.masked_conv_weight_grad(
-            _native.image_view(x), _native.image_view(grad), view, sums.data_ptr(),
-            bias_sums.data_ptr() if need_bias else 0, *settings,
+            _native.image_view(x), _native.image_view(grad), view, address(sums),
+            address(bias_sums) if need_bias else 0, *settings,
         )  # fmt: skip
         grad_weight = sums.to(weight.dtype)
         if need_bias:
@@ -133,10 +134,11 @@ def gated_backward(
     last = not tanh_a.is_contiguous()
     memory_format = torch.channels_last if last else torch.contiguous_format
     g, t, s = (v.float().contiguous(memory_format=memory_format) for v in (grad, tanh_a, sigmoid_b))
-    both = torch.empty((batch, 2 * channels, height, width), memory_format=memory_format)
+    shape = (batch, 2 * channels, height, width)
+    both = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=memory_format)
     outer, inner = (batch * height * width, channels) if last else (batch, channels * height * width)
     _native._cpu.gate_backward(
-        g.data_ptr(), t.data_ptr(), s.data_ptr(), both.data_ptr(), outer, inner, _native.isa(),
+        address(g), address(t), address(s), address(both), outer, inner, _native.isa(),
         torch.get_num_threads(),
     )  # fmt: skip
     return both.to(tanh_a.dtype)

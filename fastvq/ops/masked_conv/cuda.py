@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _cuda_native, _golden, _golden_calls, _native
+from fastvq._native import address
 from fastvq.ops.masked_conv import reference
 from fastvq.ops.masked_conv.masks import tap_range
 from fastvq.ops.masked_conv.reference import like_input
@@ -42,13 +43,13 @@ def _weight_view(weight: Tensor, mask: str, used: Tensor | None, colours: int) -
     """Contiguous ``weight`` and ``used`` as the ConvWeight of csrc/fastvq_cuda.h."""
     places = tap_range(mask, weight.shape[2], weight.shape[3], colours)
     return (
-        weight.data_ptr(), _native.DTYPES[weight.dtype], list(weight.shape), places.start, len(places),
-        0 if used is None else used.data_ptr(), colours, not mask.endswith("A"),
+        address(weight), _native.DTYPES[weight.dtype], list(weight.shape), places.start, len(places),
+        0 if used is None else address(used), colours, not mask.endswith("A"),
     )  # fmt: skip
 
 
 def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
+    return 0 if t is None else address(t)
 
 
 def masked_conv2d(
@@ -65,7 +66,7 @@ def masked_conv2d(
         view = _weight_view(weight, mask, used, colours)
         room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_workspace(view, False, False))
         _cuda_native._cuda.masked_conv_forward(
-            _native.image_view(x), view, _address(bias), _native.image_view(out), room.data_ptr(),
+            _native.image_view(x), view, _address(bias), _native.image_view(out), address(room),
             _cuda_native.stream(x),
         )  # fmt: skip
     return out
@@ -91,14 +92,12 @@ def masked_conv2d_backward(
         image, incoming = _native.image_view(x), _native.image_view(grad)
         if need_x:
             room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_workspace(view, False, True))
-            _cuda_native._cuda.masked_conv_input_grad(
-                incoming, view, _native.image_view(grad_x), room.data_ptr(), stream
-            )
+            _cuda_native._cuda.masked_conv_input_grad(incoming, view, _native.image_view(grad_x), address(room), stream)
         if need_weight or need_bias:
             room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_weight_grad_workspace(image, view))
             _cuda_native._cuda.masked_conv_weight_grad(
-                image, incoming, view, grad_weight.data_ptr() if need_weight else 0,
-                grad_bias.data_ptr() if need_bias else 0, room.data_ptr(), stream,
+                image, incoming, view, address(grad_weight) if need_weight else 0,
+                address(grad_bias) if need_bias else 0, address(room), stream,
             )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
@@ -124,7 +123,7 @@ def gated(
         _cuda_native._cuda.gated_masked_conv_forward(
             _native.image_view(x), view, _address(bias), None if condition is None else _native.image_view(condition),
             _native.image_view(tanh_a) if save else None, _native.image_view(sigmoid_b) if save else None,
-            _native.image_view(out), room.data_ptr(), _cuda_native.stream(x),
+            _native.image_view(out), address(room), _cuda_native.stream(x),
         )  # fmt: skip
     return out, tanh_a, sigmoid_b
 

@@ -40,12 +40,12 @@ def active_weights(
 ) -> Tensor:  # bool, broadcasts to shape
     """True where a weight counts."""
     c_out, c_in, kh, kw = shape
-    used = torch.zeros(kh * kw, dtype=torch.bool)
+    used = torch.zeros(kh * kw, dtype=torch.bool, device="cpu")
     used[active_taps(mask, taps, kh, kw, colours)] = True
     used = used.view(1, 1, kh, kw)
     if colours > 1:
         used = used.repeat(c_out, c_in, 1, 1)
-        group_out, group_in = (torch.arange(n) * colours // n for n in (c_out, c_in))
+        group_out, group_in = (torch.arange(n, device="cpu") * colours // n for n in (c_out, c_in))
         before = torch.le if mask.endswith("B") else torch.lt
         used[:, :, kh // 2, kw // 2] = before(group_in[None, :], group_out[:, None])
     return used.to(device)

@@ -9,6 +9,7 @@ from fastvq import _golden, _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_backend_name, check_codebook, check_option
 from fastvq._golden_cases import configuration
+from fastvq.ops._contract import check_choices, check_lookup
 from fastvq.ops._library import register
 from fastvq.ops.nearest import cpu, cuda, reference
 from fastvq.ops.nearest.packed import METRICS, PackedCodebook, operands, pack_codebook
@@ -96,6 +97,8 @@ def _run(
     x: Tensor, codebook: Tensor, metric: str, precision: str, check_finite: bool, backend: str | None,
     layout: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    check_lookup(OP, x, codebook)
+    check_choices(OP, metric, precision)
     if check_finite:
         _raise_if_not_finite(x)
     run = choose(OP, IMPLEMENTATIONS, backend, x, codebook, metric, precision)

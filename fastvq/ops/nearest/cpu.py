@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
+from fastvq._native import address
 
 __all__ = ["nearest", "pack"]
 
@@ -18,13 +19,13 @@ def nearest(
     precision: str,
     layout: Tensor | None = None,  # what pack made of the codebook
 ) -> Tensor:  # [...] or [H, ...] int64
-    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
     x, rows = _native.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
     codes, metric_code, fast = _native.codes_view(codebook), _native.metric_code(metric), precision == "fast"
     isa = _native.lookup_isa(rows, codes, metric_code, fast, layout is not None)
     _native._cpu.nearest(
-        rows, codes, metric_code, fast, indices.data_ptr(), isa, torch.get_num_threads(),
-        0 if layout is None else layout.data_ptr(),
+        rows, codes, metric_code, fast, address(indices), isa, torch.get_num_threads(),
+        0 if layout is None else address(layout),
     )  # fmt: skip
     return indices
 
@@ -36,6 +37,6 @@ def pack(
 ) -> Tensor:  # [bytes] uint8
     """The codebook as the kernels that will look vectors up in it read it."""
     view, isa = _native.codes_view(codebook), _native.packing_isa()
-    layout = torch.empty(_native._cpu.packed_bytes(view, isa), dtype=torch.uint8)
-    _native._cpu.pack_codebook(view, _native.metric_code(metric), isa, torch.get_num_threads(), layout.data_ptr())
+    layout = torch.empty(_native._cpu.packed_bytes(view, isa), dtype=torch.uint8, device="cpu")
+    _native._cpu.pack_codebook(view, _native.metric_code(metric), isa, torch.get_num_threads(), address(layout))
     return layout

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastvq import _cuda_native, _golden, _native
 from fastvq._golden_cases import configuration
+from fastvq._native import address
 from fastvq.ops.nearest import reference
 
 __all__ = ["nearest", "refuse"]
@@ -24,7 +25,7 @@ def nearest(
         codes = _native.codes_view(codebook)
         room = _cuda_native.workspace(x, _cuda_native._cuda.nearest_workspace(rows, codes))
         _cuda_native._cuda.nearest(
-            rows, codes, _native.metric_code(metric), precision == "fast", 0, indices.data_ptr(), room.data_ptr(),
+            rows, codes, _native.metric_code(metric), precision == "fast", 0, address(indices), address(room),
             _cuda_native.stream(x),
         )  # fmt: skip
     return indices

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
+from fastvq._native import address
 from fastvq.ops.pixelcnn.reference import PER_LAYER
 
 __all__ = ["prepare", "refuse", "step"]
@@ -42,7 +43,7 @@ def prepare(
     folded += rest[PER_LAYER * len(kernel_sizes) :]
     folded = [w.contiguous() for w in folded]
     packed = torch.empty(n_weights)
-    _native._cpu.pixelcnn_pack(shape, [w.data_ptr() for w in folded], packed.data_ptr(), isa)
+    _native._cpu.pixelcnn_pack(shape, [address(w) for w in folded], address(packed), isa)
     return [embedding.contiguous(), packed], torch.empty(n_cache)
 
 
@@ -68,8 +69,8 @@ def step(
     ids = ids.contiguous()
     logits = torch.empty(ids.shape[0], n_codes)
     _native._cpu.pixelcnn_step(
-        shape, ids.data_ptr(), packed.data_ptr(), embedding.data_ptr(), cache.data_ptr(),
-        0 if condition is None else condition.data_ptr(), *((1, 1) if condition is None else condition.shape[2:4]),
-        logits.data_ptr(), row, column, isa, torch.get_num_threads(),
+        shape, address(ids), address(packed), address(embedding), address(cache),
+        0 if condition is None else address(condition), *((1, 1) if condition is None else condition.shape[2:4]),
+        address(logits), row, column, isa, torch.get_num_threads(),
     )  # fmt: skip
     return logits

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq import _cuda_native
+from fastvq._native import address
 from fastvq.ops.pixelcnn.reference import PER_LAYER
 
 __all__ = ["draw", "prepare", "refuse", "step"]
@@ -77,8 +78,8 @@ def prepare(
     of_head = [layout.add(w_1[:, :, 0].transpose(1, 2)), layout.add(b_1)]
     of_head += [layout.add(w_2[:, :, 0].transpose(1, 2)), layout.add(b_2)]
     table.append([*of_head, layout.room(width * c), *ends, 0])
-    cache = embedding.new_empty(batch, layout.n_cache + layout.n_cache % 2)
-    where = torch.tensor(table, dtype=torch.int64).to(embedding.device)
+    cache = embedding.new_zeros(batch, layout.n_cache + layout.n_cache % 2)
+    where = torch.tensor(table, dtype=torch.int64, device=embedding.device)
     return [embedding.contiguous(), torch.cat(layout.parts), where], cache
 
 
@@ -88,14 +89,14 @@ def _positions(
     top_p: float,
 ) -> None:  # fmt: skip
     embedding, packed, table = weights
-    given = (0, 1, 1) if condition is None else (condition.data_ptr(), *condition.shape[2:4])
+    given = (0, 1, 1) if condition is None else (address(condition), *condition.shape[2:4])
     with _cuda_native.on_device_of(ids):
         arrived = torch.zeros(ids.shape[0], dtype=torch.int32, device=ids.device)
         _cuda_native._cuda.pixelcnn_positions(
-            (ids.data_ptr(), *ids.shape), (embedding.data_ptr(), *embedding.shape),
-            (packed.data_ptr(), table.data_ptr(), n_layers), (cache.data_ptr(), cache.shape[1]), given,
-            (first, count), arrived.data_ptr(), 0 if logits is None else logits.data_ptr(),
-            (0, 0) if uniforms is None or wanted is None else (uniforms.data_ptr(), wanted.data_ptr()),
+            (address(ids), *ids.shape), (address(embedding), *embedding.shape),
+            (address(packed), address(table), n_layers), (address(cache), cache.shape[1]), given,
+            (first, count), address(arrived), 0 if logits is None else address(logits),
+            (0, 0) if uniforms is None or wanted is None else (address(uniforms), address(wanted)),
             temperature, top_k, top_p, _cuda_native.stream(ids),
         )  # fmt: skip
 

@@ -20,7 +20,7 @@ def prepare(
 ) -> tuple[list[Tensor], Tensor]:
     """The weights as ``step`` takes them, and an empty cache."""
     size = cache_size(kernel_sizes, batch, width, weights[0].shape[1])
-    return list(weights), weights[0].new_empty(size)
+    return list(weights), weights[0].new_zeros(size)
 
 
 class _LayerCache(NamedTuple):

@@ -81,7 +81,7 @@ def prepare(
     w_1, b_1, w_2, b_2 = rest[PER_LAYER * len(kernel_sizes) :]
     packed += [w_1[:, :, 0, 0].T, b_1, w_2[:, :, 0, 0].T, b_2]
     size = sum(torch.Size(s).numel() for s in _shapes(kernel_sizes, batch, width, embedding.shape[1]))
-    return [w.contiguous() for w in packed], embedding.new_empty(size)
+    return [w.contiguous() for w in packed], embedding.new_zeros(size)
 
 
 class _Call:
@@ -193,7 +193,7 @@ def step(
     isa: int,
 ) -> Tensor:  # [B, K]
     ids = ids.contiguous()
-    position = torch.full((1,), row * ids.shape[2] + column, device=ids.device)
+    position = torch.full((1,), row * ids.shape[2] + column, dtype=torch.int64, device=ids.device)
     if column == 0:
         vertical(ids, weights, cache, condition, kernel_sizes, position)
     return horizontal(ids, weights, cache, condition, kernel_sizes, position)

@@ -10,6 +10,8 @@ from torch import Tensor
 from fastvq import _native, _triton
 from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import check_backend_name, check_codebook, check_mask, check_number, check_option
+from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
+from fastvq.ops._indices import check_indices
 from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
@@ -19,9 +21,10 @@ from fastvq.ops.quantize import cpu, cuda, reference
 __all__ = ["ESTIMATORS", "Quantized", "backward", "quantize", "setup_context"]
 
 OP = "fastvq.ops.quantize"
+BACKWARD_OP = cpu.BACKWARD_OP
 ESTIMATORS = ("straight_through", "rotation", "none")
 LOOKUP = NEAREST["triton"]
-FORWARD = {
+FORWARD: dict[str, Implementation] = {
     "cpu": Implementation(cpu.quantize, _native.refuse),
     "triton": Implementation(
         _triton.lazily("fastvq.ops.quantize.triton_forward", "quantize"),
@@ -35,7 +38,7 @@ FORWARD = {
     ),
     "reference": Implementation(reference.quantize, lambda *_: None),
 }
-BACKWARD = {
+BACKWARD: dict[str, Implementation] = {
     "cpu": Implementation(cpu.quantize_backward, _native.refuse),
     "triton": Implementation(
         _triton.lazily("fastvq.ops.quantize.triton_backward", "quantize_backward"), _triton.refuse_rows
@@ -130,6 +133,8 @@ def _run(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, precision: str,
     backend: str | None, layout: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    check_lookup(OP, x, codebook, mask)
+    check_choices(OP, metric, precision)
     arguments = (x, codebook, mask, metric, beta, precision)
     run = choose(OP, FORWARD, backend, *arguments)
     return cpu.quantize(*arguments, layout) if run is cpu.quantize else run(*arguments)
@@ -179,11 +184,21 @@ def _run_backward(
     grad_codebook_loss: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebook: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_lookup(BACKWARD_OP, x, codebook)
+    check_option(BACKWARD_OP, "estimator", estimator, ESTIMATORS)
+    check_tensor(BACKWARD_OP, "indices", indices, x.shape[:-1], torch.int64, x.device)
+    check_gradient(BACKWARD_OP, "grad_quantized", grad_quantized, x)
+    for name, weight in (("grad_commitment", grad_commitment), ("grad_codebook_loss", grad_codebook_loss)):
+        if weight is not None:
+            check_tensor(BACKWARD_OP, name, weight, (), None, x.device)
     arguments = (
         x, codebook, indices, grad_quantized, grad_commitment, grad_codebook_loss, estimator, beta, need_x,
         need_codebook,
     )  # fmt: skip
-    return choose(OP, BACKWARD, backend, *arguments)(*arguments)
+    run = choose(OP, BACKWARD, backend, *arguments)
+    if run is not cpu.quantize_backward:  # which looks at them while it counts them
+        check_indices(BACKWARD_OP, indices, codebook.shape[-2])
+    return run(*arguments)
 
 
 def _fake_backward(

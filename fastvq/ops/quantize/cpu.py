@@ -6,10 +6,14 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
+from fastvq._native import address
 from fastvq._rows import Output
+from fastvq.ops._indices import count_real
 from fastvq.ops.ema.cpu import code_statistics
 
-__all__ = ["quantize", "quantize_backward"]
+__all__ = ["BACKWARD_OP", "quantize", "quantize_backward"]
+
+BACKWARD_OP = "fastvq.ops.quantize_backward"
 
 
 def _heads(codebook: Tensor) -> int | None:
@@ -28,7 +32,7 @@ def quantize(
     statistics: tuple[Tensor, Tensor] | None = None,  # sums and counts to fill with those of ``code_statistics``
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     heads = _heads(codebook)
-    indices = torch.empty(x.shape[:-1], dtype=torch.int64)
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
     quantized = Output(x, heads)
     x, rows = _native.rows_view(x, heads)
     mask = None if mask is None else mask.contiguous()
@@ -36,13 +40,14 @@ def quantize(
     isa = _native.lookup_isa(rows, codes, metric_code, fast, layout is not None)
     square, n_rows = _native._cpu.quantize_forward(
         rows, codes, metric_code, fast,
-        0 if mask is None else mask.data_ptr(), _native.rows_of(quantized.rows), indices.data_ptr(), isa,
-        torch.get_num_threads(), 0 if layout is None else layout.data_ptr(),
+        0 if mask is None else address(mask), _native.rows_of(quantized.rows), address(indices), isa,
+        torch.get_num_threads(), 0 if layout is None else address(layout),
         None if statistics is None else _native.statistics_view(*statistics),
     )  # fmt: skip
     mean = square / (n_rows * x.shape[-1]) if n_rows else 0.0
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return quantized.tensor(), torch.tensor(beta * mean, dtype=loss), torch.tensor(mean, dtype=loss), indices
+    commitment_loss, codebook_loss = (torch.tensor(v, dtype=loss, device="cpu") for v in (beta * mean, mean))
+    return quantized.tensor(), commitment_loss, codebook_loss, indices
 
 
 @_native.cpu_call
@@ -60,14 +65,14 @@ def quantize_backward(
 ) -> tuple[Tensor, Tensor]:
     grad_x, grad_codebook = x.new_empty(0), codebook.new_empty(0)
     indices = indices.contiguous()
-    scale = 2 / max(1, int((indices >= 0).sum()) * x.shape[-1])
+    scale = 2 / max(1, count_real(BACKWARD_OP, indices, codebook.shape[-2]) * x.shape[-1])
     if need_x:
         heads = _heads(codebook)
         out = Output(x, heads)
         incoming, g = (None, None) if grad_quantized is None else _native.rows_view(grad_quantized, heads)
         kept, rows = _native.rows_view(x, heads)
         _native._cpu.quantize_backward(
-            rows, _native.codes_view(codebook), indices.data_ptr(), None if estimator == "none" else g,
+            rows, _native.codes_view(codebook), address(indices), None if estimator == "none" else g,
             0.0 if grad_commitment is None else grad_commitment.item() * beta * scale,
             estimator == "rotation", _native.rows_of(out.rows), _native.isa(), torch.get_num_threads(),
         )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _cuda_native, _golden, _golden_calls, _native
+from fastvq._native import address
 from fastvq._rows import Output
 from fastvq.ops.ema.cuda import code_statistics, refuse_statistics
 from fastvq.ops.quantize import reference
@@ -59,14 +60,14 @@ def forward(
         mask = None if mask is None else mask.contiguous()
         n_bytes = _cuda_native._cuda.quantize_workspace(rows, codes, statistics is not None and deterministic)
         room = _cuda_native.workspace(x, n_bytes)
-        sums, counts = (0, 0) if statistics is None else (t.data_ptr() for t in statistics)
+        sums, counts = (0, 0) if statistics is None else (address(t) for t in statistics)
         _cuda_native._cuda.quantize_forward(
             rows, codes,
-            (_native.metric_code(metric), precision == "fast", 0 if mask is None else mask.data_ptr(), beta,
+            (_native.metric_code(metric), precision == "fast", 0 if mask is None else address(mask), beta,
              deterministic),
             _native.rows_of(out.rows),
-            (indices.data_ptr(), commitment_loss.data_ptr(), codebook_loss.data_ptr(), sums, counts),
-            room.data_ptr(), _cuda_native.stream(x),
+            (address(indices), address(commitment_loss), address(codebook_loss), sums, counts),
+            address(room), _cuda_native.stream(x),
         )  # fmt: skip
         return out.tensor(), commitment_loss, codebook_loss, indices
 
@@ -95,7 +96,7 @@ def quantize_backward(
             incoming, g = (None, None) if grad_quantized is None else _native.rows_view(grad_quantized, heads)
             kept, rows = _native.rows_view(x, heads)
             _cuda_native._cuda.quantize_rows_gradient(
-                rows, codes, indices.data_ptr(), g if with_g else None, with_g and estimator == "rotation",
+                rows, codes, address(indices), g if with_g else None, with_g and estimator == "rotation",
                 _loss(grad_commitment, n_real, beta), _native.rows_of(out.rows), _cuda_native.stream(x),
             )  # fmt: skip
             del kept, incoming  # they had to live until here
@@ -107,7 +108,7 @@ def quantize_backward(
             sums, counts = code_statistics(x, indices, codebook.shape[-2], heads, sums_dtype=torch.float64)
             grad_codebook = torch.empty_like(codebook)
             _cuda_native._cuda.quantize_codes_gradient(
-                codes, sums.data_ptr(), counts.data_ptr(), _loss(grad_codebook_loss, n_real, 1.0),
+                codes, address(sums), address(counts), _loss(grad_codebook_loss, n_real, 1.0),
                 _native.codes_view(grad_codebook), _cuda_native.stream(x),
             )  # fmt: skip
     return grad_x, grad_codebook
@@ -116,5 +117,5 @@ def quantize_backward(
 def _loss(weight: Tensor | None, n_real: Tensor, factor: float) -> tuple[int, int, int, float]:
     """``LossWeight`` of csrc/fastvq_cuda.h."""
     if weight is None:
-        return 0, 0, n_real.data_ptr(), factor
-    return weight.data_ptr(), _native.DTYPES[weight.dtype], n_real.data_ptr(), factor
+        return 0, 0, address(n_real), factor
+    return address(weight), _native.DTYPES[weight.dtype], address(n_real), factor

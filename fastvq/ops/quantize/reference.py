@@ -14,8 +14,8 @@ def gather(
     codebook: Tensor,  # [K, D] or [H, K, D]
     indices: Tensor,  # [...] or [H, ...]
 ) -> Tensor:  # [..., D] or [H, ..., D]
-    """The code of every index; -1, which stands for no vector, gives code 0."""
-    indices = indices.clamp(min=0)
+    """The code of every index; -1, which stands for no vector, gives code 0, and an index beyond the codes the last."""
+    indices = indices.clamp(min=0, max=codebook.shape[-2] - 1)
     if codebook.dim() == 2:
         return codebook[indices]
     return torch.stack([c[i] for c, i in zip(codebook, indices, strict=True)])
@@ -83,6 +83,7 @@ def quantize_backward(
 
     A vector that holds NaN or infinity gets a NaN gradient and gives the codebook none.
     """
+    indices = torch.where(indices < codebook.shape[-2], indices, -1)  # no code is there to read
     real = (indices >= 0)[..., None]
     wide = x.double()
     codes = gather(codebook, indices).double()

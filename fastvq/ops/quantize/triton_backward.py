@@ -37,9 +37,9 @@ TILES = [
 CODE_TILE = {"ROWS": 8, "BLOCK_D": 64}
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_total", "factor_bits", "x_inner", "g_inner", "out_inner"])
+@triton.jit(do_not_specialize=["n_rows", "n_total", "n_codes", "factor_bits", "x_inner", "g_inner", "out_inner"])
 def _to_x(
-    x, codebook, g, indices, grad_x, n_real, weight, n_rows, n_total, factor_bits,
+    x, codebook, g, indices, grad_x, n_real, weight, n_rows, n_total, n_codes, factor_bits,
     x_inner, x_head, x_outer, x_step, x_d, g_inner, g_head, g_outer, g_step, g_d,
     out_inner, out_head, out_outer, out_step, out_d, codebook_head, codebook_k, codebook_d,
     D: tl.constexpr, WITH_G: tl.constexpr, WITH_LOSS: tl.constexpr, ROTATE: tl.constexpr, DEGENERATE: tl.constexpr,
@@ -47,6 +47,7 @@ def _to_x(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     index = tl.load(indices + row, mask=row < n_total, other=-1)
+    index = tl.where(index < n_codes, index, -1)  # one that was changed since is left out
     real = tl.expand_dims(index >= 0, AXIS)
     head = row // n_rows
     in_head = row - head * n_rows
@@ -164,8 +165,9 @@ def quantize_backward(
             _to_x[(triton.cdiv(n_total, tile["ROWS"]),)](
                 view.tensor, codebook, incoming.tensor, indices, out.rows.tensor, n_real,
                 n_real if grad_commitment is None else grad_commitment, view.n_rows, n_total,
-                float64_bits(2 * beta / dim), *view.steps, *incoming.steps, *out.rows.steps, *code_strides(codebook),
-                D=dim, WITH_G=with_g, WITH_LOSS=grad_commitment is not None, ROTATE=rotate, DEGENERATE=DEGENERATE,
+                n_codes, float64_bits(2 * beta / dim), *view.steps, *incoming.steps, *out.rows.steps,
+                *code_strides(codebook), D=dim, WITH_G=with_g,
+                WITH_LOSS=grad_commitment is not None, ROTATE=rotate, DEGENERATE=DEGENERATE,
                 WORK=tl.float64 if exact else tl.float32, AXIS=axis_of(view.stride_d, view.n_inner), **tile,
             )  # fmt: skip
         grad_x = out.tensor()

@@ -12,6 +12,8 @@ from fastvq import _cuda_native, _golden, _native, _triton
 from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import check_backend_name, check_codebook, check_integer, check_mask, check_number, check_option
 from fastvq._golden_cases import configuration
+from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
+from fastvq.ops._indices import check_indices
 from fastvq.ops._library import no_second_derivative, register
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, PRECISIONS
@@ -21,6 +23,7 @@ from fastvq.ops.residual import cpu, cuda, reference
 __all__ = ["ResidualQuantized", "residual_quantize"]
 
 OP = "fastvq.ops.residual_quantize"
+BACKWARD_OP = cpu.BACKWARD_OP
 _triton_forward = _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize")
 
 
@@ -174,10 +177,18 @@ def _stacked(levels: list[Tensor]) -> Tensor:  # [Q, K, D]
         return torch.stack(levels)
 
 
+def _check_levels(op: str, x: Tensor, codebooks: Tensor, mask: Tensor | None) -> None:
+    if codebooks.dim() != 3 or codebooks.shape[0] == 0:
+        raise ValueError(f"{op}: codebooks must be [Q, K, D] with Q >= 1, got {list(codebooks.shape)}")
+    check_lookup(op, x, codebooks[0], mask)
+
+
 def _run(
     x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, statistics: bool,
     precision: str, backend: str | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    _check_levels(OP, x, codebooks, mask)
+    check_choices(OP, metric, precision)
     arguments = (x, codebooks, mask, metric, beta, statistics, precision)
     quantized, indices, commitment, codebook, sums, counts = choose(OP, FORWARD, backend, *arguments)(*arguments)
     return quantized, commitment, codebook, indices, sums, counts
@@ -220,10 +231,21 @@ def _run_backward(
     x: Tensor, codebooks: Tensor, indices: Tensor, grad_quantized: Tensor | None, grad_commitment: Tensor | None,
     grad_codebook: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebooks: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_levels(BACKWARD_OP, x, codebooks, None)
+    check_option(BACKWARD_OP, "estimator", estimator, ESTIMATORS)
+    n_levels = codebooks.shape[0]
+    check_tensor(BACKWARD_OP, "indices", indices, (*x.shape[:-1], n_levels), torch.int64, x.device)
+    check_gradient(BACKWARD_OP, "grad_quantized", grad_quantized, x)
+    for name, weight in (("grad_commitment", grad_commitment), ("grad_codebook", grad_codebook)):
+        if weight is not None:
+            check_tensor(BACKWARD_OP, name, weight, (n_levels,), None, x.device)
     arguments = (
         x, codebooks, indices, grad_quantized, grad_commitment, grad_codebook, estimator, beta, need_x, need_codebooks,
     )  # fmt: skip
-    return choose(OP, BACKWARD, backend, *arguments)(*arguments)
+    run = choose(OP, BACKWARD, backend, *arguments)
+    if run is not cpu.residual_quantize_backward:  # which looks at them while it counts them
+        check_indices(BACKWARD_OP, indices, codebooks.shape[1])
+    return run(*arguments)
 
 
 def _fake_backward(

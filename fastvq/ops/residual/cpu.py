@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
+from fastvq._native import address
 from fastvq._rows import Output
+from fastvq.ops._indices import count_real
 from fastvq.ops.quantize.reference import gather
 from fastvq.ops.residual import reference
 
-__all__ = ["residual_quantize", "residual_quantize_backward"]
+__all__ = ["BACKWARD_OP", "residual_quantize", "residual_quantize_backward"]
+
+BACKWARD_OP = "fastvq.ops.residual_quantize_backward"
 
 
 @_native.cpu_call
@@ -26,26 +30,26 @@ def residual_quantize(
     n_levels, n_codes, dim = codebooks.shape
     threads = torch.get_num_threads()
     quantized = Output(x, None)
-    indices = torch.empty(*x.shape[:-1], n_levels, dtype=torch.int64)
-    squares = torch.empty(n_levels, dtype=torch.float64)
-    finite_levels = torch.zeros(x.shape[:-1] if statistics else (0,), dtype=torch.int32)
+    indices = torch.empty(*x.shape[:-1], n_levels, dtype=torch.int64, device="cpu")
+    squares = torch.empty(n_levels, dtype=torch.float64, device="cpu")
+    finite_levels = torch.zeros(x.shape[:-1] if statistics else (0,), dtype=torch.int32, device="cpu")
     x, rows = _native.rows_view(x, None)
     levels = _native.codes_view(codebooks)
     mask = None if mask is None else mask.contiguous()
     metric_code, fast = _native.metric_code(metric), precision == "fast"
     n_rows = _native._cpu.residual_quantize(
-        rows, levels, metric_code, fast, 0 if mask is None else mask.data_ptr(),
-        _native.rows_of(quantized.rows), indices.data_ptr(), squares.data_ptr(), finite_levels.data_ptr(),
+        rows, levels, metric_code, fast, 0 if mask is None else address(mask),
+        _native.rows_of(quantized.rows), address(indices), address(squares), address(finite_levels),
         _native.lookup_isa(rows, levels, metric_code, fast), threads,
     )  # fmt: skip
     dtype = reference.residual_dtype(x, codebooks)
-    sums = torch.empty((n_levels, n_codes, dim) if statistics else (0,), dtype=dtype)
-    counts = torch.empty((n_levels, n_codes) if statistics else (0,), dtype=torch.int64)
+    sums = torch.empty((n_levels, n_codes, dim) if statistics else (0,), dtype=dtype, device="cpu")
+    counts = torch.empty((n_levels, n_codes) if statistics else (0,), dtype=torch.int64, device="cpu")
     if statistics:
         codebooks = codebooks.to(dtype)
         _native._cpu.residual_statistics(
-            rows, _native.codes_view(codebooks), indices.data_ptr(), finite_levels.data_ptr(), sums.data_ptr(),
-            dtype == torch.float64, counts.data_ptr(), threads,
+            rows, _native.codes_view(codebooks), address(indices), address(finite_levels), address(sums),
+            dtype == torch.float64, address(counts), threads,
         )  # fmt: skip
     mean = squares / max(1, n_rows * dim)
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -70,11 +74,11 @@ def residual_quantize_backward(
     kept, rows = _native.rows_view(x, None)
     wide = codebooks.to(reference.residual_dtype(x, codebooks))
     levels, threads = _native.codes_view(wide), torch.get_num_threads()
-    scale = 2 / max(1, int((indices[..., 0] >= 0).sum()) * dim)
+    scale = 2 / max(1, count_real(BACKWARD_OP, indices, codebooks.shape[1], n_levels) * dim)
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     if need_x:
         out = Output(x, None)
-        scales = torch.zeros(n_levels, dtype=torch.float64)
+        scales = torch.zeros(n_levels, dtype=torch.float64, device="cpu")
         if grad_commitment is not None:
             scales.copy_(grad_commitment).mul_(beta * scale)
         incoming, g = None, None
@@ -83,7 +87,7 @@ def residual_quantize_backward(
                 grad_quantized = _turn(x, codebooks, indices, grad_quantized)
             incoming, g = _native.rows_view(grad_quantized, None)
         _native._cpu.residual_backward(
-            rows, levels, indices.data_ptr(), g, scales.data_ptr(), _native.rows_of(out.rows), threads
+            rows, levels, address(indices), g, address(scales), _native.rows_of(out.rows), threads
         )
         del incoming  # it had to live until here
         grad_x = out.tensor()
@@ -91,10 +95,11 @@ def residual_quantize_backward(
         grad_codebooks = torch.zeros_like(codebooks)
         if grad_codebook is not None:
             # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
-            sums, counts = torch.empty(codebooks.shape, dtype=torch.float64), indices.new_empty(codebooks.shape[:2])
+            sums = torch.empty(codebooks.shape, dtype=torch.float64, device="cpu")
+            counts = indices.new_empty(codebooks.shape[:2])
             finite = torch.where(kept.isfinite().all(-1), n_levels, 0).to(torch.int32)
             _native._cpu.residual_statistics(
-                rows, levels, indices.data_ptr(), finite.data_ptr(), sums.data_ptr(), True, counts.data_ptr(), threads
+                rows, levels, address(indices), address(finite), address(sums), True, address(counts), threads
             )  # fmt: skip
             used = (counts > 0)[..., None]  # a code that is not finite is not used, and zero times it is not zero
             pull = (counts[..., None] * codebooks.double() - sums) * (grad_codebook.double() * scale)[:, None, None]
@@ -111,16 +116,16 @@ def _turn(
     """The rotation estimator's gradient for x and its sum of codes: to the kernel of one level, each its own code."""
     if x.numel() == 0:
         return torch.empty_like(x)  # the kernel needs at least one code
-    total = torch.zeros(x.shape, dtype=reference.residual_dtype(x, codebooks))
+    total = torch.zeros(x.shape, dtype=reference.residual_dtype(x, codebooks), device="cpu")
     for level, i in zip(codebooks, indices.unbind(-1), strict=True):
         total += gather(level, i)
     total = total.view(-1, x.shape[-1])
-    own = torch.where(indices[..., 0].reshape(-1) >= 0, torch.arange(total.shape[0]), -1)
+    own = torch.where(indices[..., 0].reshape(-1) >= 0, torch.arange(total.shape[0], device="cpu"), -1)
     out = Output(x, None)
     kept, rows = _native.rows_view(x, None)
     incoming, gradient = _native.rows_view(g, None)
     _native._cpu.quantize_backward(
-        rows, _native.codes_view(total), own.data_ptr(), gradient, 0.0, True, _native.rows_of(out.rows), _native.isa(),
+        rows, _native.codes_view(total), address(own), gradient, 0.0, True, _native.rows_of(out.rows), _native.isa(),
         torch.get_num_threads(),
     )  # fmt: skip
     del kept, incoming  # they had to live until here

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _cuda_native, _native
+from fastvq._native import address
 from fastvq._rows import Output
 from fastvq.ops.ema.cuda import code_statistics
 from fastvq.ops.nearest.cuda import nearest
@@ -43,8 +44,8 @@ def residual_quantize(
             real = None if mask is None else mask.contiguous()
             room = _cuda_native.workspace(x, _cuda_native._cuda.residual_workspace(codes))
             _cuda_native._cuda.residual_quantize(
-                rows, codes, _native.metric_code(metric), precision == "fast", 0 if real is None else real.data_ptr(),
-                _native.rows_of(out.rows), indices.data_ptr(), squares.data_ptr(), room.data_ptr(),
+                rows, codes, _native.metric_code(metric), precision == "fast", 0 if real is None else address(real),
+                _native.rows_of(out.rows), address(indices), address(squares), address(room),
                 _cuda_native.stream(x),
             )  # fmt: skip
             quantized, square = out.tensor(), squares.sum(1)
@@ -137,8 +138,8 @@ def _pull(
     view, rows = _native.rows_view(x, None)
     incoming, straight = (None, None) if rotation or g is None else _native.rows_view(g, None)
     _cuda_native._cuda.residual_backward(
-        rows, _native.codes_view(levels), indices.data_ptr(), 0 if weights is None else weights.data_ptr(), straight,
-        _native.rows_of(out.rows), 0 if total is None else total.data_ptr(), _cuda_native.stream(x),
+        rows, _native.codes_view(levels), address(indices), 0 if weights is None else address(weights), straight,
+        _native.rows_of(out.rows), 0 if total is None else address(total), _cuda_native.stream(x),
     )  # fmt: skip
     del view, incoming  # they had to live until here
     if turned is None or total is None:

@@ -62,9 +62,9 @@ def _advance(
     tl.store(squares + tl.program_id(0), tl.sum(square))
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_codes"])
 def _pull(
-    x, codebooks, stride_q, stride_k, stride_d, indices, weights, grad, out, total, n_rows, n_levels, dim,
+    x, codebooks, stride_q, stride_k, stride_d, indices, weights, grad, out, total, n_rows, n_codes, n_levels, dim,
     WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_TOTAL: tl.constexpr, WORK: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -80,6 +80,7 @@ def _pull(
     added = tl.zeros((BM, BD), WORK)
     for q in range(0, n_levels):
         k = tl.load(indices + r * n_levels + q, mask=real, other=0)
+        k = tl.minimum(tl.maximum(k, 0), n_codes - 1)  # one that was changed since reads a code, whichever
         from_code = codebooks + k[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
         code = as_work(tl.load(from_code, mask=inside, other=0.0), WORK)
         codebooks += stride_q
@@ -197,7 +198,7 @@ def residual_quantize_backward(
         bm, bd = _tile(dim)
         if n:
             _pull[(triton.cdiv(n, bm), triton.cdiv(dim, bd))](
-                rows, codebooks, *codebooks.stride(), chosen, weights, g, out, total, n, n_levels, dim,
+                rows, codebooks, *codebooks.stride(), chosen, weights, g, out, total, n, n_codes, n_levels, dim,
                 WITH_LOSS=grad_commitment is not None, WITH_GRAD=straight, WITH_TOTAL=rotate, WORK=_work(dtype),
                 BM=bm, BD=bd,
             )  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvq import _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_backend_name, check_codebook, check_mask, check_number, check_option
+from fastvq.ops._contract import check_choices, check_lookup
 from fastvq.ops._library import register
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, PRECISIONS
@@ -108,6 +109,8 @@ def _run(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, precision: str,
     backend: str | None, deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    check_lookup(OP, x, codebook, mask)
+    check_choices(OP, metric, precision)
     arguments = (x, codebook, mask, metric, beta, precision, deterministic)
     return choose(OP, IMPLEMENTATIONS, backend, *arguments)(*arguments)
 

@@ -19,6 +19,6 @@ def vq_step(
     precision: str,
     deterministic: bool = True,  # this one always is
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sums = torch.empty(codebook.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    counts = torch.empty(codebook.shape[:-1], dtype=torch.int64)
+    sums = torch.empty(codebook.shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device="cpu")
+    counts = torch.empty(codebook.shape[:-1], dtype=torch.int64, device="cpu")
     return *quantize(x, codebook, mask, metric, beta, precision, statistics=(sums, counts)), sums, counts
