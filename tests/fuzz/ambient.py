@@ -85,13 +85,19 @@ class Ambient:
         return Ambient(self.isa, **rounding)
 
 
-def ambients(modes: tuple[str, ...] = MODES, rounding: bool = True) -> st.SearchStrategy[Ambient]:
+def ambients(
+    modes: tuple[str, ...] = MODES, rounding: bool = True, defaults: bool = True
+) -> st.SearchStrategy[Ambient]:
     """Half of them with threads and instruction set alone, the others with everything."""
     where = {"isa": st.sampled_from([None, *_native.available_isas()]), "threads": st.sampled_from(THREADS)}
     rare = {
         "mode": st.sampled_from(modes),
         "rounding": st.sampled_from(list(ROUNDING) if rounding else ["nearest"]),
         "flush_denormal": st.booleans() if rounding else st.just(False),
+        "default_dtype": st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16)),
+        "default_device": st.sampled_from(("cpu", "cpu", "meta")),
         "deterministic": st.booleans(),
     }
+    if not defaults:
+        del rare["default_dtype"], rare["default_device"]
     return st.one_of(st.builds(Ambient, **where), st.builds(Ambient, **where, **rare))
