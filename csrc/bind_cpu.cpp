@@ -42,6 +42,7 @@ PYBIND11_MODULE(_cpu, m) {
     return py::make_tuple(use.largest, use.n_pairs);
   });
   m.def("packed_bytes", [](const CodesTuple& c, int isa) { return packed_bytes(codes(c), static_cast<Isa>(isa)); });
+  m.def("said_bytes", [](int64_t kept) { return said_bytes(pointer<const void>(kept)); });
   m.def("pack_codebook", [](const CodesTuple& c, int metric, int isa, int n_threads, int64_t kept) {
     py::gil_scoped_release release;
     pack_codebook(codes(c), static_cast<Metric>(metric), static_cast<Isa>(isa), n_threads, pointer<void>(kept));

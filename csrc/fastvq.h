@@ -61,6 +61,8 @@ LookupCounts nearest(const Rows& x, const Codes& codes, Metric metric, bool fast
 
 // Packs a codebook into packed_bytes bytes at kept, aligned to 64.
 int64_t packed_bytes(const Codes& codes, Isa isa);
+// The bytes that memory, at least 64 of it, says it takes; -1 where pack_codebook did not write it.
+int64_t said_bytes(const void* kept);
 void pack_codebook(const Codes& codes, Metric metric, Isa isa, int n_threads, void* kept);
 
 struct QuantizeSums {

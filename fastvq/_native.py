@@ -30,6 +30,7 @@ __all__ = [
     "ema_view",
     "image_view",
     "isa",
+    "layout_address",
     "lookup_isa",
     "metric_code",
     "packing_isa",
@@ -195,6 +196,20 @@ def address(t: Tensor) -> int:
     return at
 
 
+def layout_address(layout: Tensor | None) -> int:
+    """Where a packed codebook lies, 0 for none; ValueError where ``torch.ops.fastvq.pack_codebook`` did not make it."""
+    if layout is None:
+        return 0
+    at = address(layout)
+    whole = layout.dtype == torch.uint8 and layout.is_contiguous() and layout.is_cpu and layout.numel() >= 64
+    if not whole or at % 64 or _cpu.said_bytes(at) != layout.numel():
+        raise ValueError(
+            f"fastvq: layout must be what torch.ops.fastvq.pack_codebook made of the codebook, got {layout.dtype} "
+            f"{list(layout.shape)}; pack the codebook again"
+        )
+    return at
+
+
 def metric_code(metric: str) -> int:
     return METRICS[metric]
 
@@ -259,3 +274,4 @@ def image_view(
 
 
 _ISAS_HERE = available_isas()
+ISA_NUMBERS_HERE = frozenset(ISAS[name] for name in _ISAS_HERE)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._files import write_atomically
-from fastvq._json import Kind, anything, mapping_of, parse_json, shorten, text, write_json
+from fastvq._json import Kind, anything, mapping_of, parse_json, text, write_json
 
 __all__ = ["Pretrained", "load_state", "load_tensors", "save_tensors"]
 
@@ -26,7 +26,6 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 METADATA = "fastvq"
 DIGEST = "sha256"  # entry of the metadata: the digest of the file, with zeros in the place of the digest
 ZEROS = "0" * 64
-REASON = 300  # characters of another library's message in an error
 # A config may hold whole numbers up to the number of elements of its weights, or up to the first; counts of layers and
 # the like up to the number of tensors, or up to the second: larger ones are refused before anything is made.
 SMALL_NUMBER, SMALL_COUNT = 1 << 16, 1 << 10
@@ -79,7 +78,7 @@ def _read_tensors(op: str, path: Path | str) -> tuple[dict[str, Tensor], dict[st
             described = (file.metadata() or {}).get(METADATA, "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except Exception as error:  # safetensors and torch raise many types for what a damaged header may say
-        reason = str(error).partition("\n")[0][:REASON]
+        reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{op}: {path} must be a safetensors file, and cannot be read as one ({reason}); "
             "it is truncated or of another format: take an older checkpoint or write it again"
@@ -96,7 +95,7 @@ def _read_tensors(op: str, path: Path | str) -> tuple[dict[str, Tensor], dict[st
 def _check_format(op: str, path: Path | str, metadata: Mapping[str, str], kind: str, entries: Sequence[str]) -> None:
     if metadata.get("format") != kind:
         raise ValueError(
-            f"{op}: {path} must hold a {kind}, got format {shorten(metadata.get('format'))}; "
+            f"{op}: {path} must hold a {kind}, got format {metadata.get('format')!r}; "
             "it is a safetensors file of something else"
         )
     needed = {"format", *(name for name in entries if not name.endswith("?"))}
@@ -105,7 +104,7 @@ def _check_format(op: str, path: Path | str, metadata: Mapping[str, str], kind: 
         missing, unknown = sorted(needed - metadata.keys()), sorted(metadata.keys() - known)
         raise ValueError(
             f"{op}: {path} must have the metadata {', '.join(sorted(needed))} (missing: {missing}, not known: "
-            f"{shorten(unknown[:3])}); it is damaged or of another version"
+            f"{unknown[:3]}); it is damaged or of another version"
         )
 
 
@@ -231,7 +230,7 @@ def _read_model(op: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor
         config, _ = parse_json(op, f"the config in {folder / WEIGHTS}", metadata["config"], described)
     kind = (config or {}).get("class")
     if not isinstance(kind, str) or kind not in Pretrained._kinds:
-        raise ValueError(f"{op}: {path} must describe a model of this version, got class {shorten(kind)}")
+        raise ValueError(f"{op}: {path} must describe a model of this version, got class {kind!r}")
     _check_format(op, folder / WEIGHTS, metadata, kind, ["config?"])
     assert config is not None
     return config, tensors
@@ -279,5 +278,5 @@ def _misfits(op: str, folder: Path, kind: str) -> Iterator[None]:
             raise
         if isinstance(error, RuntimeError) and "meta" in str(error):
             raise NotImplementedError from error
-        reason = str(error).partition("\n")[0][:REASON]
+        reason = str(error).partition("\n")[0]
         raise ValueError(f"{op}: the config of {folder} does not fit this version of {kind} ({reason})") from None

@@ -6,7 +6,6 @@ The short mode is part of the test suite. The long mode: pytest tests/fuzz/test_
 import collections
 import contextlib
 import io
-import json
 import os
 import random
 import resource
@@ -76,19 +75,10 @@ def run(arguments):
     return status or 0, output.getvalue(), said.getvalue().splitlines()
 
 
-def _content(path):
-    """A file's bytes; of JSON the value, which white space does not change."""
-    data = path.read_bytes()
-    if path.suffix == ".json":
-        with contextlib.suppress(ValueError, RecursionError):
-            return repr(json.loads(data))
-    return data
-
-
 def contents(root, folder=None):
     """{path: content} below a folder, but for logs and pictures of a run, which name times."""
     return {
-        str(path.relative_to(root)): _content(path)
+        str(path.relative_to(root)): path.read_bytes()
         for path in sorted((root / (folder or ".")).rglob("*"))
         if path.is_file() and path.suffix != ".jsonl" and "tfevents" not in path.name
     }

@@ -35,6 +35,8 @@ const NearestKernels& nearest_kernels(Isa isa, int64_t dim) {
 
 int64_t packed_bytes(const Codes& codes, Isa isa) { return PackedHeads::kept_bytes(nearest_kernels(isa, codes.dim), codes); }
 
+int64_t said_bytes(const void* kept) { return PackedHeads::said_bytes(kept); }
+
 void pack_codebook(const Codes& codes, Metric metric, Isa isa, int n_threads, void* kept) {
   PackedHeads::keep(nearest_kernels(isa, codes.dim), codes, isa, metric, n_threads, kept);
 }

@@ -46,7 +46,12 @@ class PackedHeads {
     if (std::memcmp(&header, &expected, sizeof header) != 0)
       throw std::invalid_argument("fastvq: this packed codebook is of another codebook, metric or instruction set");
     char* at = static_cast<char*>(kept) + padded(sizeof header);
+    const PackedCodes described = heads_[0];
     std::memcpy(heads_.data(), at, heads_.size() * sizeof(PackedCodes));
+    for (const PackedCodes& p : heads_)
+      if (p.n_codes != described.n_codes || p.dim != described.dim || p.width != described.width ||
+          p.n_panels != described.n_panels)
+        throw std::invalid_argument("fastvq: this packed codebook was changed since pack_codebook made it");
     place(kernels, heads_, at + padded(static_cast<int64_t>(heads_.size() * sizeof(PackedCodes))));
     if (fast) drop_bounds();
   }
@@ -57,6 +62,13 @@ class PackedHeads {
     PackedHeader header;
     std::memcpy(&header, kept, sizeof header);
     return header.mark == kPackedMark && header.isa == static_cast<int64_t>(isa);
+  }
+
+  // How many bytes memory that `keep` wrote says it has, or -1 where it is no such memory.
+  static int64_t said_bytes(const void* kept) {
+    PackedHeader header;
+    std::memcpy(&header, kept, sizeof header);
+    return header.mark == kPackedMark ? header.bytes : -1;
   }
 
   static int64_t kept_bytes(const NearestKernels& kernels, const Codes& codes) {

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from fastvq import _triton
 from fastvq._backends import Implementation, bound_backend, choose
-from fastvq._checks import check_backend_name, check_float, check_integer, check_option, check_same_device
+from fastvq._checks import FLOATS, check_backend_name, check_float, check_integer, check_option, check_same_device
+from fastvq.ops._contract import check_gradient
 from fastvq.ops._library import register
 from fastvq.ops._transforms import active, no_forward_mode
 from fastvq.ops.masked_conv import cpu, cuda, reference
+from fastvq.ops.masked_conv.contract import check_backward, check_gate, check_operands
 from fastvq.ops.masked_conv.masks import COLOUR_MASKS, MASKS
 
 __all__ = ["MASKS", "gated_masked_conv2d", "masked_conv2d"]
@@ -188,6 +190,8 @@ def _check(
         )
     elif mask.shape != weight.shape[2:]:
         raise ValueError(f"{op}: mask must be {list(weight.shape[2:])}, weight's kernel size, got {list(mask.shape)}")
+    else:
+        check_same_device(op, "x", x, "mask", mask)
     if colours != 1:
         if not isinstance(mask, str) or mask not in COLOUR_MASKS:
             raise ValueError(
@@ -220,6 +224,7 @@ def _check_dtypes(op: str, x: Tensor, *others: Tensor | None) -> None:
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: str, taps: Tensor | None, colours: int, backend: str | None
 ) -> Tensor:
+    check_operands(OP, x, weight, bias, mask, taps, colours)
     arguments = (x, weight, bias, mask, taps, colours)
     return choose(OP, FORWARD, backend, *arguments)(*arguments)
 
@@ -250,6 +255,7 @@ def _run_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mask: str, taps: Tensor | None, colours: int, need_x: bool,
     need_weight: bool, need_bias: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_backward(f"{OP}_backward", grad, x, weight, mask, taps, colours)
     arguments = (grad, x, weight, mask, taps, colours, need_x, need_weight, need_bias)
     return choose(OP, BACKWARD, backend, x, *arguments)(*arguments)
 
@@ -269,6 +275,8 @@ def _run_gated(
     x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: str, taps: Tensor | None,
     save: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    check_operands(GATED, x, weight, bias, mask, taps, 1)
+    check_gate(GATED, x, weight, condition)
     arguments = (x, weight, bias, condition, mask, taps, save)
     return choose(GATED, GATED_FORWARD, backend, *arguments)(*arguments)
 
@@ -310,6 +318,12 @@ def _backward_gated(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | No
 
 
 def _run_gate_backward(grad: Tensor, tanh_a: Tensor, sigmoid_b: Tensor, backend: str | None) -> Tensor:
+    for name, factor in (("tanh_a", tanh_a), ("sigmoid_b", sigmoid_b)):
+        check_gradient("fastvq.ops.gate_backward", name, factor, grad)
+    if grad.dim() != 4 or grad.dtype not in FLOATS:
+        raise ValueError(
+            f"fastvq.ops.gate_backward: grad must be a float [B, C, H, W], got {grad.dtype} {list(grad.shape)}"
+        )
     arguments = (grad, tanh_a, sigmoid_b)
     return choose(GATED, GATE_BACKWARD, backend, *arguments)(*arguments)
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
+from fastvq._checks import check_codes
 from fastvq._native import address
+from fastvq.ops._library import register
 
 __all__ = ["nearest", "pack"]
 
@@ -25,7 +27,7 @@ def nearest(
     isa = _native.lookup_isa(rows, codes, metric_code, fast, layout is not None)
     _native._cpu.nearest(
         rows, codes, metric_code, fast, address(indices), isa, torch.get_num_threads(),
-        0 if layout is None else address(layout),
+        _native.layout_address(layout),
     )  # fmt: skip
     return indices
 
@@ -36,7 +38,17 @@ def pack(
     metric: str,
 ) -> Tensor:  # [bytes] uint8
     """The codebook as the kernels that will look vectors up in it read it."""
+    check_codes("fastvq.ops.pack_codebook", codebook)
     view, isa = _native.codes_view(codebook), _native.packing_isa()
     layout = torch.empty(_native._cpu.packed_bytes(view, isa), dtype=torch.uint8, device="cpu")
     _native._cpu.pack_codebook(view, _native.metric_code(metric), isa, torch.get_num_threads(), address(layout))
     return layout
+
+
+def _fake_pack(codebook: Tensor, metric: str) -> Tensor:
+    heads, stride_head = (1, 0) if codebook.dim() == 2 else (codebook.shape[0], codebook.stride(0))
+    sizes = (0, 0, heads, *codebook.shape[-2:], stride_head, *codebook.stride()[-2:])  # their number of bytes is exact
+    return codebook.new_empty(_native._cpu.packed_bytes(sizes, _native.packing_isa()), dtype=torch.uint8)
+
+
+register("pack_codebook(Tensor codebook, str metric) -> Tensor", pack, _fake_pack)

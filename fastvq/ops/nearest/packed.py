@@ -10,7 +10,6 @@ from torch import Tensor
 from fastvq import _native
 from fastvq._backends import check_backend
 from fastvq._checks import check_codes, check_option
-from fastvq.ops.nearest import cpu
 
 __all__ = ["PackedCodebook", "operands", "pack_codebook"]
 
@@ -36,7 +35,7 @@ class PackedCodebook:
         self.metric = metric
         self.backend = backend
         usable = _native.unavailable() is None and codes.device.type == "cpu" and backend in (None, "cpu")
-        self._layout = cpu.pack(codes, metric) if usable else None
+        self._layout = torch.ops.fastvq.pack_codebook(codes, metric) if usable else None
 
     @property
     def codebook(self) -> Tensor:

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fastvq import _native, _triton
 from fastvq._backends import BACKENDS, Implementation, choose
-from fastvq._checks import check_float
+from fastvq._checks import check_float, check_option, check_same_device
 from fastvq.ops._library import register
 from fastvq.ops.pixelcnn import cpu, cuda, reference
+from fastvq.ops.pixelcnn.contract import check_condition, check_step
 
 __all__ = ["PixelCNNState", "pixelcnn_start", "pixelcnn_step"]
 
@@ -111,9 +112,11 @@ def _check_shapes(
 ) -> None:
     if not kernel_sizes or any(k < 1 or k % 2 == 0 for k in kernel_sizes):
         raise ValueError(f"{START}: kernel_sizes must be odd, one a layer, got {list(kernel_sizes)}")
-    batch, height, width = shape
     if min(shape) < 1:
         raise ValueError(f"{START}: shape must be B, H, W >= 1, got {list(shape)}")
+    if not weights or weights[0].dim() != 2 or 0 in weights[0].shape:
+        got = [list(w.shape) for w in weights[:1]]
+        raise ValueError(f"{START}: weights[0] must be the embedding [K, C] with K, C >= 1, got {got}")
     n_codes, c = weights[0].shape
     expected: list[list[int]] = [[n_codes, c]]
     for i, k in enumerate(kernel_sizes):
@@ -127,14 +130,16 @@ def _check_shapes(
             f"{START}: weights must be {len(expected)} tensors for {len(kernel_sizes)} layers, got {len(got)}; the "
             f"first that does not fit is weights[{wrong}]; see the docstring for the order"
         )
-    if condition is not None:
-        fits = condition.dim() == 5 and list(condition.shape[:2]) == [len(kernel_sizes), batch]
-        h, w = condition.shape[2:4] if fits else (0, 0)
-        if not fits or condition.shape[4] != 4 * c or 0 in (h, w) or height % h or width % w:
+    device, dtype = weights[0].device, weights[0].dtype
+    for i, w in enumerate(weights):
+        if w.device != device or w.dtype != dtype:
             raise ValueError(
-                f"{START}: condition must be [{len(kernel_sizes)}, {batch}, h, w, {4 * c}] with h dividing {height} "
-                f"and w dividing {width}, got {list(condition.shape)}"
+                f"{START}: weights must be of one dtype on one device, got {dtype} on {device} for weights[0] and "
+                f"{w.dtype} on {w.device} for weights[{i}]; convert one with .to()"
             )
+    if condition is not None:
+        check_float(START, "condition", condition)
+        check_condition(START, condition, len(kernel_sizes), shape, c, device)
 
 
 def pixelcnn_step(
@@ -148,7 +153,8 @@ def pixelcnn_step(
     Positions come in raster order from (0, 0), every one of them: a call leaves in ``state.cache`` what later ones
     read (Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive Models"). The call at column 0
     also computes the vertical stack for the whole row, which sees only rows above. Starting again at (0, 0) starts
-    anew. ids at the position and after it are not read.
+    anew. ids at the position and after it are not read. What no call has left yet is zeros: positions in another order
+    get logits that are those of no network, but the same ones every time.
 
     float32 weights are computed in float32, and on the CPU the result does not depend on the number of threads. The
     Triton kernels take weights of two bytes too, add in float32 and keep activations in the weights' dtype; an id
@@ -170,12 +176,15 @@ def check_ids(op: str, state: PixelCNNState, ids: Tensor) -> None:
         raise ValueError(
             f"{op}: ids must be int64 {list(state.shape)}, as the state was made for, got {ids.dtype} {list(ids.shape)}"
         )
+    check_same_device(op, "the state's weights", state.weights[0], "ids", ids)
 
 
 def _run(
     ids: Tensor, weights: list[Tensor], cache: Tensor, condition: Tensor | None, kernel_sizes: list[int], row: int,
     column: int, isa: int, backend: str,
 ) -> Tensor:  # fmt: skip
+    check_option(OP, "backend", backend, STEP)
+    check_step(OP, ids, weights, cache, condition, kernel_sizes, row, column, backend)
     return STEP[backend](ids, weights, cache, condition, kernel_sizes, row, column, isa)
 
 

@@ -10,9 +10,13 @@ from torch import Tensor
 
 from fastvq import _native
 from fastvq._native import address
+from fastvq.ops._contract import check_tensor
+from fastvq.ops._library import register
 from fastvq.ops.pixelcnn.reference import PER_LAYER
 
 __all__ = ["prepare", "refuse", "step"]
+
+PACK = "fastvq.ops.pixelcnn_pack"
 
 
 def refuse(weights: Sequence[Tensor], *_: Any) -> str | None:
@@ -31,7 +35,7 @@ def prepare(
     embedding, *rest = weights
     n_codes, channels = embedding.shape
     shape = (batch, height, width, channels, n_codes, list(kernel_sizes))
-    n_weights, n_cache = _native._cpu.pixelcnn_sizes(shape, isa)
+    _, n_cache = _native._cpu.pixelcnn_sizes(shape, isa)
     # Biases that are only ever added together become one: link and horizontal, and those of all skip paths.
     skip_bias = torch.stack([rest[PER_LAYER * i + 7][-channels:] for i in range(len(kernel_sizes))]).sum(0)
     folded = []
@@ -41,10 +45,65 @@ def prepare(
             out_bias = torch.cat([out_bias[:-channels], skip_bias])
         folded += [v, v_bias, link, link_bias + h_bias, h, h_bias, out, out_bias]
     folded += rest[PER_LAYER * len(kernel_sizes) :]
-    folded = [w.contiguous() for w in folded]
-    packed = torch.empty(n_weights)
-    _native._cpu.pixelcnn_pack(shape, [address(w) for w in folded], address(packed), isa)
-    return [embedding.contiguous(), packed], torch.empty(n_cache)
+    packed = torch.ops.fastvq.pixelcnn_pack(folded, batch, height, width, kernel_sizes, n_codes, isa)
+    return [embedding.contiguous(), packed], embedding.new_zeros(n_cache)
+
+
+def _pack(
+    weights: Sequence[Tensor], batch: int, height: int, width: int, kernel_sizes: Sequence[int], n_codes: int, isa: int
+) -> Tensor:
+    """The weights of all maps one after another, biases folded, as csrc/cpu/masked_conv/pixelcnn.cpp lays them out."""
+    channels = weights[0].shape[1]
+    _check_isa(isa)
+    wanted = _map_shapes(kernel_sizes, channels, n_codes)
+    if [tuple(w.shape) for w in weights] != wanted:
+        raise ValueError(f"{PACK}: weights must be {wanted}, got {[tuple(w.shape) for w in weights]}")
+    for i, w in enumerate(weights):
+        check_tensor(PACK, f"weights[{i}]", w, w.shape, torch.float32, torch.device("cpu"))
+    weights = [w.contiguous() for w in weights]
+    shape = (batch, height, width, channels, n_codes, list(kernel_sizes))
+    packed = torch.empty(_native._cpu.pixelcnn_sizes(shape, isa)[0], dtype=torch.float32, device="cpu")
+    _native._cpu.pixelcnn_pack(shape, [address(w) for w in weights], address(packed), isa)
+    return packed
+
+
+def _map_shapes(kernel_sizes: Sequence[int], c: int, n_codes: int) -> list[tuple[int, ...]]:
+    shapes: list[tuple[int, ...]] = []
+    for i, k in enumerate(kernel_sizes):
+        o = 2 * c if i + 1 < len(kernel_sizes) else c
+        shapes += [
+            (2 * c, c, k, k),
+            (2 * c,),
+            (2 * c, c, 1, 1),
+            (2 * c,),
+            (2 * c, c, 1, k),
+            (2 * c,),
+            (o, c, 1, 1),
+            (o,),
+        ]
+    return [*shapes, (c, c, 1, 1), (c,), (n_codes, c, 1, 1), (n_codes,)]
+
+
+def _fake_pack(
+    weights: Sequence[Tensor], batch: int, height: int, width: int, kernel_sizes: Sequence[int], n_codes: int, isa: int
+) -> Tensor:
+    shape = (batch, height, width, weights[0].shape[1], n_codes, list(kernel_sizes))
+    return weights[0].new_empty(_native._cpu.pixelcnn_sizes(shape, isa)[0])
+
+
+def _check_isa(isa: int) -> None:
+    if isa not in _native.ISA_NUMBERS_HERE:
+        raise ValueError(
+            f"{PACK}: this machine does not have the instruction set of isa = {isa}; make the state with pixelcnn_start"
+        )
+
+
+register(
+    "pixelcnn_pack(Tensor[] weights, int batch, int height, int width, int[] kernel_sizes, int n_codes, int isa) "
+    "-> Tensor",
+    _pack,
+    _fake_pack,
+)
 
 
 @_native.cpu_call
@@ -66,8 +125,9 @@ def step(
             "fastvq.ops.pixelcnn_step: state was not made for these sizes; make it with pixelcnn_start for "
             f"ids of shape {list(ids.shape)}"
         )
+    _check_isa(isa)
     ids = ids.contiguous()
-    logits = torch.empty(ids.shape[0], n_codes)
+    logits = torch.empty(ids.shape[0], n_codes, dtype=torch.float32, device="cpu")
     _native._cpu.pixelcnn_step(
         shape, address(ids), address(packed), address(embedding), address(cache),
         0 if condition is None else address(condition), *((1, 1) if condition is None else condition.shape[2:4]),

@@ -41,7 +41,7 @@ def quantize(
     square, n_rows = _native._cpu.quantize_forward(
         rows, codes, metric_code, fast,
         0 if mask is None else address(mask), _native.rows_of(quantized.rows), address(indices), isa,
-        torch.get_num_threads(), 0 if layout is None else address(layout),
+        torch.get_num_threads(), _native.layout_address(layout),
         None if statistics is None else _native.statistics_view(*statistics),
     )  # fmt: skip
     mean = square / (n_rows * x.shape[-1]) if n_rows else 0.0

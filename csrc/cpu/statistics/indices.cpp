@@ -1,7 +1,7 @@
 // A look at indices that came back from a caller, before a gradient's kernels read codes by them.
 #include <cstdint>
 
-#include "../fastvq.h"
+#include "../../fastvq.h"
 
 namespace fastvq {
 namespace {
