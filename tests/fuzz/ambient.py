@@ -85,9 +85,7 @@ class Ambient:
         return Ambient(self.isa, **rounding)
 
 
-def ambients(
-    modes: tuple[str, ...] = MODES, rounding: bool = True, defaults: bool = True
-) -> st.SearchStrategy[Ambient]:
+def ambients(modes: tuple[str, ...] = MODES, rounding: bool = True) -> st.SearchStrategy[Ambient]:
     """Half of them with threads and instruction set alone, the others with everything."""
     where = {"isa": st.sampled_from([None, *_native.available_isas()]), "threads": st.sampled_from(THREADS)}
     rare = {
@@ -98,6 +96,4 @@ def ambients(
         "default_device": st.sampled_from(("cpu", "cpu", "meta")),
         "deterministic": st.booleans(),
     }
-    if not defaults:
-        del rare["default_dtype"], rare["default_device"]
     return st.one_of(st.builds(Ambient, **where), st.builds(Ambient, **where, **rare))

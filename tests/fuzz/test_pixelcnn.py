@@ -117,6 +117,6 @@ def test_logits_of_every_position(fuzz):
         shape=st.tuples(st.sampled_from((1, 2, 3, 9)), st.sampled_from((1, 2, 4)), st.sampled_from((1, 2, 3, 6))),
         over=st.sampled_from((None, (1, 1), (2, 1), (1, 2), (2, 3), (4, 6))),
         transposed=st.booleans(),
-        ambient=ambients(defaults=False),  # the state's buffers follow torch's defaults
+        ambient=ambients(),
     )
     fuzz(check, case=case)
