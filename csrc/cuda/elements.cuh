@@ -1,7 +1,6 @@
 // Elements of the four input types as the numbers they hold, by run-time type: for the parts of a kernel that read or
 // write each element once. Rows and Codes are those of fastvq.h.
 #pragma once
-#include <limits>
 
 #include "../fastvq.h"
 #include "primitives.cuh"
@@ -45,10 +44,10 @@ __device__ __forceinline__ void store_float(void* data, DType dtype, int64_t at,
   }
 }
 
-// What lies beyond the largest finite number becomes that number. NaN stays NaN.
+// Values beyond the largest finite number of Real become that number. NaN stays NaN.
 template <class Real>
 __device__ __forceinline__ Real saturated(double v) {
-  constexpr double most = std::numeric_limits<Real>::max();
+  constexpr double most = sizeof(Real) == sizeof(float) ? 0x1.fffffep127 : 0x1.fffffffffffffp1023;
   v = v > most ? most : v;
   v = v < -most ? -most : v;
   return static_cast<Real>(v);
