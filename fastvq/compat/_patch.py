@@ -145,7 +145,7 @@ def _objection(one: nn.Module, target: Target, definer: type) -> str | None:
             return f"its class has no method {seam}, so it is not the version that fastvq knows"
         if not issubclass(own, Fast) and getattr(own, seam, None) is not theirs:
             return f"its class {own.__qualname__} has its own {seam}, which fastvq would bypass"
-    return target.unfit(one)
+    return target.missing(one, definer) or target.unfit(one)
 
 
 def _is_compiled(module: nn.Module) -> bool:

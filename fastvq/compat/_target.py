@@ -49,12 +49,38 @@ class Target:
     fast: type[Fast]
     seams: tuple[str, ...]  # its methods that ``fast`` replaces or builds on
     unfit: Callable[[nn.Module], str | None] = field(default=lambda module: None)  # why an instance must be left alone
+    attributes: tuple[str, ...] = ()  # what else ``fast`` reads of an instance, None or not; "a.b" is b of its a
+    helpers: tuple[str, ...] = ()  # functions and classes of the peer's module that ``fast`` uses through ``home``
     importable: tuple[str, ...] = ()  # where patch_class finds it; empty: only once it has been imported
     distribution: str = ""
     tested: str = ""  # the newest version that its behaviour was compared with
 
     def defines(self, cls: type) -> bool:
         return cls.__name__ == self.name and re.fullmatch(self.modules, cls.__module__) is not None
+
+    def missing(self, module: nn.Module, definer: type) -> str | None:
+        """What of ``attributes`` and ``helpers`` this version of the peer does not have."""
+        for name in self.attributes:
+            one: Any = module
+            *path, last = name.split(".")
+            for part in path:
+                one = getattr(one, part, None)
+            if not _has(one, last):
+                return f"it has no {name}, so it is not the class that fastvq knows by this name"
+        file = sys.modules.get(definer.__module__)
+        for name in self.helpers:
+            if not hasattr(file, name):
+                return f"{definer.__module__} has no {name}, so it is not the version that fastvq knows"
+        return None
+
+
+def _has(module: Any, name: str) -> bool:
+    """Whether an attribute exists, without computing it: a property may be costly, or cache what it finds."""
+    if hasattr(type(module), name) or name in getattr(module, "__dict__", ()):
+        return True
+    return isinstance(module, nn.Module) and any(
+        name in held for held in (module._parameters, module._buffers, module._modules)
+    )
 
 
 class Fast(nn.Module):
@@ -134,7 +160,7 @@ def type_of(module: nn.Module) -> type[nn.Module]:
 
 
 def home(module: nn.Module, name: str) -> Any:
-    """A helper function of the peer, from the file that defines ``name`` among the module's classes."""
+    """The file that defines ``name`` among the module's classes. Use nothing of it but the target's ``helpers``."""
     definer = next(cls for cls in type(module).__mro__ if cls.__name__ == name and not issubclass(cls, Fast))
     return sys.modules[definer.__module__]
 

@@ -89,8 +89,10 @@ class FastCodebook(Fast):
             return
         data = data.detach()
         data = data.flatten(1, -2) if mask is None else data[mask].view(data.shape[0], -1, data.shape[-1])
-        if data.shape[1] < self.codebook_size:
-            home(self, "Codebook").logger.warning(
+        # Only some versions of the peer warn of too few vectors: those whose module has a logger.
+        logger = getattr(home(self, "Codebook"), "logger", None)
+        if logger is not None and data.shape[1] < self.codebook_size:
+            logger.warning(
                 f"k-means init of {self.codebook_size} codes from {data.shape[1]} vectors: some will be sampled twice"
             )
         means, counts = lloyd(

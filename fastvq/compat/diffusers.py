@@ -15,6 +15,7 @@ TARGETS = (
         modules=r"diffusers\.models\.(autoencoders\.vae|vae)",
         fast=FastImageQuantizer,
         seams=("forward", "remap_to_used"),
+        attributes=("remap",),
         unfit=needs(embedding__weight="2", vq_embed_dim="", beta="", legacy="", sane_index_shape=""),
         importable=("diffusers.models.autoencoders.vae",),
         distribution="diffusers",

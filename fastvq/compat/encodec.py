@@ -81,6 +81,8 @@ def _shared(peer: Any) -> Any:
 
 
 SEAMS = ("quantize", "init_embed_", "forward", "preprocess", "postprocess_emb", "dequantize", "expire_codes_")
+HELPERS = ("ema_inplace", "laplace_smoothing", "sample_vectors")
+PROCESSES = {"encodec": "distrib", "audiocraft": "flashy"}  # where a peer's file has its module for several processes
 UNFIT = needs(embed="2", embed_avg="2", cluster_size="1", inited="", decay="", epsilon="", threshold_ema_dead_code="")
 TARGETS = tuple(
     Target(
@@ -89,15 +91,17 @@ TARGETS = tuple(
         modules=rf"{peer}\.quantization\.core_vq",
         fast=fast,
         seams=seams,
+        attributes=attributes,
+        helpers=(*helpers, PROCESSES[peer]) if helpers else (),
         unfit=unfit,
         importable=(f"{peer}.quantization.core_vq",),
         distribution=peer,
         tested=tested,
     )
     for peer, tested in (("encodec", "0.1"), ("audiocraft", "1.4"))
-    for name, fast, seams, unfit in (
-        ("EuclideanCodebook", FastEuclideanCodebook, SEAMS, UNFIT),
-        ("ResidualVectorQuantization", FastResidualVectorQuantization, ("encode", "forward"), needs(layers="")),
+    for name, fast, seams, unfit, attributes, helpers in (
+        ("EuclideanCodebook", FastEuclideanCodebook, SEAMS, UNFIT, ("codebook_size", "kmeans_iters"), HELPERS),
+        ("ResidualVectorQuantization", FastResidualVectorQuantization, ("encode", "forward"), needs(layers=""), (), ()),
     )
 )
 

@@ -75,6 +75,7 @@ TARGETS = (
         modules=r"(taming|ldm)\.modules\.(vqvae|vector_quantization)\.quantize",
         fast=FastImageQuantizer,
         seams=("forward", "remap_to_used"),
+        attributes=("remap",),
         unfit=needs(embedding__weight="2", e_dim="", beta="", legacy="", sane_index_shape=""),
         importable=("taming.modules.vqvae.quantize",),
     ),

@@ -111,6 +111,15 @@ class FastEmu3Quantizer(Fast):
         return nearest(hidden_state.permute(0, 1, 3, 4, 2), self.embedding.weight)
 
 
+# What the classes read beyond the shapes that ``_target`` is given.
+READ = {
+    FastMimiCodebook: ("embed",),
+    FastEncodecResidual: ("get_num_quantizers_for_bandwidth",),
+    FastXcodecResidual: ("get_num_quantizers_for_bandwidth",),
+    FastMimiResidual: ("input_proj",),
+}
+
+
 def _target(model: str, name: str, fast: type[Fast], seam: str, **attributes: str) -> Target:
     module = f"transformers.models.{model}.modeling_{model}"
     return Target(
@@ -119,6 +128,7 @@ def _target(model: str, name: str, fast: type[Fast], seam: str, **attributes: st
         modules=module.replace(".", r"\."),
         fast=fast,
         seams=(seam,),
+        attributes=READ.get(fast, ()),
         unfit=needs(**attributes),
         importable=(module,),
         distribution="transformers",

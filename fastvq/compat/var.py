@@ -152,6 +152,7 @@ TARGETS = (
         modules=r"(.*\.)?models\.quant",
         fast=FastVectorQuantizer2,
         seams=("forward", "f_to_idxBl_or_fhat"),
+        attributes=("beta", "prog_si", "record_hit", "vocab_size"),
         unfit=needs(embedding__weight="2", ema_vocab_hit_SV="2", using_znorm="", v_patch_nums="", quant_resi=""),
     ),
 )

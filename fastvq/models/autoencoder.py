@@ -30,6 +30,7 @@ from fastvq.models.checkpoints import Pretrained
 from fastvq.models.prior import as_priors
 from fastvq.models.quantizers import code_use, make_quantizer
 from fastvq.ops import ResidualQuantized
+from fastvq.ops._library import serialisable
 
 __all__ = ["Autoencoder", "Output"]
 
@@ -39,6 +40,7 @@ DOWNSAMPLES = (2, 4, 8)
 Choose = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
+@serialisable("models.Output")
 class Output(NamedTuple):
     """What a forward returns; L levels, top first."""
 
@@ -142,7 +144,8 @@ class Autoencoder(Pretrained):
 
         def choose(level: int, features: Tensor) -> tuple[Tensor, Tensor]:
             ids = self._quantizer(level).encode(features)
-            return self._codes(level, ids), ids
+            # Nobody reads the codes of the last level.
+            return self._codes(level, ids) if level + 1 < self.levels else features, ids
 
         return self._descend(self._features(image), choose)[1]
 

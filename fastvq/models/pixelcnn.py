@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from fastvq._checks import check_indices
 from fastvq.models import sampling
 from fastvq.nn import GatedMaskedConv2d
+from fastvq.ops._library import serialisable
 
 __all__ = ["PixelCNN", "PixelCNNLoss"]
 
 
+@serialisable("models.PixelCNNLoss")
 class PixelCNNLoss(NamedTuple):
     nats: Tensor  # [] mean negative log-likelihood of a position; the one to call backward on
     bits: Tensor  # [] the same in bits, detached

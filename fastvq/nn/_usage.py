@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvq.ops._library import serialisable
+
 __all__ = ["CodeUsage", "count_codes", "usage_of"]
 
 
+@serialisable("nn.CodeUsage")
 class CodeUsage(NamedTuple):
     """How the codes were used: in the last training step, or over all forwards since ``track_usage``."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvq import _kmeans, distributed
 from fastvq._checks import check_integer, check_number, check_option
+from fastvq.nn._compiled_start import enrol
 from fastvq.nn._learning import Found, Group, learn
 from fastvq.nn._state import CodebookState
 from fastvq.nn._usage import CodeUsage, count_codes, usage_of
@@ -75,6 +77,11 @@ class LearnedCodebook(CodebookState):
         self.decay, self.eps, self.estimator = decay, eps, estimator
         self.commitment_weight, self.sync, self.precision = commitment_weight, sync, precision
         self.group_of_ranks = Group(owner, group, sync)
+        self._number = enrol(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._number = enrol(self)
 
     # ---- the codebook as lookups see it
 
@@ -204,13 +211,25 @@ class LearnedCodebook(CodebookState):
         torch.ops.fastvq.replace_dead_codes_(replaced, torch.zeros_like(codes), *arguments)
         codebook.copy_(torch.where(replaced == codes, codebook, replaced.to(codebook.dtype)))
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _start_from(self, rows: Tensor, mask: Tensor | None, residual: bool = False) -> None:
         """k-means on the first batch, over all ranks together; ``residual``: each level on what the last left over.
 
         A batch without a usable vector (on any rank, for some head or level) starts nothing: the next batch will.
         """
+        embed_sum = None if self.learnable else self.embed_sum
+        buffers = self.codebook.detach(), self.cluster_size, embed_sum, self.initialised
+        if torch.compiler.is_compiling():
+            torch.ops.fastvq.start_codebook_(*buffers, rows, mask, residual, self._number)
+        elif self._fit(*buffers, rows, mask, residual):
+            self._known_initialised = True
+
+    @torch.no_grad()
+    def _fit(
+        self, codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor | None, initialised: Tensor, rows: Tensor,
+        mask: Tensor | None, residual: bool,
+    ) -> bool:  # fmt: skip
+        """Writes what k-means finds to the buffers given; whether it found anything."""
         if mask is not None:
             rows = torch.where(mask[..., None], rows.float(), torch.nan)  # k-means leaves such vectors out
         group = self.group_of_ranks
@@ -231,22 +250,22 @@ class LearnedCodebook(CodebookState):
                 metric="cosine" if self.metric == "cosine" else "euclidean", generator=generator, collective=collective,
             )  # fmt: skip
             if result is None:
-                return
+                return False
             found.append(result)
             if residual:
                 left = left - result.codebook[nearest(left, result.codebook, metric=self.metric)]
-        codes = torch.stack([f.codebook for f in found]).view_as(self.codebook).float()
-        sizes = torch.stack([f.counts for f in found]).view_as(self.cluster_size).clamp(min=1).float()
+        codes = torch.stack([f.codebook for f in found]).view_as(codebook).float()
+        sizes = torch.stack([f.counts for f in found]).view_as(cluster_size).clamp(min=1).float()
         if self.frozen_mask is not None:
             kept = self.frozen_mask != 0
-            codes = torch.where(kept[..., None], self.codebook.float(), codes)
-            sizes = torch.where(kept, self.cluster_size, sizes)
-        self.codebook.copy_(codes)
-        self.cluster_size.copy_(sizes)
-        if not self.learnable:
-            self.embed_sum.copy_(self.codebook * self.cluster_size[..., None])
-        self.initialised.fill_(1)
-        self._known_initialised = True
+            codes = torch.where(kept[..., None], codebook.float(), codes)
+            sizes = torch.where(kept, cluster_size, sizes)
+        codebook.copy_(codes)
+        cluster_size.copy_(sizes)
+        if embed_sum is not None:
+            embed_sum.copy_(codebook * cluster_size[..., None])
+        initialised.fill_(1)
+        return True
 
     # ---- how codes are used
 
@@ -287,7 +306,6 @@ class LearnedCodebook(CodebookState):
         if self._total_counts is not None:
             self._total_counts.zero_()
 
-    @torch.no_grad()
     def _count(
         self,
         counts: Tensor | None,  # [*lead, K] of a forward that learns
@@ -296,13 +314,14 @@ class LearnedCodebook(CodebookState):
     ) -> None:
         if self._total_counts is None or _inside_backward():
             return
-        if counts is None:
-            usable = vectors.isfinite().all(dim=-1)
-            if self.lead:
-                counts = count_codes(indices, usable.expand(indices.shape), self.n_codes)
-            else:
-                counts = count_codes(indices[None], usable.expand(indices.shape)[None], self.n_codes)[0]
-        self._total_counts.add_(counts)
+        with torch.no_grad():  # not around the whole: an exported graph cannot hold such a region with nothing in it
+            if counts is None:
+                usable = vectors.isfinite().all(dim=-1)
+                if self.lead:
+                    counts = count_codes(indices, usable.expand(indices.shape), self.n_codes)
+                else:
+                    counts = count_codes(indices[None], usable.expand(indices.shape)[None], self.n_codes)[0]
+            self._total_counts.add_(counts)
 
 
 def _one_batch(rows: Tensor) -> tuple[Tensor]:

@@ -94,15 +94,23 @@ class ResidualVQ(Projected, LearnedCodebook):
         learns = self._learns()
         if learns and self._needs_start():
             self._start_from(vectors.detach().reshape(-1, self.code_dim), _flat(mask), residual=True)
-        n_used = self.n_levels
+        n_used, used, levels = self.n_levels, None, self._levels(self._codes())
         if self.quantize_dropout and self.training:
-            n_used = int(torch.randint(1, self.n_levels + 1, (), device="cpu"))
+            drawn = torch.randint(1, self.n_levels + 1, (), device="cpu")
+            if torch.compiler.is_compiling():
+                # No shape of a graph may depend on the draw. A level of zeros changes no residual and no sum.
+                used = (torch.arange(self.n_levels, device="cpu") < drawn).to(levels.device)
+                levels = torch.where(used[:, None, None], levels, 0)
+            else:
+                n_used = int(drawn)
         q = residual_quantize(
-            vectors, self._levels(self._codes()), n_levels=n_used, metric=self.metric, estimator=self.estimator,
+            vectors, levels, n_levels=n_used, metric=self.metric, estimator=self.estimator,
             mask=mask, beta=self.commitment_weight, statistics=learns, precision=self.precision,
         )  # fmt: skip
         if n_used < self.n_levels:
             q = self._pad(q, self.n_levels - n_used)
+        if used is not None:
+            q = self._without(q, used)
         counts = None if not learns or q.counts is None else q.counts
         self._count(
             counts.sum(dim=0) if counts is not None and self.shared_codebook else counts,
@@ -167,6 +175,25 @@ class ResidualVQ(Projected, LearnedCodebook):
             zeros(q.codebook_losses),
             None if q.sums is None else zeros(q.sums),
             None if q.counts is None else zeros(q.counts),
+        )
+
+    def _without(
+        self,
+        q: ResidualQuantized,
+        used: Tensor,  # [Q] bool
+    ) -> ResidualQuantized:
+        """The result of the levels in use alone, as ``_pad`` gives it."""
+
+        def of_used(t: Tensor) -> Tensor:
+            return torch.where(used.view(-1, *[1] * (t.dim() - 1)), t, 0)
+
+        return ResidualQuantized(
+            q.quantized,
+            torch.where(used, q.indices, -1),
+            of_used(q.commitment_losses),
+            of_used(q.codebook_losses),
+            None if q.sums is None else of_used(q.sums),
+            None if q.counts is None else of_used(q.counts),
         )
 
     def _learn(self, q: ResidualQuantized, vectors: Tensor, mask: Tensor | None) -> None:

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch.utils import _pytree as pytree
 
 from fastvq.ops._transforms import transformable
 
-__all__ = ["no_second_derivative", "register"]
+__all__ = ["no_second_derivative", "register", "serialisable"]
 
+T = TypeVar("T")
 LIBRARY = torch.library.Library("fastvq", "DEF")
+
+
+def serialisable(name: str) -> Callable[[type[T]], type[T]]:
+    """Registers a NamedTuple that modules return, so that ``torch.export.save`` can write it, as ``fastvq.<name>``.
+
+    The name is part of saved files: it stays when the class moves.
+    """
+
+    def register_class(cls: type[T]) -> type[T]:
+        pytree._register_namedtuple(cls, serialized_type_name=f"fastvq.{name}")
+        return cls
+
+    return register_class
 
 
 def register(

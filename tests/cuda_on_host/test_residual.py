@@ -9,7 +9,7 @@ from fastvq.ops import residual_quantize
 from tests import oracle
 from tests.cases import DTYPES, HARD, METRICS, generator
 from tests.cuda_on_host import host
-from tests.ops.test_residual import draw
+from tests.ops.test_residual import draw, rotation_of_any_length
 from tests.tolerance import assert_within, gamma
 
 ROWS, CODES = 17, 300  # of each hard case
@@ -107,6 +107,10 @@ def test_gradients(metric, estimator, dtype, masked, cuda_on_host):
     bound = gamma(4 * d + 6 * q + 40, torch.float64 if dtype == torch.float64 else torch.float32) * 10 * size
     assert_within(grad_x, expected_x, bound + torch.finfo(dtype).eps * expected_x.double().abs())
     assert_within(grad_c, expected_c, 2 * torch.finfo(torch.float32).eps * expected_c.abs())
+
+
+def test_rotation_of_any_length(cuda_on_host):
+    rotation_of_any_length("cuda")
 
 
 def test_rows_that_are_not_finite(cuda_on_host):

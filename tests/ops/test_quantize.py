@@ -19,7 +19,7 @@ def literal(x, codebook, mask, metric, estimator, beta):
     if estimator == "straight_through":
         out = wide + (codes - wide).detach()
     elif estimator == "rotation":
-        unit_x, unit_c = (F.normalize(t, dim=-1).detach() for t in (wide, codes))
+        unit_x, unit_c = ((t / t.norm(dim=-1, keepdim=True)).detach() for t in (wide, codes))
         r = F.normalize(unit_x + unit_c, dim=-1)
         scale = (codes.norm(dim=-1, keepdim=True) / wide.norm(dim=-1, keepdim=True)).detach()
         along_r, along_x = (r * wide).sum(-1, keepdim=True), (unit_x * wide).sum(-1, keepdim=True)
@@ -201,6 +201,31 @@ def test_rotation_where_none_is_defined(engine):
     y = torch.tensor([[2.0, 0.0]], requires_grad=True)
     quantize(y, codebook[2:], estimator="rotation", backend=engine).quantized.backward(g[:1])
     assert torch.equal(y.grad, g[:1])
+
+
+# |x| from far below to far above |c|: the factors of the rotation leave float32's range, the gradient does not.
+@pytest.mark.interpreted
+@pytest.mark.parametrize(("x_dtype", "codebook_dtype", "smallest", "largest", "code"), [
+    (torch.float32, torch.float32, -36, 15, 1.0),
+    (torch.float32, torch.bfloat16, -44, 15, 1e-10),
+    (torch.bfloat16, torch.float32, -36, 15, 1.0),
+    (torch.float32, torch.float64, -36, 15, 1.0),
+    (torch.float64, torch.float64, -120, 100, 1.0),
+])  # fmt: skip
+def test_rotation_of_any_length(x_dtype, codebook_dtype, smallest, largest, code, engine):
+    x, codebook = gaussian(53, 1, 19, generator(15))
+    size = torch.logspace(smallest, largest, 53, dtype=torch.float64)[:, None]
+    compare((x * size).to(x_dtype), (codebook * code).to(codebook_dtype), engine, estimator="rotation")
+
+
+@pytest.mark.interpreted
+def test_rotation_of_rows_that_are_not_finite(engine):
+    for bad in (torch.nan, torch.inf):
+        x, codebook = leaves(*gaussian(9, 3, 11, generator(16)))
+        with torch.no_grad():
+            x[3, 5] = bad
+        quantize(x, codebook, estimator="rotation", backend=engine).quantized.sum().backward()
+        assert x.grad[3].isnan().all() and x.grad[:3].isfinite().all() and x.grad[4:].isfinite().all()
 
 
 @pytest.mark.interpreted

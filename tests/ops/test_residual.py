@@ -100,6 +100,26 @@ def test_one_level_is_quantize(estimator, engine):
     assert_within(b.grad, a.grad, bound)
 
 
+def rotation_of_any_length(backend):
+    """Lengths of x for which the factors, or the squares, leave float32's range."""
+    x, codebooks = draw(53, 2, 1, 19)
+    x = (x * torch.logspace(-36, 15, 53, dtype=torch.float64)[:, None]).float().requires_grad_()
+    g = torch.randn(53, 19, generator=generator(2))
+    got = residual_quantize(x, codebooks, estimator="rotation", backend=backend)
+    (got.quantized * g).sum().backward()
+    wide = x.detach().double().requires_grad_()
+    one = quantize(wide, got.quantized[:1].detach().double(), estimator="rotation", backend="reference")
+    (one.quantized * g.double()).sum().backward()
+    lam = one.quantized.norm(dim=1, keepdim=True) / wide.norm(dim=1, keepdim=True)
+    bound = gamma(2 * 19 + 20, torch.float32) * 10 * lam * g.double().norm(dim=1, keepdim=True)
+    assert_within(x.grad, wide.grad, bound.detach() + torch.finfo(torch.float32).tiny)
+
+
+@pytest.mark.interpreted
+def test_rotation_of_any_length(engine):
+    rotation_of_any_length(engine)
+
+
 def test_threads_and_empty_input(engine, threads):
     x, codebooks = draw(3000, 3, 65, 31)
     results = []

@@ -2,6 +2,8 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <limits>
 #include <type_traits>
 
 #include "lookup.h"
@@ -93,9 +95,10 @@ inline Sum as(const T& v) {
 
 // The rotation estimator's gradient: lambda (g - 2 r (r.g) + 2 x^ (q^.g)) with x^ = x/|x|, q^ = c/|c|,
 // lambda = |c|/|x|, r = (x^ + q^)/|x^ + q^|: the transpose of the rotation that takes x to its code, rescaled.
-// Written as G = a g + b x + e c.
+// Written as lambda (g + along_x x^ + along_c q^), with x^ = x per_x and q^ = c per_c.
 struct Rotation {
-  double a, b, e;
+  bool turns = false;  // false: the gradient is g
+  double lambda = 1, along_x = 0, along_c = 0, per_x = 0, per_c = 0;
 };
 
 template <class EX, class EC>
@@ -118,11 +121,16 @@ Rotation rotation_of(const typename EX::Stored* x, const typename EC::Stored* c,
     xg += vx * vg;
     cg += vc * vg;
   }
-  const double nx = std::sqrt(xx + sum8(lxx)), nc = std::sqrt(cc + sum8(lcc));
+  xx += sum8(lxx);
+  const double nx = std::sqrt(xx), nc = std::sqrt(cc + sum8(lcc));
   xg += sum8(lxg);
   cg += sum8(lcg);
-  if (!(nx > 0 && nc > 0)) return {1, 0, 0};
   const double ix = 1 / nx, ic = 1 / nc;
+  if (!(xx <= std::numeric_limits<double>::max()) && !all_finite<EX>(x, 1, D)) {
+    const double nan = std::nan("");  // as the formula gives for a row that is not finite
+    return {true, nan, nan, nan, ix, ic};
+  }
+  if (!(nx > 0 && nc > 0)) return {};
   double square = 0;  // of x^ + q^; from the dot product it would cancel where the two are nearly opposite
   D8 lanes = {};
   for (d = 0; d + 8 <= D; d += 8) {
@@ -134,9 +142,69 @@ Rotation rotation_of(const typename EX::Stored* x, const typename EC::Stored* c,
     square += v * v;
   }
   square += sum8(lanes);
-  if (!(square > 1e-12)) return {1, 0, 0};  // opposite: no one rotation takes x to its code
-  const double lambda = nc * ix, rg = 2 * (xg * ix + cg * ic) / square;
-  return {lambda, lambda * ix * (2 * cg * ic - rg), -lambda * ic * rg};
+  if (!(square > 1e-12)) return {};  // opposite: no one rotation takes x to its code
+  const double rg = 2 * (xg * ix + cg * ic) / square;
+  return {true, nc * ix, 2 * cg * ic - rg, -rg, ix, ic};
+}
+
+// Does Real hold v, 0 included, with all its precision?
+template <class Real>
+bool holds(double v) {
+  const double size = std::fabs(v);
+  return size == 0 || (size >= std::numeric_limits<Real>::min() && size <= std::numeric_limits<Real>::max());
+}
+
+// The gradient of one row in the arithmetic of Sum (eight elements) and Real (one): a g + b x + e c + s (x - c), or
+// g + s (x - c) without a rotation. Returns whether Real held all of it; the row is written again where it did not.
+template <class Sum, class Real, class EX, class EC>
+bool write_gradient(const typename EX::Stored* row, const typename EC::Stored* code, const typename EX::Stored* g,
+                    const Rotation& turn, double scale, typename EX::Stored* out, int64_t D) {
+  const double wide_b = turn.lambda * turn.per_x * turn.along_x, wide_e = turn.lambda * turn.per_c * turn.along_c;
+  if (!holds<Real>(turn.lambda) || !holds<Real>(wide_b) || !holds<Real>(wide_e) || !holds<Real>(scale)) return false;
+  const Real a = static_cast<Real>(turn.lambda), b = static_cast<Real>(wide_b), e = static_cast<Real>(wide_e),
+             s = static_cast<Real>(scale);
+  const bool turned = turn.lambda != 1 || wide_b != 0 || wide_e != 0;
+  Sum lanes{};  // sums, to see whether all numbers were finite
+  Real left = 0;
+  int64_t d = 0;
+  for (; d + 8 <= D; d += 8) {
+    const Sum vx = as<Sum>(load8(EX{}, row + d)), vc = as<Sum>(load8(EC{}, code + d));
+    Sum v = s == 0 ? Sum{} : s * (vx - vc);
+    if (g) {
+      const Sum vg = as<Sum>(load8(EX{}, g + d));
+      v = turned ? (a * vg + (b * vx + e * vc)) + v : vg + v;
+    }
+    lanes += v;
+    store8(EX{}, out + d, v);
+  }
+  for (; d < D; ++d) {
+    const Real vx = EX::get(row[d]), vc = EC::get(code[d]);
+    Real v = s == 0 ? Real{} : s * (vx - vc);
+    if (g) {
+      const Real vg = EX::get(g[d]);
+      v = turned ? (a * vg + (b * vx + e * vc)) + v : vg + v;
+    }
+    left += v;
+    out[d] = EX::put(v);
+  }
+  const Sum zero{}, spoilt = lanes - lanes;  // NaN for infinity and NaN
+  return left - left == 0 && std::memcmp(&spoilt, &zero, sizeof zero) == 0;
+}
+
+// The same in double, with factors that meet only numbers of size 1: for lengths of x and c that lie far apart.
+template <class EX, class EC>
+void write_gradient_of_any_size(const typename EX::Stored* row, const typename EC::Stored* code,
+                                const typename EX::Stored* g, const Rotation& turn, double scale,
+                                typename EX::Stored* out, int64_t D) {
+  for (int64_t d = 0; d < D; ++d) {
+    const double vx = EX::get(row[d]), vc = EC::get(code[d]);
+    double v = scale == 0 ? 0 : scale * (vx - vc);
+    if (g) {
+      const double vg = EX::get(g[d]);
+      v += turn.turns ? turn.lambda * (vg + (turn.along_x * (vx * turn.per_x) + turn.along_c * (vc * turn.per_c))) : vg;
+    }
+    out[d] = EX::put(static_cast<typename EX::Real>(v));
+  }
 }
 
 template <class EX, class EC>
@@ -163,30 +231,10 @@ void backward_rows(const Rows& x, const Codes& codes, const int64_t* indices, co
     }
     const TX* row = contiguous(row_at<EX>(x, h, r), x.stride_d, D, room + 2 * D);
     const TC* code = contiguous(code_at<EC>(codes, h, k), codes.stride_d, D, room + 3 * D);
-    Rotation turn{1, 0, 0};
+    Rotation turn;
     if (rotation && g) turn = rotation_of<EX, EC>(row, code, g, D);
-    const Real a = static_cast<Real>(turn.a), b = static_cast<Real>(turn.b), e = static_cast<Real>(turn.e),
-               s = static_cast<Real>(scale);
-    const bool turned = turn.a != 1 || turn.b != 0 || turn.e != 0;
-    int64_t d = 0;
-    for (; d + 8 <= D; d += 8) {
-      const Sum vx = as<Sum>(load8(EX{}, row + d)), vc = as<Sum>(load8(EC{}, code + d));
-      Sum v = s == 0 ? Sum{} : s * (vx - vc);
-      if (g) {
-        const Sum vg = as<Sum>(load8(EX{}, g + d));
-        v = turned ? (a * vg + (b * vx + e * vc)) + v : vg + v;
-      }
-      store8(EX{}, out.at + d, v);
-    }
-    for (; d < D; ++d) {
-      const Real vx = EX::get(row[d]), vc = EC::get(code[d]);
-      Real v = s == 0 ? Real{} : s * (vx - vc);
-      if (g) {
-        const Real vg = EX::get(g[d]);
-        v = turned ? (a * vg + (b * vx + e * vc)) + v : vg + v;
-      }
-      out.at[d] = EX::put(v);
-    }
+    if (!write_gradient<Sum, Real, EX, EC>(row, code, g, turn, scale, out.at, D))
+      write_gradient_of_any_size<EX, EC>(row, code, g, turn, scale, out.at, D);
     out.finish();
   }
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvq import _native, _triton
 from fastvq._backends import BACKENDS, Implementation, choose
 from fastvq._checks import check_float, check_option, check_same_device
-from fastvq.ops._library import register
+from fastvq.ops._library import register, serialisable
 from fastvq.ops.pixelcnn import cpu, cuda, reference
 from fastvq.ops.pixelcnn.contract import check_condition, check_step
 
@@ -50,6 +50,7 @@ STEP = {
 }
 
 
+@serialisable("ops.PixelCNNState")
 class PixelCNNState(NamedTuple):
     """What ``pixelcnn_start`` makes and ``pixelcnn_step`` goes on with."""
 

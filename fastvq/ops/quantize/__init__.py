@@ -12,7 +12,7 @@ from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import check_backend_name, check_codebook, check_mask, check_number, check_option
 from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
 from fastvq.ops._indices import check_indices
-from fastvq.ops._library import no_second_derivative, register
+from fastvq.ops._library import no_second_derivative, register, serialisable
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 from fastvq.ops.nearest import METRICS, PRECISIONS, PackedCodebook, operands
@@ -48,6 +48,7 @@ BACKWARD: dict[str, Implementation] = {
 }
 
 
+@serialisable("ops.Quantized")
 class Quantized(NamedTuple):
     """What ``quantize`` returns; the shapes are those of its docstring."""
 

@@ -14,7 +14,7 @@ from fastvq._checks import check_backend_name, check_codebook, check_integer, ch
 from fastvq._golden_cases import configuration
 from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
 from fastvq.ops._indices import check_indices
-from fastvq.ops._library import no_second_derivative, register
+from fastvq.ops._library import no_second_derivative, register, serialisable
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS
@@ -81,6 +81,7 @@ BACKWARD = {
 }
 
 
+@serialisable("ops.ResidualQuantized")
 class ResidualQuantized(NamedTuple):
     """What ``residual_quantize`` returns; the shapes are those of its docstring."""
 

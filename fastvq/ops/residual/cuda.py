@@ -16,6 +16,7 @@ from fastvq._rows import Output
 from fastvq.ops.ema.cuda import code_statistics
 from fastvq.ops.nearest.cuda import nearest
 from fastvq.ops.quantize import reference as one_level
+from fastvq.ops.quantize.cuda import quantize_backward
 from fastvq.ops.residual import reference
 
 __all__ = ["residual_quantize", "residual_quantize_backward"]
@@ -144,5 +145,9 @@ def _pull(
     del view, incoming  # they had to live until here
     if turned is None or total is None:
         return out.tensor()
-    turned = one_level.rotate_back(turned.to(levels.dtype), x.to(levels.dtype), total)
+    own_code = torch.where(real, torch.arange(real.numel(), device=x.device).view(real.shape), -1)
+    turned, _ = quantize_backward(
+        x.to(levels.dtype), total.view(-1, x.shape[-1]), own_code, turned.to(levels.dtype), None, None, "rotation", 1.0,
+        True, False,
+    )  # fmt: skip
     return torch.empty_like(x).copy_(torch.where(real[..., None], out.tensor() + turned, 0))

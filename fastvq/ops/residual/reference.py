@@ -106,7 +106,9 @@ def residual_quantize_backward(
             grad_x.addcmul_(residual, (grad_commitment[q] * (beta * scale)).to(dtype))
     if need_x and grad_quantized is not None and estimator != "none":
         g = grad_quantized.to(dtype)
-        grad_x = grad_x + (one_level.rotate_back(g, x.to(dtype), total) if estimator == "rotation" else g)
+        if estimator == "rotation":  # in float64: squares of small float32 vectors lie below the type's range
+            g = one_level.rotate_back(g.double(), x.double(), total.double()).to(dtype)
+        grad_x = grad_x + g
     return (
         torch.empty_like(x).copy_(torch.where(real[..., None], grad_x, 0)) if need_x else x.new_empty(0),
         torch.empty_like(codebooks).copy_(grad_codebooks) if need_codebooks else codebooks.new_empty(0),

@@ -27,7 +27,7 @@ from torch import Tensor
 from fastvq import _triton
 from fastvq.ops.ema import code_statistics
 from fastvq.ops.nearest.triton_ import nearest
-from fastvq.ops.quantize import reference as one_level
+from fastvq.ops.quantize.triton_backward import quantize_backward
 from fastvq.ops.residual import reference, triton_levels
 from fastvq.ops.residual.triton_levels import as_work
 
@@ -203,7 +203,10 @@ def residual_quantize_backward(
                 BM=bm, BD=bd,
             )  # fmt: skip
         if rotate:
-            turned = one_level.rotate_back(g.to(dtype), rows.to(dtype), total)
+            own_code = torch.where(real, torch.arange(n, device=rows.device), -1)
+            turned, _ = quantize_backward(
+                rows.to(dtype), total, own_code, g.to(dtype), None, None, "rotation", beta, True, False
+            )  # fmt: skip
             out = torch.where(real[:, None], out + turned, 0)
         grad_x = torch.empty_like(x).copy_(out.view(x.shape))
     if need_codebooks:

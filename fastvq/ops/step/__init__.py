@@ -11,7 +11,7 @@ from fastvq import _native, _triton
 from fastvq._backends import Implementation, choose
 from fastvq._checks import check_backend_name, check_codebook, check_mask, check_number, check_option
 from fastvq.ops._contract import check_choices, check_lookup
-from fastvq.ops._library import register
+from fastvq.ops._library import register, serialisable
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS, backward, setup_context
@@ -32,6 +32,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@serialisable("ops.VQStep")
 class VQStep(NamedTuple):
     """What ``vq_step`` returns; the shapes are those of its docstring."""
 
