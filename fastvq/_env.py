@@ -31,7 +31,8 @@ VARIABLES = {
         Variable(
             "FASTVQ_CHECK",
             ("0", "1", "2"),
-            "1: check indices on a GPU too, which waits for the device; 2: also that ranks hold the same codebooks",
+            "1: check indices on a GPU too, those of a backward included, which waits for the device "
+            "(unchecked, a wrong one is left out or reads some code); 2: also that ranks hold the same codebooks",
             "call",
         ),
         Variable("FASTVQ_AUTOTUNE", ("0", "1"), "time the Triton kernels' tiles, and keep the fastest on disk", "call"),
