@@ -4,8 +4,23 @@ Or as an import: ``from fastvq.compat.vector_quantize_pytorch import VectorQuant
 the peer's constructor and forward.
 """
 
+from fastvq.compat._apply import Patched, PatchReport, Skipped
 from fastvq.compat._class import patch_class, unpatch_class
-from fastvq.compat._patch import Left, PatchReport, Replaced, patch, unpatch
+from fastvq.compat._patch import patch, unpatch
 from fastvq.compat._target import FallbackWarning
 
-__all__ = ["FallbackWarning", "Left", "PatchReport", "Replaced", "patch", "patch_class", "unpatch", "unpatch_class"]
+__all__ = [
+    "FallbackWarning",
+    "Left",
+    "PatchReport",
+    "Patched",
+    "Replaced",
+    "Skipped",
+    "patch",
+    "patch_class",
+    "unpatch",
+    "unpatch_class",
+]
+
+# The names of earlier versions.
+Left, Replaced = Skipped, Patched

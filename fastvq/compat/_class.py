@@ -11,7 +11,7 @@ from torch import nn
 
 from fastvq.compat._patch import patch
 from fastvq.compat._registry import TARGETS
-from fastvq.compat._target import Target
+from fastvq.compat._target import PatchTarget
 
 __all__ = ["patch_class", "unpatch_class"]
 
@@ -81,7 +81,7 @@ def _classes(op: str, peer: str | type[nn.Module]) -> list[type[nn.Module]]:
     return list(dict.fromkeys(found))
 
 
-def _defined(target: Target) -> list[type[nn.Module]]:
+def _defined(target: PatchTarget) -> list[type[nn.Module]]:
     """The target's class in the modules it can be imported from, and in those that are already imported."""
     for name in target.importable:
         try:

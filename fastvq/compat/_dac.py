@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.compat._lookup import nearest
-from fastvq.compat._target import Fast, hooked
+from fastvq.compat._target import PatchedModule, hooked
 
 __all__ = ["FastDacResidualVectorQuantizer", "FastDacVectorQuantize"]
 
 
-class FastDacVectorQuantize(Fast):
+class FastDacVectorQuantize(PatchedModule):
     """One level: looked up by angle, gathered as stored."""
 
     def decode_latents(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:  # [B, D, T] -> [B, D, T], [B, T]
@@ -27,7 +27,7 @@ class FastDacVectorQuantize(Fast):
         return self.codebook(indices).transpose(1, 2), indices
 
 
-class FastDacResidualVectorQuantizer(Fast):
+class FastDacResidualVectorQuantizer(PatchedModule):
     """All levels; without gradients, in place.
 
     The lookup is a small part of this. Most of what the peer does is to carry arrays as wide as the encoder's output

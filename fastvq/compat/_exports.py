@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from fastvq.compat._apply import apply
+from fastvq.compat._target import PatchTarget
+
 __all__ = ["subclasses_of"]
 
 
-def subclasses_of(module: str, classes: Mapping[str, str]) -> Callable[[str], type[nn.Module]]:
+def subclasses_of(
+    module: str, classes: Mapping[str, str], targets: Sequence[PatchTarget]
+) -> Callable[[str], type[nn.Module]]:
     """A module's ``__getattr__`` that makes, of the classes named, subclasses whose instances are patched.
 
     Made on first use: importing fastvq must not import a peer, or need one.
@@ -23,19 +28,16 @@ def subclasses_of(module: str, classes: Mapping[str, str]) -> Callable[[str], ty
             raise AttributeError(f"module {module!r} has no attribute {name!r}; it has {', '.join(classes)}")
         if name not in made:
             original = getattr(importlib.import_module(classes[name]), name)
-            made[name] = _patched(module, original)
+            made[name] = _patched(module, original, targets)
         return made[name]
 
     return __getattr__
 
 
-def _patched(module: str, original: type[nn.Module]) -> type[nn.Module]:
-    # The patching reads the table of all peers, and a peer's file makes its exports before it is in that table.
-    from fastvq.compat._patch import patch
-
+def _patched(module: str, original: type[nn.Module], targets: Sequence[PatchTarget]) -> type[nn.Module]:
     def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         original.__init__(self, *args, **kwargs)
-        patch(self)
+        apply(self, targets)
 
     members = {
         "__init__": __init__,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvq import ops
 
-__all__ = ["image_quantize", "lloyd", "nearest", "statistics"]
+__all__ = ["image_quantize", "kmeans_lloyd", "nearest", "statistics"]
 
 
 def nearest(
@@ -34,7 +34,7 @@ def statistics(
     return sums.to(x.dtype), counts.to(x.dtype)
 
 
-def lloyd(
+def kmeans_lloyd(
     samples: Tensor,  # [N, D], or [H, N, D]
     means: Tensor,  # [K, D] or [H, K, D]
     n_iters: int,

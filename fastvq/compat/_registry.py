@@ -13,9 +13,9 @@ from fastvq.compat import (
     var,
     vector_quantize_pytorch,
 )
-from fastvq.compat._target import Target
+from fastvq.compat._target import PatchTarget
 
 __all__ = ["TARGETS"]
 
 PEERS = (vector_quantize_pytorch, encodec, moshi, transformers, diffusers, taming, var, rosinality, unixpickle)
-TARGETS: tuple[Target, ...] = tuple(target for peer in PEERS for target in peer.TARGETS)
+TARGETS: tuple[PatchTarget, ...] = tuple(target for peer in PEERS for target in peer.TARGETS)

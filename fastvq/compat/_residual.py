@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import ops
-from fastvq.compat._target import Fast, hooked
+from fastvq.compat._target import PatchedModule, hooked
 
 __all__ = ["FastResidual", "all_levels"]
 
@@ -35,7 +35,7 @@ def all_levels(
     return q.quantized, q.indices
 
 
-class FastResidual(Fast):
+class FastResidual(PatchedModule):
     """What encodec's, audiocraft's, moshi's and transformers' residual quantizers share."""
 
     stack: ClassVar[str] = "layers"  # where the peer keeps its levels,
@@ -68,7 +68,7 @@ class FastResidual(Fast):
 
     def _is_plain(self, level: Any) -> bool:
         codebook = getattr(level, self.holder, None)
-        if not isinstance(codebook, Fast) or getattr(level, "channels_last", False):
+        if not isinstance(codebook, PatchedModule) or getattr(level, "channels_last", False):
             return False
         # A level that is not the peer's own class, or whose methods are replaced, may do anything.
         if (

@@ -1,10 +1,9 @@
-"""What a peer's quantizer is known by, and the class that takes its place.
+"""How a peer's quantizer is recognised, and the class that replaces it.
 
-A patched module keeps its object: only ``module.__class__`` changes, to a class made here that inherits from ours and
-from the module's own. Nothing is bound to the instance, so ``copy.deepcopy``, pickling, DataParallel's replicas and DDP
-find no reference to another module, ``super()`` still reaches the peer's code for the calls that fall back to it, and
-unpatching is the assignment of the old class. Parameters, buffers, hooks and the instance's ``__dict__`` stay as they
-are.
+A patched module stays the same object: only ``module.__class__`` changes, to a class made here that inherits from ours
+and from the module's class. Nothing is bound to the instance, so ``copy.deepcopy``, pickling, DataParallel's replicas
+and DDP find no reference to another module. ``super()`` still reaches the peer's code for calls that fall back to it.
+Unpatching assigns the old class. Parameters, buffers, hooks and the instance's ``__dict__`` do not change.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from torch import nn
 
 __all__ = [
     "FallbackWarning",
-    "Fast",
-    "Target",
-    "always",
-    "home",
+    "PatchTarget",
+    "PatchedModule",
+    "_rebuild",
+    "all_of",
     "hooked",
-    "needs",
-    "remake",
+    "peer_module",
+    "require",
     "swap",
     "swap_back",
     "type_of",
@@ -40,17 +39,19 @@ class FallbackWarning(UserWarning):
 
 
 @dataclass(frozen=True)
-class Target:
+class PatchTarget:
     """One class of a peer: how it is recognised, and what replaces it."""
 
     peer: str  # what patch_class takes
     modules: str  # regular expression for the module that defines it
     name: str
-    fast: type[Fast]
-    seams: tuple[str, ...]  # its methods that ``fast`` replaces or builds on
-    unfit: Callable[[nn.Module], str | None] = field(default=lambda module: None)  # why an instance must be left alone
-    attributes: tuple[str, ...] = ()  # what else ``fast`` reads of an instance, None or not; "a.b" is b of its a
-    helpers: tuple[str, ...] = ()  # functions and classes of the peer's module that ``fast`` uses through ``home``
+    fast: type[PatchedModule]
+    replaced_methods: tuple[str, ...]  # the peer's methods that ``fast`` replaces or calls
+    reject: Callable[[nn.Module], str | None] = field(default=lambda module: None)  # why an instance cannot be patched
+    attributes: tuple[str, ...] = ()  # other attributes that ``fast`` reads; may be None; "a.b" is b of a
+    helpers: tuple[
+        str, ...
+    ] = ()  # functions and classes of the peer's module that ``fast`` uses through ``peer_module``
     importable: tuple[str, ...] = ()  # where patch_class finds it; empty: only once it has been imported
     distribution: str = ""
     tested: str = ""  # the newest version that its behaviour was compared with
@@ -83,7 +84,7 @@ def _has(module: Any, name: str) -> bool:
     )
 
 
-class Fast(nn.Module):
+class PatchedModule(nn.Module):
     """Base of every class that replaces a peer's; ``original`` is set on the classes that ``_class_for`` makes."""
 
     original: ClassVar[type[nn.Module]]
@@ -99,7 +100,7 @@ class Fast(nn.Module):
         cls = type(self)
         if "original" not in cls.__dict__ or arguments[:1] != (cls,):
             return (make, arguments, *rest)
-        return (remake, (cls.__bases__[0], cls.original), *rest)
+        return (_rebuild, (cls.__bases__[0], cls.original), *rest)
 
     @classmethod
     def limits(cls, module: nn.Module) -> list[str]:
@@ -119,10 +120,10 @@ def _warn_once(name: str, reason: str) -> None:
 
 
 # One class a pair, so that two patched modules of one class are of one class again.
-_made: dict[tuple[type, type], type[Fast]] = {}
+_made: dict[tuple[type, type], type[PatchedModule]] = {}
 
 
-def _class_for(fast: type[Fast], original: type[nn.Module]) -> type[Fast]:
+def _class_for(fast: type[PatchedModule], original: type[nn.Module]) -> type[PatchedModule]:
     """The class that does ours and falls back to theirs, named like theirs: repr and log lines stay as they were."""
     if (fast, original) in _made:
         return _made[fast, original]
@@ -132,26 +133,29 @@ def _class_for(fast: type[Fast], original: type[nn.Module]) -> type[Fast]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
     }
-    _made[fast, original] = made = cast(type[Fast], type(original.__name__, (fast, original), members))
+    _made[fast, original] = made = cast(type[PatchedModule], type(original.__name__, (fast, original), members))
     return made
 
 
-def swap(module: nn.Module, fast: type[Fast]) -> None:
+def swap(module: nn.Module, fast: type[PatchedModule]) -> None:
     module.__class__ = _class_for(fast, type(module))
 
 
 def swap_back(module: nn.Module) -> bool:
     cls = type(module)
-    if not (isinstance(module, Fast) and "original" in cls.__dict__):
+    if not (isinstance(module, PatchedModule) and "original" in cls.__dict__):
         return False
     module.__class__ = cls.__dict__["original"]
     return True
 
 
-def remake(fast: type[Fast], original: type[nn.Module]) -> Fast:
+def _rebuild(fast: type[PatchedModule], original: type[nn.Module]) -> PatchedModule:
     """An instance without state, for pickle and copy."""
     cls = _class_for(fast, original)
     return cls.__new__(cls)
+
+
+remake = _rebuild  # the name in pickles of earlier versions
 
 
 def type_of(module: nn.Module) -> type[nn.Module]:
@@ -159,9 +163,9 @@ def type_of(module: nn.Module) -> type[nn.Module]:
     return type(module).__dict__.get("original", type(module))
 
 
-def home(module: nn.Module, name: str) -> Any:
+def peer_module(module: nn.Module, name: str) -> Any:
     """The file that defines ``name`` among the module's classes. Use nothing of it but the target's ``helpers``."""
-    definer = next(cls for cls in type(module).__mro__ if cls.__name__ == name and not issubclass(cls, Fast))
+    definer = next(cls for cls in type(module).__mro__ if cls.__name__ == name and not issubclass(cls, PatchedModule))
     return sys.modules[definer.__module__]
 
 
@@ -172,10 +176,10 @@ def hooked(module: nn.Module) -> bool:
     )
 
 
-def needs(**shapes: str) -> Callable[[nn.Module], str | None]:
+def require(**shapes: str) -> Callable[[nn.Module], str | None]:
     """Attributes an instance must have: a tensor of so many dimensions ("2"), or anything ("")."""
 
-    def unfit(module: nn.Module) -> str | None:
+    def reject(module: nn.Module) -> str | None:
         for name, dimensions in shapes.items():
             value: Any = module
             for part in name.split("__"):
@@ -186,13 +190,13 @@ def needs(**shapes: str) -> Callable[[nn.Module], str | None]:
                 return f"its {name.replace('__', '.')} is not a tensor of {dimensions} dimensions"
         return None
 
-    return unfit
+    return reject
 
 
-def always(*checks: Callable[[nn.Module], str | None]) -> Callable[[nn.Module], str | None]:
+def all_of(*checks: Callable[[nn.Module], str | None]) -> Callable[[nn.Module], str | None]:
     """The first objection of several checks."""
 
-    def unfit(module: nn.Module) -> str | None:
+    def reject(module: nn.Module) -> str | None:
         return next((reason for check in checks if (reason := check(module)) is not None), None)
 
-    return unfit
+    return reject

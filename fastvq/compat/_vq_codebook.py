@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import ops
-from fastvq.compat._lookup import lloyd, nearest, statistics
-from fastvq.compat._target import Fast, home
+from fastvq.compat._lookup import kmeans_lloyd, nearest, statistics
+from fastvq.compat._target import PatchedModule, peer_module
 
 __all__ = ["WITHOUT_DISTANCES", "FastCodebook"]
 
@@ -18,7 +18,7 @@ __all__ = ["WITHOUT_DISTANCES", "FastCodebook"]
 WITHOUT_DISTANCES = "fastvq: the distances are not used"
 
 
-class FastCodebook(Fast):
+class FastCodebook(PatchedModule):
     """``Codebook`` with the lookup, the statistics and k-means of fastvq; moving averages stay the peer's."""
 
     def forward(
@@ -90,12 +90,12 @@ class FastCodebook(Fast):
         data = data.detach()
         data = data.flatten(1, -2) if mask is None else data[mask].view(data.shape[0], -1, data.shape[-1])
         # Only some versions of the peer warn of too few vectors: those whose module has a logger.
-        logger = getattr(home(self, "Codebook"), "logger", None)
+        logger = getattr(peer_module(self, "Codebook"), "logger", None)
         if logger is not None and data.shape[1] < self.codebook_size:
             logger.warning(
                 f"k-means init of {self.codebook_size} codes from {data.shape[1]} vectors: some will be sampled twice"
             )
-        means, counts = lloyd(
+        means, counts = kmeans_lloyd(
             data,
             self.sample_fn(data, self.codebook_size),
             self.kmeans_iters,
@@ -147,7 +147,7 @@ class FastCodebook(Fast):
         self.all_reduce_fn(sums)
         if callable(ema_update_weight):
             ema_update_weight = ema_update_weight(sums, counts)
-        peer = home(self, "Codebook")
+        peer = peer_module(self, "Codebook")
         for buffer, new in ((self.cluster_size, counts), (self.embed_avg, sums)):
             if accum_ema_update:
                 peer.accum_grad_(buffer, new)

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fastvq import ops
 from fastvq.compat._residual import all_levels
-from fastvq.compat._target import Fast, home
+from fastvq.compat._target import PatchedModule, peer_module
 
 __all__ = ["FastResidualVQ", "FastSimVQ"]
 
 
-class FastResidualVQ(Fast):
+class FastResidualVQ(PatchedModule):
     """``ResidualVQ``: in eval all levels in one pass; in training without the peer's copy of all residuals, which only
     two of its options read. (There a level passes on what its estimator made of its codes, and changes them.)
     """
@@ -47,11 +47,13 @@ class FastResidualVQ(Fast):
                 rand_quantize_dropout_fixed_seed=rand_quantize_dropout_fixed_seed,
             )
         residual = self.project_in(x)
-        if not self.training and all(isinstance(layer, Fast) and layer.looks_up(residual) for layer in self.layers):
+        if not self.training and all(
+            isinstance(layer, PatchedModule) and layer.looks_up(residual) for layer in self.layers
+        ):
             done = all_levels(residual, [layer._codebook.embed[0] for layer in self.layers])
             if done is not None:
                 return self._finish(*done, torch.zeros(len(self.layers), device=x.device), return_all_codes)
-        peer = home(self, "ResidualVQ")
+        peer = peer_module(self, "ResidualVQ")
         quantized, levels, losses = torch.zeros_like(residual), [], []
         n_levels = self._n_levels(x, rand_quantize_dropout_fixed_seed)
         for layer in self.layers[:n_levels]:
@@ -75,7 +77,7 @@ class FastResidualVQ(Fast):
         """All levels; or, with quantize dropout, as many as the peer's generator draws from the same seed."""
         if not (self.training and self.quantize_dropout):
             return len(self.layers)
-        peer = home(self, "ResidualVQ")
+        peer = peer_module(self, "ResidualVQ")
         if seed is None:
             seed = peer.get_maybe_sync_seed(x.device)
         n_levels = random.Random(seed).randrange(self.quantize_dropout_cutoff_index, self.num_quantizers) + 1
@@ -84,7 +86,7 @@ class FastResidualVQ(Fast):
         return min(n_levels, len(self.layers))
 
 
-class FastSimVQ(Fast):
+class FastSimVQ(PatchedModule):
     """``SimVQ``: the frozen codebook goes through its transform once, then everything is one pass."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastvq.compat._exports import subclasses_of
+from fastvq.compat.encodec import TARGETS
 
 __getattr__ = subclasses_of(
     __name__,
@@ -12,4 +13,5 @@ __getattr__ = subclasses_of(
         "ResidualVectorQuantization": "audiocraft.quantization.core_vq",
         "ResidualVectorQuantizer": "audiocraft.quantization.vq",
     },
+    TARGETS,
 )

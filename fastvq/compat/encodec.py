@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from fastvq.compat._exports import subclasses_of
-from fastvq.compat._lookup import lloyd, nearest, statistics
+from fastvq.compat._lookup import kmeans_lloyd, nearest, statistics
 from fastvq.compat._residual import FastResidual
-from fastvq.compat._target import Fast, Target, home, needs
+from fastvq.compat._target import PatchedModule, PatchTarget, peer_module, require
 
 __all__ = ["TARGETS", "FastEuclideanCodebook", "FastResidualVectorQuantization"]
 
 
-class FastEuclideanCodebook(Fast):
+class FastEuclideanCodebook(PatchedModule):
     """Lookup, statistics and k-means without N x K matrices; expiry, averages and smoothing in the peer's order."""
 
     def quantize(self, x: Tensor) -> Tensor:  # [N, D] -> [N]
@@ -28,9 +28,9 @@ class FastEuclideanCodebook(Fast):
         """The peer's k-means on the first batch, whose differences alone would take N x K x D."""
         if self.inited:
             return
-        peer = home(self, "EuclideanCodebook")
+        peer = peer_module(self, "EuclideanCodebook")
         samples = data.detach()
-        embed, counts = lloyd(samples, peer.sample_vectors(samples, self.codebook_size), self.kmeans_iters)
+        embed, counts = kmeans_lloyd(samples, peer.sample_vectors(samples, self.codebook_size), self.kmeans_iters)
         self.embed.data.copy_(embed)
         self.embed_avg.data.copy_(embed)
         self.cluster_size.data.copy_(counts)
@@ -47,7 +47,7 @@ class FastEuclideanCodebook(Fast):
         quantized = self.dequantize(indices)
         if self.training:
             self.expire_codes_(rows)
-            peer = home(self, "EuclideanCodebook")
+            peer = peer_module(self, "EuclideanCodebook")
             sums, counts = statistics(rows, chosen, self.codebook_size)
             peer.ema_inplace(self.cluster_size, counts, self.decay)
             peer.ema_inplace(self.embed_avg, sums, self.decay)
@@ -80,28 +80,52 @@ def _shared(peer: Any) -> Any:
     return getattr(peer, "distrib", None) or peer.flashy.distrib
 
 
-SEAMS = ("quantize", "init_embed_", "forward", "preprocess", "postprocess_emb", "dequantize", "expire_codes_")
+CODEBOOK_METHODS = (
+    "quantize",
+    "init_embed_",
+    "forward",
+    "preprocess",
+    "postprocess_emb",
+    "dequantize",
+    "expire_codes_",
+)
 HELPERS = ("ema_inplace", "laplace_smoothing", "sample_vectors")
 PROCESSES = {"encodec": "distrib", "audiocraft": "flashy"}  # where a peer's file has its module for several processes
-UNFIT = needs(embed="2", embed_avg="2", cluster_size="1", inited="", decay="", epsilon="", threshold_ema_dead_code="")
+CODEBOOK_SHAPES = require(
+    embed="2", embed_avg="2", cluster_size="1", inited="", decay="", epsilon="", threshold_ema_dead_code=""
+)
 TARGETS = tuple(
-    Target(
+    PatchTarget(
         peer=peer,
         name=name,
         modules=rf"{peer}\.quantization\.core_vq",
         fast=fast,
-        seams=seams,
+        replaced_methods=methods,
         attributes=attributes,
         helpers=(*helpers, PROCESSES[peer]) if helpers else (),
-        unfit=unfit,
+        reject=reject,
         importable=(f"{peer}.quantization.core_vq",),
         distribution=peer,
         tested=tested,
     )
     for peer, tested in (("encodec", "0.1"), ("audiocraft", "1.4"))
-    for name, fast, seams, unfit, attributes, helpers in (
-        ("EuclideanCodebook", FastEuclideanCodebook, SEAMS, UNFIT, ("codebook_size", "kmeans_iters"), HELPERS),
-        ("ResidualVectorQuantization", FastResidualVectorQuantization, ("encode", "forward"), needs(layers=""), (), ()),
+    for name, fast, methods, reject, attributes, helpers in (
+        (
+            "EuclideanCodebook",
+            FastEuclideanCodebook,
+            CODEBOOK_METHODS,
+            CODEBOOK_SHAPES,
+            ("codebook_size", "kmeans_iters"),
+            HELPERS,
+        ),
+        (
+            "ResidualVectorQuantization",
+            FastResidualVectorQuantization,
+            ("encode", "forward"),
+            require(layers=""),
+            (),
+            (),
+        ),
     )
 )
 
@@ -113,4 +137,5 @@ __getattr__ = subclasses_of(
         "ResidualVectorQuantization": "encodec.quantization.core_vq",
         "ResidualVectorQuantizer": "encodec.quantization.vq",
     },
+    TARGETS,
 )

@@ -13,12 +13,12 @@ from torch import Tensor
 from fastvq.compat._exports import subclasses_of
 from fastvq.compat._lookup import nearest
 from fastvq.compat._residual import FastResidual
-from fastvq.compat._target import Fast, Target, home, needs
+from fastvq.compat._target import PatchedModule, PatchTarget, peer_module, require
 
 __all__ = ["TARGETS", "FastEuclideanCodebook", "FastResidualVectorQuantization"]
 
 
-class FastEuclideanCodebook(Fast):
+class FastEuclideanCodebook(PatchedModule):
     """The lookup without the N x K distances; expiry, averages and the cached codebook stay the peer's."""
 
     def _quantize(self, x: Tensor) -> Tensor:  # [N, D] -> [N]
@@ -44,7 +44,7 @@ class FastResidualVectorQuantization(FastResidual):
         if done is None:
             return super().forward(x, n_q)
         quantized, indices = done
-        result = home(self, "ResidualVectorQuantization")._VQForwardResult
+        result = peer_module(self, "ResidualVectorQuantization")._VQForwardResult
         return result(quantized, indices, torch.zeros(len(indices), device=x.device), {})
 
 
@@ -56,20 +56,20 @@ COMMON: dict[str, Any] = {
     "tested": "0.2",
 }
 TARGETS = (
-    Target(
+    PatchTarget(
         name="EuclideanCodebook",
         fast=FastEuclideanCodebook,
-        seams=("_quantize",),
+        replaced_methods=("_quantize",),
         attributes=("embedding",),
-        unfit=needs(embedding_sum="2", cluster_usage="1", _initialized="", epsilon=""),
+        reject=require(embedding_sum="2", cluster_usage="1", _initialized="", epsilon=""),
         **COMMON,
     ),
-    Target(
+    PatchTarget(
         name="ResidualVectorQuantization",
         fast=FastResidualVectorQuantization,
-        seams=("encode", "forward"),
+        replaced_methods=("encode", "forward"),
         helpers=("_VQForwardResult",),
-        unfit=needs(layers="", codebook_offset=""),
+        reject=require(layers="", codebook_offset=""),
         **COMMON,
     ),
 )
@@ -83,4 +83,5 @@ __getattr__ = subclasses_of(
         "ResidualVectorQuantizer": "moshi.quantization.vq",
         "SplitResidualVectorQuantizer": "moshi.quantization.vq",
     },
+    TARGETS,
 )

@@ -8,12 +8,12 @@ from torch import Tensor, distributed
 
 from fastvq import ops
 from fastvq.compat._lookup import nearest, statistics
-from fastvq.compat._target import Fast, Target, needs
+from fastvq.compat._target import PatchedModule, PatchTarget, require
 
 __all__ = ["TARGETS", "FastQuantize", "Quantize"]
 
 
-class FastQuantize(Fast):
+class FastQuantize(PatchedModule):
     """The codebook lies as [D, K]; a transposed view serves the kernels."""
 
     debias = False
@@ -72,13 +72,13 @@ class Quantize(FastQuantize):
 
 
 TARGETS = (
-    Target(
+    PatchTarget(
         peer="rosinality",
         name="Quantize",
         # The peer's file is vqvae.py at the top of a repository; copies keep its name.
         modules=r"(.*\.)?(vqvae|vq_vae|vqvae2|vq_vae_2)",
         fast=FastQuantize,
-        seams=("forward", "embed_code"),
-        unfit=needs(embed="2", embed_avg="2", cluster_size="1", n_embed="", decay="", eps=""),
+        replaced_methods=("forward", "embed_code"),
+        reject=require(embed="2", embed_avg="2", cluster_size="1", n_embed="", decay="", eps=""),
     ),
 )

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.compat._lookup import image_quantize
-from fastvq.compat._target import Fast, Target, needs
+from fastvq.compat._target import PatchedModule, PatchTarget, require
 
 __all__ = ["TARGETS", "FastImageQuantizer", "VectorQuantizer2"]
 
 
-class FastImageQuantizer(Fast):
+class FastImageQuantizer(PatchedModule):
     """The forward that taming-transformers' and diffusers' class share."""
 
     def forward(
@@ -69,14 +69,14 @@ class VectorQuantizer2(FastImageQuantizer):
 
 
 TARGETS = (
-    Target(
+    PatchTarget(
         peer="taming",
         name="VectorQuantizer2",
         modules=r"(taming|ldm)\.modules\.(vqvae|vector_quantization)\.quantize",
         fast=FastImageQuantizer,
-        seams=("forward", "remap_to_used"),
+        replaced_methods=("forward", "remap_to_used"),
         attributes=("remap",),
-        unfit=needs(embedding__weight="2", e_dim="", beta="", legacy="", sane_index_shape=""),
+        reject=require(embedding__weight="2", e_dim="", beta="", legacy="", sane_index_shape=""),
         importable=("taming.modules.vqvae.quantize",),
     ),
 )

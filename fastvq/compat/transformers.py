@@ -15,7 +15,7 @@ from fastvq.compat._dac import FastDacResidualVectorQuantizer, FastDacVectorQuan
 from fastvq.compat._exports import subclasses_of
 from fastvq.compat._lookup import image_quantize, nearest
 from fastvq.compat._residual import FastResidual
-from fastvq.compat._target import Fast, Target, needs
+from fastvq.compat._target import PatchedModule, PatchTarget, require
 
 __all__ = [
     "TARGETS",
@@ -30,14 +30,14 @@ __all__ = [
 ]
 
 
-class FastEuclideanCodebook(Fast):
+class FastEuclideanCodebook(PatchedModule):
     """Encodec, Xcodec, Higgs."""
 
     def quantize(self, hidden_states: Tensor) -> Tensor:  # [N, D] -> [N]
         return nearest(hidden_states, self.embed)
 
 
-class FastMimiCodebook(Fast):
+class FastMimiCodebook(PatchedModule):
     """Mimi; ``embed`` stays the peer's cached quotient."""
 
     def quantize(self, hidden_states: Tensor) -> Tensor:  # [N, D] -> [N]
@@ -79,7 +79,7 @@ class FastMimiResidual(FastResidual):
         return done[1]
 
 
-class FastVQVAEQuantizer(Fast):
+class FastVQVAEQuantizer(PatchedModule):
     """Chameleon, Janus: the loss with beta on the codebook's side, as taming-transformers' legacy one."""
 
     def forward(self, hidden_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, D, H, W]
@@ -90,7 +90,7 @@ class FastVQVAEQuantizer(Fast):
         return quantized.permute(0, 3, 1, 2).contiguous(), loss, indices.flatten()
 
 
-class FastGlmImageQuantizer(Fast):
+class FastGlmImageQuantizer(PatchedModule):
     """GLM-Image: both sides normalised, and the normalised code comes out."""
 
     def forward(self, hidden_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [B, D, H, W]
@@ -104,7 +104,7 @@ class FastGlmImageQuantizer(Fast):
         return quantized.permute(0, 3, 1, 2).contiguous(), loss, indices.flatten()
 
 
-class FastEmu3Quantizer(Fast):
+class FastEmu3Quantizer(PatchedModule):
     """Emu3: indices alone."""
 
     def forward(self, hidden_state: Tensor) -> Tensor:  # [B, T, D, H, W] -> [B, T, H, W]
@@ -120,16 +120,16 @@ READ = {
 }
 
 
-def _target(model: str, name: str, fast: type[Fast], seam: str, **attributes: str) -> Target:
+def _target(model: str, name: str, fast: type[PatchedModule], method: str, **attributes: str) -> PatchTarget:
     module = f"transformers.models.{model}.modeling_{model}"
-    return Target(
+    return PatchTarget(
         peer="transformers",
         name=name,
         modules=module.replace(".", r"\."),
         fast=fast,
-        seams=(seam,),
+        replaced_methods=(method,),
         attributes=READ.get(fast, ()),
-        unfit=needs(**attributes),
+        reject=require(**attributes),
         importable=(module,),
         distribution="transformers",
         tested="5.23",
@@ -173,4 +173,5 @@ __getattr__ = subclasses_of(
         **{target.name: target.importable[0] for target in TARGETS},
         "MimiSplitResidualVectorQuantizer": "transformers.models.mimi.modeling_mimi",
     },
+    TARGETS,
 )

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.compat._lookup import nearest
-from fastvq.compat._target import Fast, Target, needs
+from fastvq.compat._target import PatchedModule, PatchTarget, require
 
 __all__ = ["TARGETS", "VQ", "FastVQ"]
 
 
-class FastVQ(Fast):
+class FastVQ(PatchedModule):
     """A learnable dictionary; the losses are the caller's, from the two tensors that come out."""
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N, C] or [N, C, H, W]
@@ -57,13 +57,13 @@ class VQ(FastVQ):
 
 
 TARGETS = (
-    Target(
+    PatchTarget(
         peer="unixpickle",
         name="VQ",
         modules=r"(.*\.)?vq_vae_2\.vq",
         fast=FastVQ,
-        seams=("forward",),
-        unfit=needs(dictionary="2", usage_count="1", dead_rate=""),
+        replaced_methods=("forward",),
+        reject=require(dictionary="2", usage_count="1", dead_rate=""),
         importable=("vq_vae_2.vq",),
     ),
 )

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from fastvq.compat._lookup import nearest
-from fastvq.compat._target import Fast, Target, needs
+from fastvq.compat._target import PatchedModule, PatchTarget, require
 
 __all__ = ["TARGETS", "FastVectorQuantizer2", "VectorQuantizer2"]
 
 
-class FastVectorQuantizer2(Fast):
+class FastVectorQuantizer2(PatchedModule):
     """The lookup stands in ``forward`` and in ``f_to_idxBl_or_fhat``; both walk the same scales here."""
 
     def forward(
@@ -146,13 +146,13 @@ def _world_size() -> int:
 
 
 TARGETS = (
-    Target(
+    PatchTarget(
         peer="var",
         name="VectorQuantizer2",
         modules=r"(.*\.)?models\.quant",
         fast=FastVectorQuantizer2,
-        seams=("forward", "f_to_idxBl_or_fhat"),
+        replaced_methods=("forward", "f_to_idxBl_or_fhat"),
         attributes=("beta", "prog_si", "record_hit", "vocab_size"),
-        unfit=needs(embedding__weight="2", ema_vocab_hit_SV="2", using_znorm="", v_patch_nums="", quant_resi=""),
+        reject=require(embedding__weight="2", ema_vocab_hit_SV="2", using_znorm="", v_patch_nums="", quant_resi=""),
     ),
 )

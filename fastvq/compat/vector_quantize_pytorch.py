@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.compat._exports import subclasses_of
-from fastvq.compat._target import Fast, Target, always, home, hooked, needs
+from fastvq.compat._target import PatchedModule, PatchTarget, all_of, hooked, peer_module, require
 from fastvq.compat._vq_codebook import WITHOUT_DISTANCES, FastCodebook
 from fastvq.compat._vq_residual import FastResidualVQ, FastSimVQ
 
 __all__ = ["TARGETS", "FastVectorQuantize"]
 
 
-class FastVectorQuantize(Fast):
+class FastVectorQuantize(PatchedModule):
     """One pass for common calls; else the peer's forward around ``FastCodebook``; else the peer's own."""
 
     def forward(
@@ -143,7 +143,7 @@ class FastVectorQuantize(Fast):
         indices = indices.unflatten(1, space) if self._is_map() else indices.squeeze(1) if x.dim() == 2 else indices
         if not breakdown:
             return quantized, indices, loss
-        peer = home(self, "VectorQuantize")
+        peer = peer_module(self, "VectorQuantize")
         return quantized, indices, loss, peer.LossBreakdown(commitment, self.zero, self.zero, self.zero)
 
     def _is_map(self) -> bool:
@@ -198,11 +198,17 @@ COMMON: dict[str, Any] = {
     "tested": "1.32",
 }
 TARGETS = (
-    Target(
+    PatchTarget(
         name="Codebook",
         modules=r"vector_quantize_pytorch\.vector_quantize_pytorch",
         fast=FastCodebook,
-        seams=("forward", "init_embed_", "update_indices", "track_cluster_size_and_embed_avg", "update_codebook"),
+        replaced_methods=(
+            "forward",
+            "init_embed_",
+            "update_indices",
+            "track_cluster_size_and_embed_avg",
+            "update_codebook",
+        ),
         attributes=(
             "affine_param",
             "codebook_size",
@@ -218,17 +224,17 @@ TARGETS = (
             "vq_bridge",
         ),
         helpers=("accum_grad_", "ema_inplace"),
-        unfit=always(
-            needs(embed="3", embed_avg="3", cluster_size="2", initted="0", decay="", all_reduce_fn="", sample_fn=""),
+        reject=all_of(
+            require(embed="3", embed_avg="3", cluster_size="2", initted="0", decay="", all_reduce_fn="", sample_fn=""),
             _default_sampling,
         ),
         **COMMON,
     ),
-    Target(
+    PatchTarget(
         name="VectorQuantize",
         modules=r"vector_quantize_pytorch\.vector_quantize_pytorch",
         fast=FastVectorQuantize,
-        seams=("forward", "maybe_split_heads_from_input"),
+        replaced_methods=("forward", "maybe_split_heads_from_input"),
         attributes=(
             "_codebook.affine_param",
             "_codebook.gumbel_sample",
@@ -256,14 +262,14 @@ TARGETS = (
             "use_cosine_sim",
         ),
         helpers=("LossBreakdown",),
-        unfit=needs(_codebook__embed="3", zero="0", project_in="", project_out="", commitment_weight=""),
+        reject=require(_codebook__embed="3", zero="0", project_in="", project_out="", commitment_weight=""),
         **COMMON,
     ),
-    Target(
+    PatchTarget(
         name="ResidualVQ",
         modules=r"vector_quantize_pytorch\.residual_vq",
         fast=FastResidualVQ,
-        seams=("forward", "get_codes_from_indices"),
+        replaced_methods=("forward", "get_codes_from_indices"),
         attributes=(
             "accept_image_fmap",
             "beam_size",
@@ -276,16 +282,16 @@ TARGETS = (
             "shared_codebook",
         ),
         helpers=("frac_gradient", "get_maybe_sync_seed", "round_up_multiple"),
-        unfit=needs(layers="", project_in="", project_out="", quant_grad_frac="", quantize_dropout_cutoff_index=""),
+        reject=require(layers="", project_in="", project_out="", quant_grad_frac="", quantize_dropout_cutoff_index=""),
         **COMMON,
     ),
-    Target(
+    PatchTarget(
         name="SimVQ",
         modules=r"vector_quantize_pytorch\.sim_vq",
         fast=FastSimVQ,
-        seams=("forward",),
+        replaced_methods=("forward",),
         attributes=("channel_first", "codebook", "input_to_quantize_commit_loss_weight", "rotation_trick"),
-        unfit=needs(frozen_codebook="2", code_transform="", commitment_weight=""),
+        reject=require(frozen_codebook="2", code_transform="", commitment_weight=""),
         **COMMON,
     ),
 )
@@ -296,4 +302,5 @@ __getattr__ = subclasses_of(
         name: "vector_quantize_pytorch"
         for name in ("VectorQuantize", "ResidualVQ", "GroupedResidualVQ", "SimVQ", "ResidualSimVQ")
     },
+    TARGETS,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fastvq
-from fastvq.compat import FallbackWarning, _patch
+from fastvq.compat import FallbackWarning, _apply
 from tests.compat import doubles
 from tests.compat.peers import peer
 
@@ -85,12 +85,12 @@ def test_a_file_of_one_is_read_by_the_other(which, saves, tmp_path):
 
 def test_a_version_newer_than_any_compared_is_said(monkeypatch):
     vqp = peer("vector_quantize_pytorch")
-    _patch._untested.cache_clear()
-    monkeypatch.setattr(_patch.importlib.metadata, "version", lambda name: "99.0")
+    _apply._untested.cache_clear()
+    monkeypatch.setattr(_apply.importlib.metadata, "version", lambda name: "99.0")
     try:
         assert "vector-quantize-pytorch 99.0 is newer than" in str(fastvq.patch(vqp.VectorQuantize(8, 4)))
     finally:
-        _patch._untested.cache_clear()
+        _apply._untested.cache_clear()
 
 
 def test_the_whole_tree_is_walked():

@@ -11,16 +11,16 @@ from torch import nn
 
 import fastvq
 from fastvq.compat._registry import TARGETS
-from fastvq.compat._target import Fast
+from fastvq.compat._target import PatchedModule
 
 
 def classes_of(fast):
-    return [cls for cls in fast.__mro__ if issubclass(cls, Fast) and cls is not Fast]
+    return [cls for cls in fast.__mro__ if issubclass(cls, PatchedModule) and cls is not PatchedModule]
 
 
 def touched(fast):
     """(attributes of self that are neither ours nor any module's, names taken from the peer's file)."""
-    ours = {name for cls in fast.__mro__ if issubclass(cls, Fast) for name in vars(cls)}
+    ours = {name for cls in fast.__mro__ if issubclass(cls, PatchedModule) for name in vars(cls)}
     attributes, helpers = set(), set()
     for cls in classes_of(fast):
         for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(cls)))):
@@ -30,13 +30,13 @@ def touched(fast):
             name = getattr(owner, "id", "")
             if name == "self":
                 attributes.add(node.attr)
-            elif name in ("peer", "home"):
+            elif name in ("peer", "peer_module"):
                 helpers.add(node.attr)
     return {n for n in attributes - ours if not hasattr(nn.Module(), n)}, helpers
 
 
 def shapes_of(check):
-    """The attributes that ``needs`` asks for, within ``always`` too."""
+    """The attributes that ``require`` asks for, within ``all_of`` too."""
     held = inspect.getclosurevars(check).nonlocals
     names = {name.split("__")[0] for name in held.get("shapes", ())}
     return names.union(*(shapes_of(one) for one in held.get("checks", ())))
@@ -45,7 +45,7 @@ def shapes_of(check):
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t.peer}.{t.name}")
 def test_everything_that_is_touched_was_checked(target):
     attributes, helpers = touched(target.fast)
-    assert attributes <= {*target.attributes, *target.seams, *shapes_of(target.unfit)}
+    assert attributes <= {*target.attributes, *target.replaced_methods, *shapes_of(target.reject)}
     assert helpers <= set(target.helpers)
 
 
