@@ -137,7 +137,7 @@ def load_state(op: str, path: Path | str, module: nn.Module, tensors: Mapping[st
     types = [
         f"{name} is {a.dtype}, not {b.dtype}"
         for name, a, b in both
-        if a.dtype != b.dtype and not (a.is_floating_point() and b.is_floating_point())
+        if a.dtype != b.dtype and not (b.is_floating_point() and (a.is_floating_point() or _was_bool(name, a)))
     ]
     if missing or unknown or shapes or types:
         parts = [("missing", missing), ("not known", unknown), ("of another shape", shapes), ("of another type", types)]
@@ -148,6 +148,11 @@ def load_state(op: str, path: Path | str, module: nn.Module, tensors: Mapping[st
         )
     if not any(t.is_meta for t in expected.values()):
         module.load_state_dict(dict(tensors))
+
+
+def _was_bool(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is the mark of a codebook that k-means started, as earlier versions wrote it."""
+    return name.endswith("initialised") and tensor.dtype == torch.bool
 
 
 class Pretrained(nn.Module):

@@ -213,9 +213,12 @@ class CodebookState(nn.Module):
         buffers = self._buffers
         for name in HELD:
             held = buffers.get(name)
-            if held is None or held.dtype == torch.float32 or not held.is_floating_point():
+            if held is None or held.dtype == torch.float32:
                 continue
-            self._module_dtype = held.dtype
+            if held.is_floating_point():
+                self._module_dtype = held.dtype
+            elif held.dtype != torch.bool:  # ``initialised`` is bool in files of earlier versions
+                continue
             if torch.compiler.is_compiling():
                 setattr(self, name, held.float())
             else:
@@ -251,6 +254,7 @@ class CodebookState(nn.Module):
         )
         if name in missing_keys:  # a state from before codes were frozen: they stay frozen
             missing_keys.remove(name)
+        self._settle()
         self._forget_answer()
         self._needs_start()
 

@@ -80,6 +80,11 @@ class LearnedCodebook(CodebookState):
         self._number = enrol(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_counts" not in state:
+            raise ValueError(
+                f"fastvq.nn.{type(self).__name__}: a whole module that was pickled by another version cannot be read; "
+                "save its state_dict() there and use load_state_dict"
+            )
         super().__setstate__(state)
         self._number = enrol(self)
 

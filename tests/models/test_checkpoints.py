@@ -105,3 +105,21 @@ def test_files_are_written_for_everyone_who_may_read(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "a").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("make", [small_vqvae, small_vqvae2])
+def test_files_of_earlier_versions_are_read(make, tmp_path):
+    """They held a bool ``initialised``, and no digests."""
+    model = make(kmeans_init=True).train()
+    model(pictures(8))
+    state = {name: t.bool() if name.endswith("initialised") else t for name, t in model.state_dict().items()}
+    config = {"class": type(model).__name__, **model.config}
+    save_file(state, tmp_path / "model.safetensors", {"fastvq": json.dumps({"format": type(model).__name__})})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    back = Autoencoder.from_pretrained(tmp_path)
+    assert all(torch.equal(t, back.state_dict()[name]) for name, t in model.state_dict().items())
+    torch.manual_seed(1)
+    model(pictures(8))
+    torch.manual_seed(1)
+    back.train()(pictures(8))
+    assert all(torch.equal(t, back.state_dict()[name]) for name, t in model.state_dict().items())

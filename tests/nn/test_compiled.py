@@ -56,6 +56,50 @@ def test_a_copy_starts_its_own_codebook():
     assert bool(second.initialised)
 
 
+@pytest.mark.parametrize("name", WITH_KMEANS)
+def test_state_that_is_set_between_compiled_steps(name):
+    """set_codebook, freeze_codes, track_usage and a copy in the middle of an epoch: the graph sees each of them."""
+    torch.manual_seed(0)
+    plain = WITH_KMEANS[name]()
+    twin = copy.deepcopy(plain)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    x = torch.randn(40, 6)
+
+    def step(seed):
+        for call in (plain, compiled):
+            torch.manual_seed(seed)
+            call(x)
+        for key, value in plain.state_dict().items():
+            assert torch.equal(value, twin.state_dict()[key]), key
+        assert torch.equal(plain.counts, twin.counts)
+
+    def both(method, *arguments):
+        for module in (plain, twin):
+            getattr(module, method)(*arguments)
+
+    codes = torch.nn.functional.normalize(torch.randn_like(plain.codebook), dim=-1)
+    mask = torch.rand(plain.cluster_size.shape) < 0.5
+    both("set_codebook", codes)  # in the place of the k-means start
+    step(0)
+    step(1)
+    both("set_codebook", codes.flip(-1))
+    both("freeze_codes", mask)
+    step(2)
+    torch.testing.assert_close(twin.codebook[mask], codes.flip(-1)[mask])
+    both("freeze_codes", None)
+    both("track_usage")
+    step(3)
+    other = copy.deepcopy(twin)
+    before = other.usage(total=True).counts
+    step(4)
+    assert torch.equal(other.usage(total=True).counts, before)
+    torch.manual_seed(4)
+    other(x)
+    assert torch.equal(other.usage(total=True).counts, plain.usage(total=True).counts)
+    assert torch.equal(other.usage(total=True).counts, twin.usage(total=True).counts)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in plain.state_dict().items())
+
+
 @pytest.mark.parametrize("options", [{}, {"shared_codebook": True}, {"learnable": True},
                                      {"dead_code_threshold": 1.0, "estimator": "rotation"}])  # fmt: skip
 def test_dropout_in_one_graph_is_that_of_the_module(options):

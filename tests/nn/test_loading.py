@@ -55,6 +55,11 @@ def state(model):
     return {name: t.clone() for name, t in model.state_dict().items()}
 
 
+def earlier(model):
+    """The state as earlier versions saved it."""
+    return {name: t.bool() if name.endswith("initialised") else t for name, t in state(model).items()}
+
+
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
@@ -82,8 +87,38 @@ def assigned(source, kind, folder):
     return model
 
 
+def of_an_earlier_version(source, kind, folder):
+    """Earlier versions had a bool ``initialised``."""
+    torch.save(earlier(source), folder)
+    model = fresh(kind)
+    model.load_state_dict(torch.load(folder, weights_only=True))
+    return model
+
+
+def assigned_of_an_earlier_version(source, kind, folder):
+    model = fresh(kind)
+    model.load_state_dict(earlier(source), assign=True)
+    return model
+
+
+def tensors_of_an_earlier_version(source, kind, folder):
+    """As ``from_pretrained`` of transformers and diffusers set them."""
+    model = fresh(kind)
+    for name, tensor in earlier(source).items():
+        *inner, last = name.split(".")
+        module = model.get_submodule(".".join(inner))
+        setattr(module, last, nn.Parameter(tensor) if last in module._parameters else tensor)
+    model.eval()(torch.zeros(1, D))
+    return model.train()
+
+
 def deep_copied(source, kind, folder):
     return copy.deepcopy(source)
+
+
+def pickled(source, kind, folder):
+    torch.save(source, folder)
+    return torch.load(folder, weights_only=False)
 
 
 def averaged(source, kind, folder):
@@ -141,7 +176,8 @@ def emptied(source, kind, folder):
 WAYS = {
     f.__name__: f
     for f in (
-        load_state_dict, assigned, deep_copied, averaged, averaged_with_buffers, averaged_exponentially,
+        load_state_dict, assigned, of_an_earlier_version, assigned_of_an_earlier_version,
+        tensors_of_an_earlier_version, pickled, deep_copied, averaged, averaged_with_buffers, averaged_exponentially,
         distributed_checkpoint, distributed_checkpoint_after_a_step, emptied,
     )
 }  # fmt: skip
@@ -186,6 +222,16 @@ def test_a_deep_copy_keeps_what_waits_and_totals():
     assert loaded.vq.pending_counts.sum() == 60 and loaded.vq.usage(total=True).counts.sum() == 60
     update_codebooks(source)
     assert loaded.vq.pending_counts.sum() == 60
+
+
+def test_a_module_pickled_by_an_earlier_version_says_what_to_load():
+    stream = io.BytesIO()
+    module = VectorQuantizer(D, K)
+    del module._counts
+    torch.save(module, stream)
+    stream.seek(0)
+    with pytest.raises(ValueError, match=r"VectorQuantizer: .* pickled by another version .* load_state_dict"):
+        torch.load(stream, weights_only=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
