@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "check_number",
     "check_option",
     "check_same_device",
+    "raise_bad_index",
 ]
 
 LARGEST = 2**63 - 1
@@ -148,9 +150,18 @@ def check_ids(op: str, argument: str, indices: object, lowest: int, n: int) -> t
     if indices.device.type == "cpu" or (not indices.is_meta and _env.read("FASTVQ_CHECK") in ("1", "2")):
         low, high = map(int, torch.aminmax(indices))
         if low < lowest or high >= n:
-            raise ValueError(f"{op}: {argument} must be in [{lowest}, {n}), got {low} .. {high}")
+            bad = ((indices < lowest) | (indices >= n)).reshape(-1)
+            raise_bad_index(op, argument, indices, lowest, n, int(bad.nonzero()[0]))
         return indices, low >= 0
     return indices, False
+
+
+def raise_bad_index(op: str, argument: str, indices: Tensor, lowest: int, n: int, flat_row: int) -> NoReturn:
+    """The error of the index at ``flat_row``, which lies outside [lowest, n)."""
+    value = indices.reshape(-1)[flat_row].item()
+    row = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat_row, device="cpu"), indices.shape))
+    no_code = " (-1: no code)" if lowest == -1 else ""
+    raise ValueError(f"{op}: {argument} must be in [{lowest}, {n}){no_code}, got {value} at row {row}")
 
 
 def check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:

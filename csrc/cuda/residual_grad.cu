@@ -1,5 +1,7 @@
 // What residual quantization's gradient takes from all levels: one pass over the elements of x, a thread each.
 //
+// indices hold a code on every level of a row, or -1 on every level: the caller has replaced all others.
+//
 //   r_0 = x;  r_{q+1} = r_q - c_q;  grad_x = sum of weight_q r_{q+1} + g;  total = sum of c_q       (float, or double)
 #include "../fastvq_cuda.h"
 #include "elements.cuh"
@@ -21,9 +23,7 @@ __global__ void __launch_bounds__(kThreads) residual_backward_kernel(Rows x, Cod
     Work rest = static_cast<Work>(load_double(x.data, x.dtype, row_offset(x, 0, r) + d * x.stride_d));
 #pragma unroll 4
     for (int64_t q = 0; q < Q; ++q) {
-      // An index that was changed since reads a code, whichever.
-      const int64_t k = chosen[q] < 0 ? 0 : chosen[q] < levels.n_codes ? chosen[q] : levels.n_codes - 1;
-      const Work code = static_cast<const Work*>(levels.data)[code_offset(levels, q, k) + d * levels.stride_d];
+      const Work code = static_cast<const Work*>(levels.data)[code_offset(levels, q, chosen[q]) + d * levels.stride_d];
       rest -= code;
       sum += code;
       if (weights) pulled += weights[q] * rest;

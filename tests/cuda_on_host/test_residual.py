@@ -6,10 +6,11 @@ import torch
 
 from fastvq import _native
 from fastvq.ops import residual_quantize
+from fastvq.ops.residual import cuda
 from tests import oracle
 from tests.cases import DTYPES, HARD, METRICS, generator
 from tests.cuda_on_host import host
-from tests.ops.test_residual import draw, rotation_of_any_length
+from tests.ops.test_residual import draw, indices_changed_since, no_rows, rotation_of_any_length
 from tests.tolerance import assert_within, gamma
 
 ROWS, CODES = 17, 300  # of each hard case
@@ -111,6 +112,11 @@ def test_gradients(metric, estimator, dtype, masked, cuda_on_host):
 
 def test_rotation_of_any_length(cuda_on_host):
     rotation_of_any_length("cuda")
+
+
+def test_rows_left_out(cuda_on_host):
+    no_rows("cuda")
+    indices_changed_since(cuda.residual_quantize_backward)
 
 
 def test_rows_that_are_not_finite(cuda_on_host):

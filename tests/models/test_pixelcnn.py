@@ -138,15 +138,15 @@ def test_bad_input():
         make(n_classes=3)(ids, torch.zeros(3, dtype=torch.int64))
     for labels, error, message in (
         (1, TypeError, r"labels must be int64 \[2\], one a picture, got int; for one class, torch.full"),
-        (torch.tensor([0, 3]), ValueError, r"labels must be in \[0, 3\), got 0 \.\. 3"),
-        (torch.tensor([-1, 0]), ValueError, r"labels must be in \[0, 3\), got -1 \.\. 0"),
+        (torch.tensor([0, 3]), ValueError, r"labels must be in \[0, 3\), got 3 at row \(1,\)"),
+        (torch.tensor([-1, 0]), ValueError, r"labels must be in \[0, 3\), got -1 at row \(0,\)"),
     ):
         with pytest.raises(error, match=message):
             make(n_classes=3)(ids, labels)
         with pytest.raises(error, match=message):
             make(n_classes=3).sample((2, 4, 4), labels)
     for wrong in (-1, 99):
-        with pytest.raises(ValueError, match=rf"PixelCNN: ids must be in \[0, \d+\), got {wrong} .. {wrong}"):
+        with pytest.raises(ValueError, match=rf"PixelCNN: ids must be in \[0, \d+\), got {wrong} at row"):
             make()(torch.full_like(ids, wrong))
     with pytest.raises(TypeError, match=r"PixelCNN: ids must be int64 \[B, h, w\], got list"):
         make()([[[0]]])

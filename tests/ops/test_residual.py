@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 from fastvq.ops import code_statistics, nearest, quantize, residual_quantize
+from fastvq.ops.residual import reference
 from tests.cases import DTYPES, METRICS, generator
 from tests.tolerance import assert_within, gamma, roundoff
 
@@ -161,3 +162,34 @@ def test_as_an_operator(engine):
         g.sum().backward()
     compiled = torch.compile(lambda a, c: residual_quantize(a, c, backend=engine)[:4], fullgraph=True)
     assert all(map(torch.equal, compiled(x, codebooks), residual_quantize(x, codebooks, backend=engine)[:4]))
+
+
+def indices_changed_since(backward):
+    """``backward`` leaves a row out where one of its indices is no code, as it leaves a masked row out."""
+    x, codebooks = draw(9, 3, 11, 7)
+    g, w = torch.randn(9, 7, generator=generator(2)), torch.arange(1.0, 4)
+    indices = residual_quantize(x, codebooks, backend="reference").indices
+    changed, masked = indices.clone(), indices.clone()
+    for row, level, bad in ((0, 0, 11), (2, 1, 2**62), (5, 2, -1), (6, 0, -1), (7, 1, -(2**63))):
+        changed[row, level], masked[row] = bad, -1
+    for estimator in ("straight_through", "rotation", "none"):
+        got, expected = (backward(x, codebooks, i, g, w, w, estimator, 0.25, True, True) for i in (changed, masked))
+        assert all(map(torch.equal, got, expected)) and not got[0][masked[:, 0] < 0].any()
+        assert got[1].isfinite().all() and got[0][masked[:, 0] >= 0].any(-1).all()
+
+
+def no_rows(backend):
+    """Empty gradients of every estimator."""
+    for estimator in ("straight_through", "rotation", "none"):
+        x, codebooks = torch.randn(0, 7, requires_grad=True), torch.randn(3, 5, 7, requires_grad=True)
+        q = residual_quantize(x, codebooks, estimator=estimator, backend=backend)
+        (q.quantized.sum() + q.commitment_losses.sum() + q.codebook_losses.sum()).backward()
+        assert x.grad.shape == (0, 7) and not codebooks.grad.any()
+
+
+def test_indices_changed_since():
+    indices_changed_since(reference.residual_quantize_backward)
+
+
+def test_no_rows(engine):
+    no_rows(engine)

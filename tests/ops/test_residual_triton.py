@@ -9,9 +9,9 @@ if torch.cuda.is_available():
 from fastvq._tiles import Tile
 from fastvq.ops import residual_quantize
 from fastvq.ops.nearest import triton_ as kernels
-from fastvq.ops.residual import triton_levels
+from fastvq.ops.residual import triton_, triton_levels
 from tests.cases import HARD, METRICS, gaussian, generator
-from tests.ops.test_residual import draw
+from tests.ops.test_residual import draw, indices_changed_since, no_rows
 from tests.tolerance import assert_within, gamma
 
 
@@ -74,6 +74,11 @@ def test_empty_strided_and_not_finite(metric):
     got = residual_quantize(x, codebooks, metric=metric, statistics=True, backend="triton")
     assert not got.indices[3].any() and got.commitment_losses.isnan().all()
     assert (got.counts.sum(1) == 39).all()
+
+
+def test_rows_left_out():
+    no_rows("triton")
+    indices_changed_since(triton_.residual_quantize_backward)
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
+from fastvq._checks import raise_bad_index
 from fastvq._native import address
-from fastvq.ops._indices import raise_bad_index
 from fastvq.ops.ema import reference
 
 __all__ = ["code_statistics", "ema_update_", "refuse", "replace_dead_codes_"]
@@ -42,7 +42,7 @@ def code_statistics(
         torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
-        raise_bad_index(reference.STATISTICS, indices, n_codes, bad)
+        raise_bad_index(reference.STATISTICS, "indices", indices, -1, n_codes, bad)
     return sums, counts
 
 

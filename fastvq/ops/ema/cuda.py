@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastvq import _cuda_native, _golden, _golden_calls, _native
+from fastvq._checks import check_indices
 from fastvq._native import address
-from fastvq.ops._indices import check_indices
 from fastvq.ops.ema import reference
 
 __all__ = ["code_statistics", "ema_update_", "refuse_statistics", "refuse_update", "replace_dead_codes_"]
@@ -53,7 +53,7 @@ def code_statistics(
     deterministic: bool = True,
     sums_dtype: torch.dtype | None = None,  # float32 or float64; x's own, at least float32, where None
 ) -> tuple[Tensor, Tensor]:
-    check_indices(reference.STATISTICS, indices, n_codes)
+    check_indices(reference.STATISTICS, "indices", indices, -1, n_codes)
     if sums_dtype is None:
         sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     lead = () if n_heads is None else (n_heads,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.ops._indices import check_indices
+from fastvq._checks import check_indices
 
 __all__ = ["choose_rows", "code_statistics", "ema_update_", "replace_dead_codes_", "saturate"]
 
@@ -33,7 +33,7 @@ def code_statistics(
     Rows with index -1 and rows that hold NaN or infinity are left out. A sum beyond the largest finite number of its
     type is that number. float64 x: float64 sums.
     """
-    check_indices(STATISTICS, indices, n_codes)
+    check_indices(STATISTICS, "indices", indices, -1, n_codes)
     if n_heads is not None:
         each = [code_statistics(a, i, n_codes, None) for a, i in zip(x, indices, strict=True)]
         return torch.stack([s for s, _ in each]), torch.stack([c for _, c in each])

@@ -9,9 +9,15 @@ from torch import Tensor
 
 from fastvq import _native, _triton
 from fastvq._backends import Implementation, bound_backend, choose
-from fastvq._checks import check_backend_name, check_codebook, check_mask, check_number, check_option
+from fastvq._checks import (
+    check_backend_name,
+    check_codebook,
+    check_indices,
+    check_mask,
+    check_number,
+    check_option,
+)
 from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
-from fastvq.ops._indices import check_indices
 from fastvq.ops._library import no_second_derivative, register, serialisable
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
@@ -198,7 +204,7 @@ def _run_backward(
     )  # fmt: skip
     run = choose(OP, BACKWARD, backend, *arguments)
     if run is not cpu.quantize_backward:  # which looks at them while it counts them
-        check_indices(BACKWARD_OP, indices, codebook.shape[-2])
+        check_indices(BACKWARD_OP, "indices", indices, -1, codebook.shape[-2])
     return run(*arguments)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastvq import _native
 from fastvq._native import address
 from fastvq._rows import Output
-from fastvq.ops._indices import count_real
+from fastvq.ops._contract import count_real
 from fastvq.ops.ema.cpu import code_statistics
 
 __all__ = ["BACKWARD_OP", "quantize", "quantize_backward"]

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from fastvq import _cuda_native, _golden, _native, _triton
 from fastvq._backends import Implementation, bound_backend, choose
-from fastvq._checks import check_backend_name, check_codebook, check_integer, check_mask, check_number, check_option
+from fastvq._checks import (
+    check_backend_name,
+    check_codebook,
+    check_indices,
+    check_integer,
+    check_mask,
+    check_number,
+    check_option,
+)
 from fastvq._golden_cases import configuration
 from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
-from fastvq.ops._indices import check_indices
 from fastvq.ops._library import no_second_derivative, register, serialisable
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, PRECISIONS
@@ -245,7 +252,7 @@ def _run_backward(
     )  # fmt: skip
     run = choose(OP, BACKWARD, backend, *arguments)
     if run is not cpu.residual_quantize_backward:  # which looks at them while it counts them
-        check_indices(BACKWARD_OP, indices, codebooks.shape[1])
+        check_indices(BACKWARD_OP, "indices", indices, -1, codebooks.shape[1])
     return run(*arguments)
 
 

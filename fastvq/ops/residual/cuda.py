@@ -101,8 +101,8 @@ def residual_quantize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and result as the reference's."""
     levels = codebooks.to(reference.residual_dtype(x, codebooks))
+    real, indices = reference.rows_with_codes(indices, codebooks.shape[1])
     indices = indices.contiguous()
-    real = indices[..., 0] >= 0
     scale = 2 / reference.elements(real, x.shape[-1])
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     with _cuda_native.on_device_of(x):

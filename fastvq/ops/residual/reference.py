@@ -10,7 +10,14 @@ from torch import Tensor
 from fastvq.ops.ema import reference as ema
 from fastvq.ops.quantize import reference as one_level
 
-__all__ = ["elements", "residual_dtype", "residual_quantize", "residual_quantize_backward", "residuals"]
+__all__ = [
+    "elements",
+    "residual_dtype",
+    "residual_quantize",
+    "residual_quantize_backward",
+    "residuals",
+    "rows_with_codes",
+]
 
 
 def residual_dtype(x: Tensor, codebooks: Tensor) -> torch.dtype:
@@ -27,6 +34,19 @@ def residuals(
     for codes, chosen in zip(levels, indices.unbind(-1), strict=True):
         yield residual
         residual = residual - one_level.gather(codes, chosen)
+
+
+def rows_with_codes(
+    indices: Tensor,  # [..., Q]
+    n_codes: int,
+) -> tuple[Tensor, Tensor]:
+    """Which rows have a code on every level [...], and the indices with -1 on all levels of the other rows.
+
+    A masked row has none. Neither has a row of which an index was changed since the forward to one that is no code: on
+    a GPU, where an error would have to wait for the device, the backward leaves such a row out.
+    """
+    real = (indices.clamp(0, n_codes - 1) == indices).all(dim=-1)
+    return real, torch.where(real[..., None], indices, -1)
 
 
 def elements(real: Tensor | int, dim: int) -> Tensor | float:
@@ -89,7 +109,7 @@ def residual_quantize_backward(
     """
     dtype = residual_dtype(x, codebooks)
     residual = x.to(dtype)
-    real = (indices >= 0).any(dim=-1)
+    real, indices = rows_with_codes(indices, codebooks.shape[1])
     scale = 2 / max(1, int(real.sum()) * x.shape[-1])
     grad_x = torch.zeros_like(residual)
     grad_codebooks = torch.zeros_like(codebooks, dtype=torch.float64)

@@ -62,13 +62,16 @@ def _advance(
     tl.store(squares + tl.program_id(0), tl.sum(square))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_codes"])
+@triton.jit(do_not_specialize=["n_rows"])
 def _pull(
-    x, codebooks, stride_q, stride_k, stride_d, indices, weights, grad, out, total, n_rows, n_codes, n_levels, dim,
+    x, codebooks, stride_q, stride_k, stride_d, indices, weights, grad, out, total, n_rows, n_levels, dim,
     WITH_LOSS: tl.constexpr, WITH_GRAD: tl.constexpr, WITH_TOTAL: tl.constexpr, WORK: tl.constexpr,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out = grad (straight-through) + sum over levels of weights_q r_{q+1}; total = the sum of the codes."""
+    """out = grad (straight-through) + sum over levels of weights_q r_{q+1}; total = the sum of the codes.
+
+    ``indices`` are those of ``reference.rows_with_codes``: codes on every level of a row, or -1 on every level.
+    """
     r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
     there = r < n_rows
@@ -80,7 +83,6 @@ def _pull(
     added = tl.zeros((BM, BD), WORK)
     for q in range(0, n_levels):
         k = tl.load(indices + r * n_levels + q, mask=real, other=0)
-        k = tl.minimum(tl.maximum(k, 0), n_codes - 1)  # one that was changed since reads a code, whichever
         from_code = codebooks + k[:, None] * stride_k + d.to(tl.int64)[None, :] * stride_d
         code = as_work(tl.load(from_code, mask=inside, other=0.0), WORK)
         codebooks += stride_q
@@ -184,8 +186,9 @@ def residual_quantize_backward(
     """Same arguments and result as the reference's."""
     n_levels, n_codes, dim = codebooks.shape
     dtype = reference.residual_dtype(x, codebooks)
-    rows, chosen = x.reshape(-1, dim).contiguous(), indices.reshape(-1, n_levels).contiguous()
-    n, real = rows.shape[0], chosen[:, 0] >= 0
+    rows, chosen = x.reshape(-1, dim).contiguous(), indices.reshape(-1, n_levels)
+    n = rows.shape[0]
+    real, chosen = reference.rows_with_codes(chosen, n_codes)
     scale = 2 / reference.elements(real, dim)
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     if need_x:
@@ -198,7 +201,7 @@ def residual_quantize_backward(
         bm, bd = _tile(dim)
         if n:
             _pull[(triton.cdiv(n, bm), triton.cdiv(dim, bd))](
-                rows, codebooks, *codebooks.stride(), chosen, weights, g, out, total, n, n_codes, n_levels, dim,
+                rows, codebooks, *codebooks.stride(), chosen, weights, g, out, total, n, n_levels, dim,
                 WITH_LOSS=grad_commitment is not None, WITH_GRAD=straight, WITH_TOTAL=rotate, WORK=_work(dtype),
                 BM=bm, BD=bd,
             )  # fmt: skip
