@@ -4,6 +4,7 @@ import gzip
 import json
 import shutil
 import signal
+import unicodedata
 
 import numpy as np
 import pytest
@@ -76,6 +77,7 @@ def contents(folder):
 HARD_NAMES = [
     "a.png", "a.jpg", "a b.png", "a_b.png", "a/b.png", "가족.png", "사진.png", "日本.png", "x.png/in.png", "x.jpg",
     "100%.png", "%2F.png", "..png", "log.jsonl/y.png", "é.png", "e\u0301.png",
+    "A.JPG",
 ]  # fmt: skip
 
 
@@ -91,7 +93,8 @@ def test_decode_writes_one_file_a_picture(encode, model, tmp_path):
     }
     plain = {f"{name}.png" for name in HARD_NAMES}
     changed = {"x.png/in.png.png": "x%2Epng/in.png.png", "log.jsonl/y.png.png": "log%2Ejsonl/y.png.png",
-               "%2F.png.png": "%252F.png.png"}  # fmt: skip
+               "%2F.png.png": "%252F.png.png", "é.png.png": "é.png%2F2.png", "A.JPG.png": "A.JPG.png",
+               "a.jpg.png": "a.jpg%2F2.png"}  # fmt: skip
     assert found == {changed.get(name, name) for name in plain}
 
 
@@ -112,8 +115,60 @@ def test_no_two_names_get_one_path(tmp_path_factory, names):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb"):  # it must not be there
             there.append(path)
+    folded = {unicodedata.normalize("NFC", str(path)).casefold() for path in there}
+    assert len(folded) == len(there)
     assert len(there) == len(names) + 4
     shutil.rmtree(root)
+
+
+@pytest.mark.parametrize(
+    "names, paths",
+    [
+        (["a.png", "A.png", "a.png"], ["a.png.png", "A.png%2F2.png", "a.png%2F3.png"]),
+        (["Cats/a", "cats/a", "cats/b"], ["Cats/a.png", "cats/a%2F2.png", "cats/b.png"]),
+        (["é", "e\u0301", "É"], ["é.png", "e\u0301%2F2.png", "É%2F3.png"]),
+        (
+            ["가족", unicodedata.normalize("NFD", "가족")],
+            ["가족.png", unicodedata.normalize("NFD", "가족") + "%2F2.png"],
+        ),
+        (["STRASSE", "straße"], ["STRASSE.png", "straße%2F2.png"]),
+        (["cats./a", "cats/a", "cats /a"], ["cats./a.png", "cats/a%2F2.png", "cats /a%2F3.png"]),
+        (["图片", "圖片"], ["图片.png", "圖片.png"]),
+        ([".. /a", "x.PNG./a"], ["%2E%2E%20/a.png", "x.PNG%2E/a.png"]),
+    ],
+)
+def test_names_that_a_file_system_may_take_for_one(names, paths):
+    files = FileNames()
+    assert [str(files.path(name)) for name in names] == paths
+
+
+def test_no_command_writes_into_the_pictures_it_reads(encode, model, pictures, tmp_path):
+    (pictures / "usage.png").write_bytes(png(50))
+    before = {p.name: p.read_bytes() for p in pictures.iterdir()}
+    encode(pictures)
+    for order in (
+        ["encode", pictures, "--model", model, "--out", pictures, "--restart"],
+        ["encode", pictures, "--model", model, "--out", pictures / "ids"],
+        ["decode", tmp_path / "ids", "--model", model, "--out", pictures],
+        ["train", "vqvae", "--data", pictures, "--out", pictures / "run"],
+        ["train", "prior", "--model", model, "--data", pictures, "--out", pictures / "prior"],
+    ):
+        assert "--out must lie outside the folder of pictures" in said(fastvq(*order, status=2))
+    for out in ("0.png", "./0.png"):
+        order = ["edit", pictures / "0.png", "--model", model, "--code", 1, "--out", pictures / out]
+        assert "0.png, which is read; take another --out" in said(fastvq(*order, status=2))
+    assert {p.name: p.read_bytes() for p in pictures.iterdir()} == before
+
+
+def test_one_folder_has_many_paths(encode, pictures, tmp_path, monkeypatch):
+    encode(pictures)
+    monkeypatch.chdir(tmp_path)
+    for path in ("pictures", "pictures/", f"{pictures}/.", "./pictures"):
+        encode(path)
+    (tmp_path / "others").mkdir()
+    for path in pictures.iterdir():
+        shutil.copy(path, tmp_path / "others")
+    assert "begun with another data" in said(encode("others", status=2))
 
 
 # Archives.

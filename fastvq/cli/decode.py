@@ -31,13 +31,19 @@ def decode(
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
 ) -> None:
-    """Decode maps of code ids to pictures, each a PNG with the picture's name, folders included, and .png after it."""
-    with shared.reported("the same command starts anew"), shared.unclaimed(out), lock_folder(OP, out):
+    """Decode maps of code ids to pictures. cats/a.jpg becomes cats/a.jpg.png: .png is added to every name, and folders
+    stay. A name that comes again, in upper or lower case, ends in %2F2.png, the next in %2F3.png; characters that no
+    file can have are written as % and two digits. No two pictures get one file."""
+    with (
+        shared.reported("the same command starts anew"), shared.ended_by_sigterm(), shared.unclaimed(out),
+        lock_folder(OP, out),
+    ):  # fmt: skip
         place = find_device(device)
         autoencoder = shared.read_model(model, place)
         manifest = read_json(OP, find_manifest(OP, ids), MANIFEST_KIND)
         if manifest["model_sha256"] != shared.fingerprint(model):
             raise ValueError(f"{ids} was made by another model than {model}; its ids mean nothing to this one")
+        shared.check_outside(out, manifest["data"])
         if not manifest["pictures"]:
             raise ValueError(f"{ids} holds no picture")
         total = min(manifest["pictures"], limit or manifest["pictures"])

@@ -65,7 +65,7 @@ def encode(
 ) -> None:
     """Encode pictures to maps of code ids. Status 0: some were encoded; 1: every picture was left out; 2: an error."""
     with (
-        shared.reported(RESUME), shared.ended_by_sigterm(), processes(device) as place, shared.unclaimed(out),
+        shared.reported(RESUME), shared.ended_by_sigterm(), processes(device) as place, shared.unclaimed(out, data),
         run_folder(OP, out, place),
     ):  # fmt: skip
         autoencoder = shared.read_model(model, place.device)

@@ -3,6 +3,9 @@
 Every path ends in ``.png``, added to the whole name (``a.jpg`` -> ``a.jpg.png``). A character that a path cannot hold
 becomes ``%`` and two hexadecimal digits of its bytes, and so does a ``%`` that could be taken for such an escape, so
 that every path can be turned back into its name.
+
+A name that comes again, or differs from an earlier one only where file systems see no difference (upper and lower case,
+composed and decomposed letters, periods and spaces at the end), gets ``%2F2`` before ``.png``, the next ``%2F3``.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import unicodedata
 from pathlib import PurePosixPath
 
 __all__ = ["FileNames"]
@@ -35,25 +39,37 @@ class FileNames:
 
     def path(self, name: str) -> PurePosixPath:
         """A relative path inside the folder that the pictures go to."""
-        times = self._times[name] = self._times.get(name, 0) + 1
-        *folders, last = name.split("/")
-        parts = [*map(_folder, folders), _part(last) + (f"{MARK}{times}" if times > 1 else "")]
-        if sum(len(os.fsencode(p)) + 1 for p in parts) > MAX_PATH:
-            parts = [_shortened(name, "", times)]
-        *folders, last = parts
-        return PurePosixPath(*folders, _shortened(last, last, 1) + SUFFIX)
+        path = _path(name, 1)
+        folded = "/".join(map(_folded, path.parts))
+        times = self._times[folded] = self._times.get(folded, 0) + 1
+        return path if times == 1 else _path(name, times)
+
+
+def _path(name: str, times: int) -> PurePosixPath:
+    *folders, last = name.split("/")
+    parts = [*map(_folder, folders), _part(last) + (f"{MARK}{times}" if times > 1 else "")]
+    if sum(len(os.fsencode(p)) + 1 for p in parts) > MAX_PATH:
+        parts = [_shortened(name, "", times)]
+    *folders, last = parts
+    return PurePosixPath(*folders, _shortened(last, last, 1) + SUFFIX)
+
+
+def _folded(part: str) -> str:
+    """Equal for two names that some file system takes for one."""
+    plain = unicodedata.normalize("NFD", unicodedata.normalize("NFD", part).casefold())
+    return plain.rstrip(". ")
 
 
 def _part(text: str) -> str:
     escaped = ESCAPED.sub(lambda found: _escape(found.group()), text)
-    if escaped in ("", ".", ".."):
+    if not escaped.strip(". "):  # nothing, or a way to another folder
         return _escape(escaped) or MARK
     return escaped
 
 
 def _folder(text: str) -> str:
     part = _part(text)
-    if part.lower().endswith((SUFFIX, ".jsonl")):
+    if _folded(part).endswith((SUFFIX, ".jsonl")):
         # Files that are written end so, and no folder may have a file's name.
         at = part.rindex(".")
         part = part[:at] + _escape(".") + part[at + 1 :]

@@ -145,18 +145,20 @@ def edit_command(
                 "temperature": temperature,
             }  # fmt: skip
         repeats = n if "prior" in way else 1
+        paths = [out if i == 0 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(repeats)]
+        alone = [path.with_name(f"{path.stem}-picture{path.suffix}") for path in paths]
+        for given in (image, source):
+            if given is not None and given.resolve() in {path.resolve() for path in (*paths, *alone)}:
+                raise ValueError(f"--out must not write to {given}, which is read; take another --out than {out}")
         edited = edit(
             autoencoder, picture.expand(repeats, -1, -1, -1), region, blend=blend,
             generator=torch.Generator(device).manual_seed(seed), **way,
         )  # fmt: skip
-        paths = []
-        for i in range(repeats):
-            path = out if i == 0 else out.with_name(f"{out.stem}-{i}{out.suffix}")
-            paths.append(str(path))
+        for i, path in enumerate(paths):
             title = f"change inside {edited.inside_change[i]:.4f}, outside {edited.outside_change[i]:.4f}"
             mask = region_mask(region, picture)[0]
             save_image(path, edit_picture(picture[0], edited.reconstruction[i], edited.image[i], mask, title))
-            save_picture(path.with_name(f"{path.stem}-picture{path.suffix}"), edited.image[i])
+            save_picture(alone[i], edited.image[i])
         line = {
             "region": list(region),
             "changed_ids": [int(c[0].sum()) for c in edited.changed],
@@ -169,7 +171,7 @@ def edit_command(
         write_line(out.with_suffix(".jsonl"), {**asked, **line, "file": out.name})
         typer.echo(json.dumps(line))
         shared.console.print(
-            f"{', '.join(paths)}; each alone in *-picture{out.suffix}", highlight=False, soft_wrap=True
+            f"{', '.join(map(str, paths))}; each alone in *-picture{out.suffix}", highlight=False, soft_wrap=True
         )
 
 

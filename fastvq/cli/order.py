@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def begin(out: Path, order: dict[str, Any], source: Source | Shards, n_codes: Se
         differing = [
             f"{WORDS.get(name, name)}" + ("" if name in WORDS else f" ({begun[name]!r}, now {order[name]!r})")
             for name in sorted(order)
-            if name in begun and name != "listing" and begun[name] != order[name]
+            if name in begun and name != "listing" and not _is_same(name, begun[name], order[name])
         ]
         if differing:
             raise ValueError(f"{out} was begun with another {', '.join(differing)}; {ADVICE}")
@@ -66,6 +67,12 @@ def begin(out: Path, order: dict[str, Any], source: Source | Shards, n_codes: Se
     write_atomically(out / LISTING, _lines(listing))
     write_json(out / ORDER, order, seal=True)
     return len(listing)
+
+
+def _is_same(name: str, before: Any, now: Any) -> bool:
+    if name == "data" and isinstance(now, str) and "://" not in now:
+        return os.path.abspath(before) == os.path.abspath(now)  # one folder has many paths: a, a/, ./a
+    return bool(before == now)
 
 
 def forget(out: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastvq._json import any_of, nothing, read_json, record, text, whole, write_json
 from fastvq.cli.order import listing_digest
 from fastvq.data import Batch, Loader, Shards, check_size, is_archive, normalise, open_data, read_picture
-from fastvq.data.sources import Source
+from fastvq.data.sources import Digits, Photographs, Source
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.models.checkpoints import WEIGHTS
 from fastvq.models.prior import Prior
@@ -30,9 +30,9 @@ from fastvq.training import Stopped, find_device, handled
 from fastvq.training.state import STATE
 
 __all__ = [
-    "MODEL", "PRIOR", "Field", "check_label", "console", "count_codes", "ended_by_sigterm", "fingerprint",
-    "picture_file", "printable", "progress", "read_data", "read_model", "read_priors", "reported", "show_skipped",
-    "some_pictures", "unclaimed", "write_data", "write_made_for",
+    "MODEL", "PRIOR", "Field", "check_label", "check_outside", "console", "count_codes", "ended_by_sigterm",
+    "fingerprint", "picture_file", "printable", "progress", "read_data", "read_model", "read_priors", "reported",
+    "show_skipped", "some_pictures", "unclaimed", "write_data", "write_made_for",
 ]  # fmt: skip
 
 console = Console(stderr=True)
@@ -92,9 +92,29 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
 
 
+def check_outside(folder: Path, data: str) -> None:
+    """ValueError where ``folder``, which gets pictures, lies in the folder of pictures that ``data`` names.
+
+    They would count as data in the next call, and could take the place of a picture that is there.
+    """
+    pictures = Path(data)
+    is_folder = data not in (Digits.name, Photographs.name) and pictures.is_dir()
+    if is_folder and folder.resolve().is_relative_to(pictures.resolve()):
+        raise ValueError(
+            f"--out must lie outside the folder of pictures {data}, got {folder}; what is written there would count as "
+            "its pictures: take another --out"
+        )
+
+
 @contextmanager
-def unclaimed(folder: Path) -> Iterator[None]:
-    """Removes folders that the call made, up to ``folder``, where they are empty at its end."""
+def unclaimed(folder: Path, data: str | None = None) -> Iterator[None]:
+    """Removes folders that the call made, up to ``folder``, where they are empty at its end.
+
+    Raises:
+        ValueError: ``folder`` lies in the folder ``data``.
+    """
+    if data is not None:
+        check_outside(folder, data)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield

@@ -99,7 +99,7 @@ def train_vqvae(
     chosen = _filled(preset, levels=levels, codes=codes, code_dim=code_dim, hidden=hidden, steps=steps,
                      batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
     with (
-        shared.reported(RESUME), processes(device) as place, shared.unclaimed(out),
+        shared.reported(RESUME), processes(device) as place, shared.unclaimed(out, data),
         run_folder("fastvq train vqvae", out, place),
     ):  # fmt: skip
         source = open_data(data, "train", size=size, channels=channels, odd=odd, field=field)
@@ -163,7 +163,7 @@ def train_prior(
 ) -> None:
     """Train a prior for every level of a model, the top's first; each goes to a folder levelN of --out."""
     with (
-        shared.reported(RESUME), processes(device) as place, shared.unclaimed(out),
+        shared.reported(RESUME), processes(device) as place, shared.unclaimed(out, data),
         run_folder("fastvq train prior", out, place),
     ):  # fmt: skip
         autoencoder = shared.read_model(model, place.device)
@@ -173,6 +173,7 @@ def train_prior(
             )
         trained_on, options = shared.read_data(model)
         data = data or trained_on
+        shared.check_outside(out, data)
         chosen = _filled(PRIOR_PRESETS.get(data, PRIOR_PRESETS["photographs"]), channels=channels, layers=layers,
                          steps=steps, batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
         source = open_data(data, "train", **options)

@@ -148,7 +148,7 @@ class ImageFolder(Source):
 
         def unreadable(error: OSError) -> None:
             inner = Path(str(error.filename)).relative_to(self.folder)
-            self.skipped[str(inner)] = f"folder cannot be read: {error.strerror}"
+            self.skipped[inner.as_posix()] = f"folder cannot be read: {error.strerror}"
 
         found: list[Path] = []
         for folder, _, names in os.walk(self.folder, onerror=unreadable):
@@ -156,7 +156,7 @@ class ImageFolder(Source):
                 path = Path(folder, name)
                 kind = path.suffix.lower()
                 if kind in OTHER_FORMATS:
-                    self.skipped[str(path.relative_to(self.folder))] = f"no format that is read: {kind}"
+                    self.skipped[path.relative_to(self.folder).as_posix()] = f"no format that is read: {kind}"
                 elif kind in EXTENSIONS and (path.is_file() or path.is_symlink()):
                     found.append(path)
         return sorted(found)
@@ -173,10 +173,10 @@ class ImageFolder(Source):
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise BadPicture(str(inner), f"cannot be read: {error.strerror}") from None
-        pixels = read_picture(data, str(inner), channels=self.channels, size=self.size, odd=self.odd)
+            raise BadPicture(inner.as_posix(), f"cannot be read: {error.strerror}") from None
+        pixels = read_picture(data, inner.as_posix(), channels=self.channels, size=self.size, odd=self.odd)
         label = self.classes.index(inner.parts[0]) if len(inner.parts) > 1 else None
-        return Picture(str(inner), pixels, label)
+        return Picture(inner.as_posix(), pixels, label)
 
 
 class Torchvision(Source):
