@@ -17,6 +17,7 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
 
 from fastvq import _native, _triton
 from fastvq._env import VARIABLES
+from tests import kinds
 from tests.fuzz import shares
 
 # reference, then the CPU kernels once for each instruction set that this machine has.
@@ -92,6 +93,11 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+def pytest_itemcollected(item):
+    for marker in kinds.of(item):
+        item.add_marker(marker)
 
 
 @pytest.hookimpl(trylast=True)  # the tests that -k and -m have left
