@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 import torch
@@ -16,6 +16,7 @@ __all__ = [
     "check_backend_name",
     "check_codebook",
     "check_codes",
+    "check_dense",
     "check_float",
     "check_ids",
     "check_indices",
@@ -24,6 +25,7 @@ __all__ = [
     "check_number",
     "check_option",
     "check_same_device",
+    "check_sizes",
     "raise_bad_index",
 ]
 
@@ -51,6 +53,14 @@ def check_integer(op: str, argument: str, value: object) -> None:
         raise ValueError(f"{op}: {argument} must be below 2^63, got {value}")
 
 
+def check_sizes(op: str, argument: str, value: object) -> None:
+    """A sequence of integers."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise TypeError(f"{op}: {argument} must be a sequence of integers, got {type(value).__name__} {value!r}")
+    for i, size in enumerate(value):
+        check_integer(op, f"{argument}[{i}]", size)
+
+
 def check_number(op: str, argument: str, value: object) -> None:
     """A real number, or a tensor of one."""
     if type(value) is float or type(value) is int:
@@ -69,6 +79,10 @@ def check_float(op: str, argument: str, value: object) -> None:
             f"{op}: {argument} must be float32, float64, float16 or bfloat16, got {value.dtype}; "
             "convert it with .float()"
         )
+    check_dense(op, argument, value)
+
+
+def check_dense(op: str, argument: str, value: Tensor) -> None:
     if value.is_nested:
         raise TypeError(
             f"{op}: {argument} must be a dense tensor, got a nested one; pad it with torch.nested.to_padded_tensor and "

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq._checks import check_float, check_option
+from fastvq._checks import check_float, check_integer, check_number, check_option
 from fastvq.ops.ema import code_statistics
 from fastvq.ops.nearest import nearest
 from fastvq.ops.quantize import quantize
@@ -96,6 +96,9 @@ def kmeans(
     """
     check_option(OP, "metric", metric, METRICS)
     check_option(OP, "init", init, INITS)
+    check_integer(OP, "n_codes", n_codes)
+    check_integer(OP, "n_iter", n_iter)
+    check_number(OP, "tolerance", tolerance)
     if n_codes < 1:
         raise ValueError(f"{OP}: n_codes must be at least 1, got {n_codes}")
     if n_iter < 0 or not tolerance >= 0:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvq._checks import FLOATS, check_indices, check_option
+from fastvq._checks import FLOATS, check_dense, check_indices, check_integer, check_option, check_sizes
 from fastvq.models.blocks import Decoder, Encoder
 from fastvq.models.checkpoints import Pretrained
 from fastvq.models.prior import as_priors
@@ -73,7 +73,17 @@ class Autoencoder(Pretrained):
     ) -> None:
         super().__init__()
         op = f"fastvq.models.{type(self).__name__}"
-        codes = [n_codes] * levels if isinstance(n_codes, int) else list(n_codes)
+        for name, value in (
+            ("in_channels", in_channels), ("hidden", hidden), ("code_dim", code_dim), ("downsample", downsample),
+            ("levels", levels), ("n_blocks", n_blocks), ("depth", depth),
+        ):  # fmt: skip
+            check_integer(op, name, value)
+        if isinstance(n_codes, Sequence) and not isinstance(n_codes, str):
+            check_sizes(op, "n_codes", n_codes)
+            codes = list(n_codes)
+        else:
+            check_integer(op, "n_codes", n_codes)
+            codes = [n_codes] * levels
         for name, value in (
             ("in_channels", in_channels), ("code_dim", code_dim), ("levels", levels), ("depth", depth),
             ("n_codes", min(codes, default=0)),
@@ -193,6 +203,9 @@ class Autoencoder(Pretrained):
                 ``size`` is no multiple of the top level's stride, labels are not [n] or out of range.
         """
         op = f"{self.op}.generate"
+        check_integer(op, "n", n)
+        if size is not None:
+            check_sizes(op, "size", size)
         found = as_priors(op, priors, self.levels)
         if size is None and found[0].shape is None:
             raise ValueError(f"{op}: size must be given, (H, W) of the pictures: the prior holds none")
@@ -231,6 +244,7 @@ class Autoencoder(Pretrained):
         stride = self.strides[0]
         if not isinstance(image, Tensor):
             raise TypeError(f"{self.op}: image must be a torch.Tensor, got {type(image).__name__}")
+        check_dense(self.op, "image", image)
         if image.dtype not in FLOATS:
             raise TypeError(
                 f"{self.op}: image must be floating-point, got {image.dtype}; scale it as the training pictures were, "

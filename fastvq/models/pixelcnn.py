@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq._checks import check_indices
+from fastvq._checks import check_dense, check_float, check_indices, check_integer, check_same_device
 from fastvq.models import sampling
 from fastvq.nn import GatedMaskedConv2d
 from fastvq.ops._library import serialisable
@@ -86,7 +86,14 @@ class PixelCNN(nn.Module):
         first_kernel_size: int = 5,
     ) -> None:
         super().__init__()
-        for name, value in (("n_codes", n_codes), ("channels", channels), ("n_layers", n_layers)):
+        sizes = {
+            "n_codes": n_codes, "channels": channels, "n_layers": n_layers, "kernel_size": kernel_size,
+            "first_kernel_size": first_kernel_size,
+        }  # fmt: skip
+        optional = {"n_classes": n_classes, "condition_channels": condition_channels}
+        sizes |= {name: value for name, value in optional.items() if value is not None}
+        for name, value in sizes.items():
+            check_integer("fastvq.models.PixelCNN", name, value)
             if value < 1:
                 raise ValueError(f"fastvq.models.PixelCNN: {name} must be >= 1, got {value}")
         self.n_codes, self.channels, self.n_classes, self.condition_channels = (
@@ -123,12 +130,15 @@ class PixelCNN(nn.Module):
                 raise ValueError(f"{name}: {argument} must be given, as the model was made with {parameter}; pass it")
             if given is not None and module is None:
                 raise ValueError(f"{name}: {argument} must be None, as the model was made without {parameter}")
+            if isinstance(given, Tensor):
+                check_same_device(name, "the model", self.embedding.weight, argument, given)
         total = None
         if labels is not None and self.label_condition is not None:
             assert self.n_classes is not None
             sampling.check_labels(name, labels, batch, self.n_classes)
             total = self.label_condition(labels).unflatten(1, (len(self.layers), -1))
         if condition is not None and self.map_condition is not None:
+            check_float(name, "condition", condition)
             fits = condition.dim() == 4 and list(condition.shape[:2]) == [batch, self.condition_channels]
             if not fits or 0 in condition.shape[2:] or h % condition.shape[2] or w % condition.shape[3]:
                 raise ValueError(
@@ -154,6 +164,7 @@ class PixelCNN(nn.Module):
         """
         if not isinstance(ids, Tensor):
             raise TypeError(f"fastvq.models.PixelCNN: ids must be int64 [B, h, w], got {type(ids).__name__}")
+        check_dense("fastvq.models.PixelCNN", "ids", ids)
         if ids.dim() != 3 or ids.dtype != torch.int64 or 0 in ids.shape[1:]:
             raise ValueError(
                 f"fastvq.models.PixelCNN: ids must be int64 [B, h, w], got {ids.dtype} {list(ids.shape)}; use .long()"

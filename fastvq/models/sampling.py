@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _triton
-from fastvq._checks import check_indices
+from fastvq._checks import check_indices, check_integer, check_number, check_sizes
 from fastvq.ops import DRAWING_BACKENDS, PixelCNNState, PixelCNNSteps, pixelcnn_draw_, pixelcnn_start
 from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
 
@@ -91,10 +91,16 @@ def _check(
     model: PixelCNN, shape: tuple[int, int, int], labels: Tensor | None, known: Tensor | None, keep: Tensor | None,
     choice: Choice,
 ) -> None:  # fmt: skip
+    check_sizes(OP, "shape", shape)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{OP}: shape must be (B, h, w), each >= 1, got {tuple(shape)}")
     if labels is not None and model.n_classes is not None:
         check_labels(OP, labels, shape[0], model.n_classes)
+    for name, number in (("temperature", choice.temperature), ("top_p", choice.top_p)):
+        if name == "temperature" or number is not None:
+            check_number(OP, name, number)
+    if choice.top_k is not None:
+        check_integer(OP, "top_k", choice.top_k)
     if not choice.temperature >= 0:
         raise ValueError(f"{OP}: temperature must be >= 0, got {choice.temperature}")
     if choice.top_k is not None and choice.top_k < 1:
@@ -128,8 +134,8 @@ def sample(
     progress: bool,
 ) -> Tensor:  # [B, h, w] int64
     """See ``PixelCNN.sample``."""
-    shape = (shape[0], shape[1], shape[2])
     _check(model, shape, labels, known, keep, choice)
+    shape = (shape[0], shape[1], shape[2])
     device = model.embedding.weight.device
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
     ids = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -219,4 +219,5 @@ class GroupedVQ(VectorQuantizer):
         for name in ("heads", "separate_codebook_per_head"):
             if name in options:
                 raise ValueError(f"fastvq.nn.GroupedVQ: {name} is set by n_groups; leave it out")
+        check_integer("fastvq.nn.GroupedVQ", "n_groups", n_groups)
         super().__init__(dim, n_codes, heads=n_groups, separate_codebook_per_head=True, **options)  # type: ignore[arg-type]

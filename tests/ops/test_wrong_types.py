@@ -4,11 +4,15 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import nn, ops
+from fastvq import models, nn, ops
 
 X, CODES, IDS = torch.randn(6, 4), torch.randn(5, 4), torch.zeros(6, dtype=torch.int64)
 IMAGE, WEIGHT = torch.randn(1, 2, 4, 4), torch.randn(4, 2, 3, 3)
 SUMS, COUNTS, SIZE = torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64), torch.ones(5)
+PRIOR = models.PixelCNN(4, 2, 1, first_kernel_size=3)
+WEIGHTS = [torch.zeros(s) for s in ((4, 2), (4, 2, 3, 3), 4, (4, 2, 1, 1), 4, (4, 2, 1, 3), 4, (2, 2, 1, 1), 2,
+           (2, 2, 1, 1), 2, (4, 2, 1, 1), 4)]  # fmt: skip
+STATE, STATE_IDS = ops.pixelcnn_start(WEIGHTS, [3], (1, 2, 2)), torch.zeros(1, 2, 2, dtype=torch.int64)
 NESTED = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)])
 
 
@@ -31,6 +35,8 @@ WITH_BACKEND = {
     "replace_dead_codes_": lambda b: _replace(backend=b),
     "masked_conv2d": lambda b: ops.masked_conv2d(IMAGE, WEIGHT, backend=b),
     "gated_masked_conv2d": lambda b: ops.gated_masked_conv2d(IMAGE, WEIGHT, backend=b),
+    "pack_codebook": lambda b: ops.pack_codebook(CODES, backend=b),
+    "pixelcnn_start": lambda b: ops.pixelcnn_start(WEIGHTS, [3], (1, 2, 2), backend=b),
 }
 
 
@@ -52,6 +58,26 @@ INTEGERS = {
     "nn.ResidualVQ: n_levels": lambda n: nn.ResidualVQ(4, 8, n),
     "nn.MaskedConv2d: in_channels": lambda n: nn.MaskedConv2d(n, 4, 3),
     "nn.MaskedConv2d: colours": lambda n: nn.MaskedConv2d(3, 3, 3, colours=n),
+    "nn.GroupedVQ: n_groups": lambda n: nn.GroupedVQ(4, 8, n),
+    "nn.GroupedVQ: n_codes": lambda n: nn.GroupedVQ(4, n, 2),
+    "kmeans: n_codes": lambda n: fastvq.kmeans(X, n),
+    "kmeans: n_iter": lambda n: fastvq.kmeans(X, 2, n_iter=n),
+    "ops.pixelcnn_start: kernel_sizes\\[0\\]": lambda n: ops.pixelcnn_start(WEIGHTS, [n], (1, 2, 2)),
+    "ops.pixelcnn_start: shape\\[1\\]": lambda n: ops.pixelcnn_start(WEIGHTS, [3], (1, n, 2)),
+    "ops.pixelcnn_step: column": lambda n: ops.pixelcnn_step(STATE, STATE_IDS, 0, n),
+    "models.PixelCNN: n_codes": lambda n: models.PixelCNN(n, 4, 1),
+    "models.PixelCNN: n_classes": lambda n: models.PixelCNN(4, 4, 1, n),
+    "models.PixelCNN: kernel_size": lambda n: models.PixelCNN(4, 4, 2, kernel_size=n),
+    "models.PixelCNN.sample: shape\\[0\\]": lambda n: PRIOR.sample((n, 2, 2)),
+    "models.PixelCNN.sample: top_k": lambda n: PRIOR.sample((1, 2, 2), top_k=n),
+    "models.VQVAE: in_channels": lambda n: models.VQVAE(n, 8, 7, 4),
+    "models.VQVAE: hidden": lambda n: models.VQVAE(1, n, 7, 4),
+    "models.VQVAE: n_codes": lambda n: models.VQVAE(1, 8, n, 4),
+    "models.VQVAE: downsample": lambda n: models.VQVAE(1, 8, 7, 4, n),
+    "models.VQVAE: n_blocks": lambda n: models.VQVAE(1, 8, 7, 4, n_blocks=n),
+    "models.VQVAE2: levels": lambda n: models.VQVAE2(1, 8, 7, 4, levels=n),
+    "models.VQVAE2: n_codes\\[1\\]": lambda n: models.VQVAE2(1, 8, [7, n], 4),
+    "models.VQVAE.generate: n": lambda n: models.VQVAE(1, 8, 7, 4).generate(n, priors=PRIOR, size=(16, 16)),
 }
 
 
@@ -75,6 +101,9 @@ NUMBERS = {
     "nn.VectorQuantizer: eps": lambda v: nn.VectorQuantizer(4, 8, eps=v),
     "nn.ResidualVQ: commitment_weight": lambda v: nn.ResidualVQ(4, 8, 2, commitment_weight=v),
     "nn.VectorQuantizer: dead_code_threshold": lambda v: nn.VectorQuantizer(4, 8, dead_code_threshold=v),
+    "kmeans: tolerance": lambda v: fastvq.kmeans(X, 2, tolerance=v),
+    "models.PixelCNN.sample: temperature": lambda v: PRIOR.sample((1, 2, 2), temperature=v),
+    "models.PixelCNN.sample: top_p": lambda v: PRIOR.sample((1, 2, 2), top_p=v),
 }
 
 
@@ -95,6 +124,32 @@ def test_counts_and_nested_tensors():
         ("masked_conv2d", lambda: ops.masked_conv2d(NESTED, WEIGHT)),
     ):
         with pytest.raises(TypeError, match=f"fastvq.ops.{op}: x must be a dense tensor, got a nested one; pad it"):
+            call()
+
+
+def test_sequences_and_tensors():
+    for call, message in (
+        (lambda: PRIOR.sample(None), "models.PixelCNN.sample: shape must be a sequence of integers, got NoneType"),
+        (lambda: PRIOR.sample("222"), "models.PixelCNN.sample: shape must be a sequence of integers, got str"),
+        (lambda: PRIOR.sample((1, 2, 2), known=[1]), "models.PixelCNN.sample: known must be torch.int64"),
+        (lambda: ops.pixelcnn_start(None, [3], (1, 2, 2)), "ops.pixelcnn_start: weights must be a sequence of tensors"),
+        (
+            lambda: ops.pixelcnn_start([None], [3], (1, 2, 2)),
+            r"ops.pixelcnn_start: weights\[0\] must be a torch",
+        ),
+        (lambda: ops.pixelcnn_start(WEIGHTS, 3, (1, 2, 2)), "ops.pixelcnn_start: kernel_sizes must be a sequence"),
+        (lambda: ops.pixelcnn_start(WEIGHTS, [3], (1, 2, 2), condition=1.0), "ops.pixelcnn_start: condition must be a"),
+        (lambda: ops.pixelcnn_step(None, STATE_IDS, 0, 0), "ops.pixelcnn_step: state must be what pixelcnn_start"),
+        (lambda: ops.pixelcnn_step(STATE, [0], 0, 0), "ops.pixelcnn_step: ids must be int64"),
+        (lambda: ops.pack_codebook(None), "ops.pack_codebook: codebook must be a torch.Tensor, got NoneType"),
+        (lambda: ops.pack_codebook(NESTED), "ops.pack_codebook: codebook must be a dense tensor, got a nested one"),
+        (lambda: fastvq.kmeans(NESTED, 2), "kmeans: data must be a dense tensor, got a nested one"),
+        (lambda: fastvq.kmeans([1.0], 2), "kmeans: data must be a tensor"),
+        (lambda: models.VQVAE(1, 8, None, 4), "models.VQVAE: n_codes must be an integer, got NoneType"),
+        (lambda: models.VQVAE(1, 8, 7, 4)(NESTED), "models.VQVAE: image must be a dense tensor, got a nested one"),
+        (lambda: PRIOR(NESTED), "models.PixelCNN: ids must be a dense tensor, got a nested one"),
+    ):
+        with pytest.raises(TypeError, match="fastvq." + message):
             call()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvq import _native
 from fastvq._backends import check_backend
-from fastvq._checks import check_codes, check_option
+from fastvq._checks import check_backend_name, check_codes, check_option
 
 __all__ = ["PackedCodebook", "operands", "pack_codebook"]
 
@@ -99,6 +99,7 @@ def pack_codebook(
     """
     check_codes(OP, codebook)
     check_option(OP, "metric", metric, METRICS)
+    check_backend_name(OP, backend)
     if backend is not None:
         check_backend(OP, backend)
     return PackedCodebook(codebook.detach().clone(memory_format=torch.contiguous_format), metric, backend)

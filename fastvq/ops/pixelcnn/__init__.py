@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fastvq import _native, _triton
 from fastvq._backends import BACKENDS, Implementation, choose
-from fastvq._checks import check_float, check_option, check_same_device
+from fastvq._checks import (
+    check_backend_name,
+    check_float,
+    check_integer,
+    check_option,
+    check_same_device,
+    check_sizes,
+)
 from fastvq.ops._library import register, serialisable
 from fastvq.ops.pixelcnn import cpu, cuda, reference
 from fastvq.ops.pixelcnn.contract import check_condition, check_step
@@ -97,8 +104,13 @@ def pixelcnn_start(
         ValueError: kernel sizes, shapes or a condition that do not fit, a backend that cannot serve.
         TypeError: weights that are no floating-point tensors.
     """
+    check_backend_name(START, backend)
+    if isinstance(weights, Tensor) or not isinstance(weights, Sequence):
+        raise TypeError(f"{START}: weights must be a sequence of tensors, got {type(weights).__name__}")
     for i, w in enumerate(weights):
         check_float(START, f"weights[{i}]", w)
+    check_sizes(START, "kernel_sizes", kernel_sizes)
+    check_sizes(START, "shape", shape)
     _check_shapes(weights, kernel_sizes, shape, condition)
     isa = _native.isa() if BACKENDS["cpu"].unavailable() is None else 0
     arguments = ([w.detach() for w in weights], tuple(kernel_sizes), *shape, isa)
@@ -113,7 +125,7 @@ def _check_shapes(
 ) -> None:
     if not kernel_sizes or any(k < 1 or k % 2 == 0 for k in kernel_sizes):
         raise ValueError(f"{START}: kernel_sizes must be odd, one a layer, got {list(kernel_sizes)}")
-    if min(shape) < 1:
+    if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{START}: shape must be B, H, W >= 1, got {list(shape)}")
     if not weights or weights[0].dim() != 2 or 0 in weights[0].shape:
         got = [list(w.shape) for w in weights[:1]]
@@ -165,6 +177,8 @@ def pixelcnn_step(
         ValueError: ids of another shape than the state's, ids outside [0, K) (checked on the CPU), a position outside.
     """
     check_ids(OP, state, ids)
+    check_integer(OP, "row", row)
+    check_integer(OP, "column", column)
     if not (0 <= row < ids.shape[1] and 0 <= column < ids.shape[2]):
         raise ValueError(f"{OP}: (row, column) must lie in {list(ids.shape[1:])}, got ({row}, {column})")
     return torch.ops.fastvq.pixelcnn_step(
@@ -173,6 +187,10 @@ def pixelcnn_step(
 
 
 def check_ids(op: str, state: PixelCNNState, ids: Tensor) -> None:
+    if not isinstance(state, PixelCNNState):
+        raise TypeError(f"{op}: state must be what pixelcnn_start returned, got {type(state).__name__}")
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{op}: ids must be int64 {list(state.shape)}, got {type(ids).__name__}")
     if ids.dtype != torch.int64 or tuple(ids.shape) != state.shape:
         raise ValueError(
             f"{op}: ids must be int64 {list(state.shape)}, as the state was made for, got {ids.dtype} {list(ids.shape)}"
