@@ -9,7 +9,8 @@ from functools import partial
 import pytest
 import torch
 
-from fastvq import _native, ops
+from fastvq import _native, kmeans, ops
+from fastvq.models import PixelCNN
 
 pytestmark = [
     pytest.mark.skipif(_native.unavailable() is not None, reason="needs the CPU kernels"),
@@ -59,6 +60,14 @@ def _lookup(op):
     return partial(op, _vectors(128_000, 64), torch.randn(16384, 64), backend="cpu")
 
 
+def _kmeans(init):
+    return partial(kmeans, _vectors(64_000, 64), 2048, init=init, n_iter=50, tolerance=0.0)
+
+
+def _sample(cached):
+    return partial(PixelCNN(256, 64, 6).sample, (4, 48, 48), cached=cached)
+
+
 # Calls of some seconds on one core, which the test leaves after a fraction of one.
 CALLS = {
     "nearest": lambda: _lookup(ops.nearest),
@@ -71,6 +80,10 @@ CALLS = {
     "masked_conv2d": lambda: partial(ops.masked_conv2d, *_conv(), backend="cpu"),
     "masked_conv2d_backward": _backward,
     "gated_masked_conv2d": lambda: partial(ops.gated_masked_conv2d, *_conv(), backend="cpu"),
+    "kmeans, the start": lambda: _kmeans("k-means++"),
+    "kmeans, the iterations": lambda: _kmeans("random"),
+    "PixelCNN.sample": lambda: _sample(cached=True),
+    "PixelCNN.sample without a cache": lambda: _sample(cached=False),
 }
 
 
