@@ -6,10 +6,11 @@ import torch
 
 from fastvq import _native
 from fastvq.ops import code_statistics, quantize, vq_step
-from fastvq.ops.quantize import reference
+from fastvq.ops.ema import cuda as statistics
+from fastvq.ops.quantize import cuda, reference
 from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
 from tests.cuda_on_host import host, test_ema
-from tests.ops.test_quantize import compare, leaves
+from tests.ops.test_quantize import compare, indices_changed_since, leaves
 from tests.tolerance import assert_within, gamma, roundoff
 
 BOTH = pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
@@ -125,6 +126,11 @@ def test_edges(cuda_on_host):
     quantize(y, codebook[:1], estimator="rotation", backend="cuda").quantized.sum().backward()
     assert (y.grad == 1).all()
     assert not quantize(y, codebook, estimator="none", backend="cuda").quantized.requires_grad
+
+
+def test_rows_left_out(cuda_on_host, monkeypatch):
+    monkeypatch.setattr(statistics, "check_indices", lambda *_: None)  # as on a GPU
+    indices_changed_since(cuda.quantize_backward)
 
 
 def step_data(n, k, d, seed):

@@ -299,3 +299,23 @@ def test_indices_are_those_of_nearest(engine):
         for precision in ("exact", "fast"):
             q = quantize(x, codebook, metric=metric, precision=precision, backend=engine)
             assert torch.equal(q.indices, nearest(x, codebook, metric=metric, precision=precision, backend=engine))
+
+
+def indices_changed_since(backward):
+    """``backward`` leaves a row out where its index is no code, as it leaves a masked row out."""
+    x, codebook = gaussian(9, 5, 7, generator(6))
+    g, one = torch.randn(9, 7, generator=generator(7)), torch.ones(())
+    indices = nearest(x, codebook, backend="reference")
+    changed, masked = indices.clone(), indices.clone()
+    for row, bad in ((0, 5), (3, 2**62), (4, -2), (8, -(2**63))):
+        changed[row], masked[row] = bad, -1
+    for estimator in ("straight_through", "rotation"):
+        # Of a mean the changed rows still count as members.
+        got, expected = (
+            backward(x, codebook, i, g, None, None, estimator, 0.25, True, False)[0] for i in (changed, masked)
+        )
+        assert torch.equal(got, expected) and not got[masked < 0].any() and got[masked >= 0].any(-1).all()
+    _, got = backward(x, codebook, changed, None, None, one, "none", 0.25, False, True)
+    _, expected = backward(x, codebook, masked, None, None, one, "none", 0.25, False, True)
+    real = (masked >= 0).sum() / (changed >= 0).sum()
+    assert_within(got, expected * real, 4 * roundoff(torch.float32) * expected.abs().double())

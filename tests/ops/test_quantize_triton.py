@@ -9,9 +9,10 @@ from fastvq.ops import quantize
 if _triton.unavailable() is not None or not _triton.interpreting():
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
 
-from fastvq.ops.quantize import triton_forward
+from fastvq.ops.ema import triton_statistics
+from fastvq.ops.quantize import triton_backward, triton_forward
 from tests.cases import gaussian, generator
-from tests.ops.test_quantize import compare, leaves
+from tests.ops.test_quantize import compare, indices_changed_since, leaves
 from tests.tolerance import assert_within, roundoff
 
 BOTH = pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
@@ -61,6 +62,11 @@ def test_heads(estimator):
         assert torch.equal(a.grad[h], one[0].grad)
         # The share, its product with the loss's weight, and the gradient are rounded to float32 on either side.
         assert_within(c.grad[h], one[1].grad, 8 * roundoff(torch.float32) * one[1].grad.abs().double())
+
+
+def test_rows_left_out(monkeypatch):
+    monkeypatch.setattr(triton_statistics, "check_indices", lambda *_: None)  # as on a GPU
+    indices_changed_since(triton_backward.quantize_backward)
 
 
 def test_losses_of_many_blocks(monkeypatch):
