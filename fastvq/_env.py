@@ -1,4 +1,4 @@
-"""Every environment variable that fastvq reads, in one table."""
+"""Every environment variable that fastvq reads, in one table. Each is read at every call, or by setup.py as noted."""
 
 from __future__ import annotations
 
@@ -12,31 +12,26 @@ class Variable(NamedTuple):
     name: str
     values: tuple[str, ...]  # what it may hold, besides being unset or empty
     meaning: str
-    when: str  # "call": read at every call; "build": read by setup.py
 
 
 VARIABLES = {
     v.name: v
     for v in (
-        Variable(
-            "FASTVQ_BACKEND", ("cpu", "triton", "cuda", "reference"), "backend of every call that names none", "call"
-        ),
+        Variable("FASTVQ_BACKEND", ("cpu", "triton", "cuda", "reference"), "backend of every call that names none"),
         Variable(
             "FASTVQ_CPU_ISA",
             ("generic", "avx2", "avx512", "avx512_vnni", "amx", "emulated"),
             "instruction set of the CPU kernels, not the best",
-            "call",
         ),
-        Variable("FASTVQ_EMULATED_TILES", ("0", "1"), "build the emulated tiles, for tests without AMX", "build"),
+        Variable("FASTVQ_EMULATED_TILES", ("0", "1"), "build the emulated tiles, for tests without AMX"),  # by setup.py
         Variable(
             "FASTVQ_CHECK",
             ("0", "1", "2"),
             "1: check indices on a GPU too, those of a backward included, which waits for the device "
             "(unchecked, a wrong one is left out or reads some code); 2: also that ranks hold the same codebooks",
-            "call",
         ),
-        Variable("FASTVQ_AUTOTUNE", ("0", "1"), "time the Triton kernels' tiles, and keep the fastest on disk", "call"),
-        Variable("FASTVQ_CUDA", ("0", "1"), "0: leave the CUDA C++ kernels out, 1: stop without nvcc", "build"),
+        Variable("FASTVQ_AUTOTUNE", ("0", "1"), "time the Triton kernels' tiles, and keep the fastest on disk"),
+        Variable("FASTVQ_CUDA", ("0", "1"), "0: leave the CUDA C++ kernels out, 1: stop without nvcc"),  # by setup.py
     )
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvq.models import PixelCNN
-from fastvq.models.sampling import Choice, choose_ids
+from fastvq.models.sampling import Choice, sample_ids
 from harness import Row, Times, thread_count
 
 __all__ = ["measure", "recompute", "samples_agree"]
@@ -27,7 +27,7 @@ def recompute(model: PixelCNN, ids: Tensor, i: int, j: int, rows_only: bool) -> 
     top = max(0, i - model.reach) if rows_only else 0
     bottom = i + 1 if rows_only else ids.shape[1]
     logits = model(ids[:, top:bottom])[:, :, i - top, j]
-    return choose_ids(logits, torch.full((ids.shape[0],), 0.5, dtype=torch.float64, device=ids.device), Choice())
+    return sample_ids(logits, torch.full((ids.shape[0],), 0.5, dtype=torch.float64, device=ids.device), Choice())
 
 
 def measure(model: PixelCNN, batch: int, side: int, rounds: int, threads: int) -> list[Row]:

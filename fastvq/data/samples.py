@@ -1,12 +1,12 @@
-"""Which members of a WebDataset archive make one sample, which of them is its picture, and what its label is.
+"""Groups the members of a WebDataset archive into samples, each with a picture and a label.
 
 A member's name is a key and a field: ``faces/x.seg.png`` is field ``seg.png`` of key ``faces/x``. The key ends at the
-first period of the file's name, as WebDataset has it. With ``field="*.jpg"`` (or ``"*"``, any picture) it ends at the
-last one instead, for names that hold periods.
+first period of the file's name, as in WebDataset. With ``field="*.jpg"`` (or ``"*"`` for any picture) the key ends at
+the last period, for names that contain periods.
 
-Members of one key that follow each other are a sample. Its picture is the chosen ``field``; without a choice, the one
-field that is a picture, and it is an error if a sample has several. Its label is the field ``cls``, a whole number, or
-the entry ``label`` of the field ``json``.
+Consecutive members with the same key are one sample. Its picture is the chosen ``field``. If no field is chosen, it is
+the only field that is a picture; several are an error. Its label is the field ``cls``, a whole number, or the entry
+``label`` of the field ``json``.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from fastvq.data.tar import BROKEN, Member, TarReader
 
 __all__ = ["MAX_MEMBER_BYTES", "Sample", "check_field", "read_samples"]
 
-MAX_MEMBER_BYTES = 256 << 20  # a larger member is no picture
+MAX_MEMBER_BYTES = 256 << 20  # a larger member is not read as a picture
 MAX_LABEL_BYTES = 4 << 20
 MAX_LABEL = (1 << 63) - 1
 LABELS = ("cls", "json")
 NAMED = 8  # fields that an error lists
 
-Note = Callable[[str, str], None]  # (name, what is wrong with it)
+Note = Callable[[str, str], None]  # (name, reason why it is not used)
 
 
 class Sample(NamedTuple):
     name: str
-    data: bytes | None  # of the picture; None: it has none that can be read
+    data: bytes | None  # the encoded picture; None: the sample has none that can be read
     label: int | None
     problem: str = ""  # why there is no picture
 
 
 def check_field(field: str | None) -> None:
-    """ValueError where ``field`` can be no picture's."""
+    """ValueError unless ``field`` can be the field of a picture."""
     if field is None or field == "*":
         return
     inner = field.removeprefix("*.")
@@ -51,19 +51,19 @@ def check_field(field: str | None) -> None:
 def read_samples(
     tar: TarReader, archive: str, field: str | None, note: Note, n_classes: int | None
 ) -> Iterator[Sample]:
-    """The samples of an archive whose name is ``archive``. Names of samples are all different.
+    """Yields the samples of the archive named ``archive``. All samples have different names.
 
     Args:
-        field: of the picture, see above.
-        note: is told what was left out apart from whole samples, an impossible label say.
+        field: the field of the picture, see the head of this file.
+        note: called for each part of a sample that is not used, for example an impossible label.
 
     Raises:
         ValueError: a sample has several pictures and no ``field`` was chosen.
-        BrokenArchive: of ``tar``; the samples before have been given, the one that was being read too.
+        BrokenArchive: the archive cannot be read to its end. The samples before, and the one being read, come first.
     """
     reader = iter(tar)
     group: _Group | None = None
-    seen: set[str] = set()  # keys whose picture was given
+    seen: set[str] = set()  # keys of samples that had a picture
     early: dict[str, int] = {}  # labels that came before their picture
     broken: Exception | None = None
     while broken is None:
@@ -88,7 +88,7 @@ def read_samples(
 
 
 class _Group:
-    """Members of one key that follow each other."""
+    """Consecutive members with the same key."""
 
     def __init__(self, archive: str, key: str, field: str | None, note: Note, n_classes: int | None) -> None:
         self.key, self.name, self.field, self.note, self.n_classes = key, f"{archive}/{key}", field, note, n_classes
@@ -109,7 +109,7 @@ class _Group:
             self.others.append(field)
 
     def finish(self, seen: set[str], early: dict[str, int]) -> Iterator[Sample]:
-        """The sample, if the members are one."""
+        """Yields the sample, if the members have a picture."""
         if len(self.pictures) > 1 and self.field is None:
             names = ", ".join(self.pictures[:NAMED]) + (", ..." if len(self.pictures) > NAMED else "")
             kind = self.pictures[0].rpartition(".")[2]
@@ -131,8 +131,8 @@ class _Group:
         before = early.pop(self.key, None)
         label = before if label is None else label
         if self.chosen is None and not self.problem:
-            wanted = "no picture in a format that is read" if self.field is None else f"no field {self.field}"
-            self.problem = f"{wanted}, but {', '.join((self.pictures + self.others)[:NAMED])}"
+            missing = "no picture in a format that is read" if self.field is None else f"no field {self.field}"
+            self.problem = f"{missing}, but {', '.join((self.pictures + self.others)[:NAMED])}"
         yield Sample(self.name, self.data, label, self.problem)
 
     def _add_picture(self, field: str, member: Member, tar: TarReader) -> None:
@@ -176,7 +176,7 @@ class _Group:
             self.labels.setdefault(field.lower(), label)
 
     def _label(self) -> int | None:
-        """The label of the field ``cls`` or ``json``, or of one that is named as the picture is (``seg.cls``)."""
+        """The label of the field ``cls`` or ``json``, or of one named like the picture's (``seg.cls``)."""
         inner = (self.chosen or "").lower().rpartition(".")[0]
         fields = [*LABELS, *(f"{inner}.{kind}" for kind in LABELS if inner)]
         found = {field: self.labels[field] for field in fields if field in self.labels}
@@ -187,7 +187,7 @@ class _Group:
 
 
 def _split(path: str, periods: bool) -> tuple[str, str]:
-    """(key, field) of a member's name; periods at the front of a file's name are part of the key."""
+    """(key, field) of a member's name; periods at the start of a file's name belong to the key."""
     while path.startswith("./"):
         path = path[2:]
     folder, slash, base = path.rpartition("/")
@@ -198,7 +198,7 @@ def _split(path: str, periods: bool) -> tuple[str, str]:
 
 
 def _read_label(data: bytes, kind: str, n_classes: int | None) -> int | None:
-    """The label; None where there is none. ValueError says why it cannot be one."""
+    """The label, or None where the member has none. ValueError, with the reason, for an invalid label."""
     try:
         text = data.decode()
         value: object

@@ -1,7 +1,7 @@
-"""Pictures that come as a stream: WebDataset shards, tar files of pictures with their labels beside them.
+"""Pictures read as a stream from WebDataset shards: tar files of pictures and their labels.
 
-A shard is read from its front to its end and never held, from a disk or from http(s), so a data set may be larger than
-any disk here.
+A shard is read once from start to end, from a disk or over http(s), and never stored. So a data set may be larger than
+the local disk.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ __all__ = ["Shards", "expand", "is_archive"]
 
 MAX_SHARDS = 1_000_000
 BUFFER_BYTES = 1 << 16
-# How compressed files begin; what is not here is read as it is.
+# The first bytes of compressed files. Other files are read as plain tar.
 GZIP, BZIP2, XZ, ZSTANDARD = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"
 SUFFIXES = r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$"
 
 
 class Shards:
-    """Pictures of WebDataset shards; ``fastvq.data.samples`` says which members are a sample. A shard that cannot be
-    read to its end, and a sample that cannot be used, is left out with its name and the reason in ``skipped``.
+    """Pictures of WebDataset shards; ``fastvq.data.samples`` groups their members into samples. ``skipped`` holds the
+    name of each sample that cannot be used, and of each shard that cannot be read to its end, with the reason.
 
     Args:
         pattern: a path or http(s) address, with ``{000..127}`` or ``*`` (paths only) for many.
-        field: which member of a sample is its picture, where there are several.
-        n_classes: labels are below it, where it is given.
-        buffer: how many pictures a shuffle holds at a time.
+        field: the field of a sample that is its picture, needed where several are pictures.
+        n_classes: if given, labels of n_classes and above are refused.
+        buffer: number of samples that a shuffle holds at a time.
     """
 
     def __init__(
@@ -64,24 +64,24 @@ class Shards:
         return list(zip(self.labels, sizes, strict=True))
 
     def stream(self, *, rank: int = 0, world: int = 1) -> Iterator[Picture]:
-        """All pictures once, in order: this rank's shards, or its share of the pictures where there are fewer shards
-        than ranks."""
+        """All pictures of this rank once, in order: those of every ``world``-th shard, or every ``world``-th picture if
+        there are fewer shards than ranks."""
         yield from self._decoded(self._samples(list(range(len(self.shards))), rank, world))
 
     def shuffled(self, seed: int, epoch: int, *, rank: int = 0, world: int = 1) -> Iterator[Picture]:
-        """All pictures once, shards in a random order and pictures shuffled within ``buffer``; one seed, one order."""
+        """All pictures once: shards in random order, pictures shuffled within ``buffer``. The seed fixes the order."""
         order = [int(i) for i in np.random.default_rng((seed, epoch)).permutation(len(self.shards))]
         rng = np.random.default_rng((seed, epoch, rank))
-        held: list[Sample] = []
+        buffered: list[Sample] = []
         for sample in self._samples(order, rank, world):
-            held.append(sample)
-            if len(held) == self.buffer:
-                yield from self._decoded(iter([held.pop(int(rng.integers(len(held))))]))
-        for i in rng.permutation(len(held)):
-            yield from self._decoded(iter([held[int(i)]]))
+            buffered.append(sample)
+            if len(buffered) == self.buffer:
+                yield from self._decoded(iter([buffered.pop(int(rng.integers(len(buffered))))]))
+        for i in rng.permutation(len(buffered)):
+            yield from self._decoded(iter([buffered[int(i)]]))
 
     def samples(self, number: int) -> Iterator[Sample]:
-        """The samples of one shard, as it holds them. Where it cannot be read to its end, ``skipped`` names it."""
+        """The samples of one shard, in its order. ``skipped`` names the shard if it cannot be read to its end."""
         shard = self.shards[number]
         self.skipped.pop(shard, None)
         last = ""
@@ -96,11 +96,11 @@ class Shards:
             self.skipped[shard] = f"shard cannot be read to its end: {str(error) or type(error).__name__}{after}"
 
     def is_whole(self, number: int) -> bool:
-        """Whether a shard whose ``samples`` were all taken was read to its end."""
+        """Whether a shard was read to its end. Call it after all of its ``samples`` were taken."""
         return self.shards[number] not in self.skipped
 
     def decode(self, sample: Sample) -> Picture | None:
-        """The picture of a sample, or None where it has to be left out."""
+        """The picture of a sample, or None where it cannot be used."""
         try:
             if sample.data is None:
                 raise BadPicture(sample.name, sample.problem)
@@ -149,13 +149,13 @@ def _is_address(shard: str) -> bool:
 
 
 def is_archive(name: str) -> bool:
-    """Whether a name stands for shards: .tar, .tar.gz, .tgz, .tbz2 and .txz files, web addresses."""
+    """Whether a name is that of shards: a .tar, .tar.gz, .tgz, .tbz2 or .txz file, or a web address."""
     return _is_address(name) or re.search(SUFFIXES, name, re.IGNORECASE) is not None
 
 
 def _short_names(shards: list[str]) -> list[str]:
-    """The shards' names below the folder that all of them lie in, all different."""
-    # Of an address, what lies between the server's name and the query.
+    """Short, different names of the shards: their paths below the folder that they all share."""
+    # Of a web address, only the path counts.
     paths = [urllib.parse.unquote(re.sub(r"^https?://[^/]*|[?#].*$", "", s)) if _is_address(s) else s for s in shards]
     parts = [Path(path).parts or ("shard",) for path in paths]
     shared = 0
@@ -164,7 +164,7 @@ def _short_names(shards: list[str]) -> list[str]:
     short = ["/".join(p[shared:]) for p in parts]
     if len(set(short)) == len(short):
         return short
-    # Addresses that differ in what follows the path.
+    # Addresses whose paths are the same, but not their queries: number them.
     digits = len(str(len(shards)))
     return [f"{number:0{digits}d}-{name}" for number, name in enumerate(short)]
 

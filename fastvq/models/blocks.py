@@ -1,7 +1,7 @@
 """Encoder and decoder CNNs.
 
-Nothing here normalises over space, so a pixel depends on the codes within the decoder's reach and on no others: an edit
-leaves everything beyond it as it was. ``reach`` says how far that is, layer by layer, from the layers' own shapes.
+No layer normalises over space. A pixel therefore depends only on the codes within the decoder's reach, and an edit
+changes no pixel beyond it. ``Decoder.reach`` computes the reach layer by layer, from the shapes of the layers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def widen(
     mask: Tensor,  # [B, 1, h, w] bool
     radius: int,
 ) -> Tensor:
-    """True wherever a True lies within ``radius`` rows and columns: what a convolution of that radius can reach."""
+    """True wherever ``mask`` has a True within ``radius`` rows and columns, a convolution's field."""
     return F.max_pool2d(mask.float(), 2 * radius + 1, stride=1, padding=radius) > 0
 
 
 class ResidualBlock(nn.Module):
     """x + conv1x1(relu(conv3x3(relu(x)))), channels kept."""
 
-    RADIUS = 1  # rows and columns that an input reaches
+    RADIUS = 1  # an input changes outputs up to this many rows and columns away
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -88,11 +88,11 @@ class Decoder(nn.Module):
         self,
         mask: Tensor,  # [B, 1, h, w] bool
     ) -> Tensor:
-        """mask of inputs that change -> [B, 1, h * upsample, w * upsample] mask of the outputs that can change."""
+        """[B, 1, h * upsample, w * upsample] bool: the outputs that can change if the inputs in ``mask`` do."""
         mask = widen(mask, 1)
         for _ in self.blocks:
             mask = widen(mask, ResidualBlock.RADIUS)
         for _ in self.up:
-            # Output rows 2i - 1 .. 2i + 2 take row i: the doubled row and one more on each side.
+            # Input row i enters output rows 2i - 1 .. 2i + 2: two rows of the doubled map, and one more on each side.
             mask = widen(mask.repeat_interleave(2, -2).repeat_interleave(2, -1), 1)
         return mask

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors written whole or not at all, with a digest that is checked, and the config in JSON.
+"""Weights on disk: safetensors files, written atomically, with a digest that is checked on load, and a JSON config.
 
 Nothing is unpickled.
 """
@@ -24,24 +24,25 @@ __all__ = ["Pretrained", "load_state", "load_tensors", "save_tensors"]
 Model = TypeVar("Model", bound="Pretrained")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 METADATA = "fastvq"
-DIGEST = "sha256"  # entry of the metadata: the digest of the file, with zeros in the place of the digest
+DIGEST = "sha256"  # entry of the metadata: SHA-256 of the file, computed with zeros in the digest's place
 ZEROS = "0" * 64
-# A config may hold whole numbers up to the number of elements of its weights, or up to the first; counts of layers and
-# the like up to the number of tensors, or up to the second: larger ones are refused before anything is made.
+# Limits on the whole numbers of a config, checked before a tensor is made. A number may be as large as the number of
+# elements in the weights, or SMALL_NUMBER if that is larger. A count of layers and the like (COUNTS) may be as large as
+# the number of tensors, or SMALL_COUNT if that is larger.
 SMALL_NUMBER, SMALL_COUNT = 1 << 16, 1 << 10
 COUNTS = ("levels", "n_blocks", "depth", "n_layers", "n_heads")
 
 
 def save_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file, atomically: ``metadata["format"]`` names what it is, and ``load_tensors`` asks for it.
+    """Writes a safetensors file atomically. ``metadata["format"]`` names the kind of file; ``load_tensors`` checks it.
 
-    The digest is inside the file, so that a rename commits both at once.
+    The digest is inside the file, so that one rename commits both.
     """
     from safetensors.torch import save
 
     # Clones: safetensors refuses tensors that share memory, as tied codebooks do.
     whole = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    # One entry: safetensors writes several in an order that changes, and equal contents should be equal files.
+    # One metadata entry: safetensors writes several in a varying order, and equal contents should give equal files.
     data = save(whole, {METADATA: json.dumps({**metadata, DIGEST: ZEROS})})
     at = _digest_place(data, ZEROS)
     digest = hashlib.sha256(data).hexdigest().encode()
@@ -55,12 +56,12 @@ def load_tensors(
     """(tensors, metadata) of a file that ``save_tensors`` wrote with ``metadata["format"] == kind``.
 
     Args:
-        entries: names of the metadata beside the format; those that end in "?" may be absent.
+        entries: names that the metadata must have besides the format; a name that ends in "?" may be absent.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no safetensors file, it is cut off, it was changed after it was written, it is one of
-            something else or its metadata has other entries; the message says which.
+        ValueError: the file is not safetensors, is truncated, was changed after it was written, has another format or
+            other metadata entries; the message says which.
     """
     tensors, metadata = _read_tensors(op, path)
     _check_format(op, path, metadata, kind, entries)
@@ -72,12 +73,12 @@ def _read_tensors(op: str, path: Path | str) -> tuple[dict[str, Tensor], dict[st
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"{op}: there is no file {path}")
-    Path(path).open("rb").close()  # a file that must not be read says so itself
+    Path(path).open("rb").close()  # raises PermissionError where the file may not be read
     try:
         with safe_open(str(path), framework="pt") as file:
             described = (file.metadata() or {}).get(METADATA, "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except Exception as error:  # safetensors and torch raise many types for what a damaged header may say
+    except Exception as error:  # safetensors and torch raise many types for a damaged header
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"{op}: {path} must be a safetensors file, and cannot be read as one ({reason}); "
@@ -109,7 +110,7 @@ def _check_format(op: str, path: Path | str, metadata: Mapping[str, str], kind: 
 
 
 def _digest_place(data: bytes | mmap.mmap, digest: str) -> int:
-    """Where the digest stands in the bytes of a file; -1 where it does not."""
+    """Position of the digest in the bytes of a file; -1 where the file has no such digest."""
     entry = json.dumps(json.dumps({DIGEST: digest})[1:-1])[1:-1].encode()  # as text inside the header's JSON
     at = data.find(entry, 0, 8 + int.from_bytes(data[:8], "little"))
     return -1 if at < 0 else at + entry.index(digest.encode())
@@ -128,7 +129,7 @@ def _is_intact(path: Path, digest: str) -> bool:
 
 
 def load_state(op: str, path: Path | str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """``module.load_state_dict`` with an error that names the file and what does not fit."""
+    """``module.load_state_dict``, with an error that names the file and the tensors that do not fit."""
     expected = module.state_dict()
     missing = [name for name in expected if name not in tensors]
     unknown = [name for name in tensors if name not in expected]
@@ -156,7 +157,7 @@ def _was_bool(name: str, tensor: Tensor) -> bool:
 
 
 class Pretrained(nn.Module):
-    """A module whose constructor's arguments are kept in ``config``, and which can be written and read back."""
+    """A module that keeps its constructor's arguments in ``config`` and can be saved and loaded."""
 
     config: dict[str, Any]
     _kinds: ClassVar[dict[str, type[Pretrained]]] = {}
@@ -168,7 +169,7 @@ class Pretrained(nn.Module):
     def save_pretrained(self, folder: Path | str) -> None:
         """Writes ``folder/model.safetensors``, config included, and the config again as ``folder/config.json``.
 
-        The first file is the model: a crash between the two leaves a whole one.
+        The first file alone is a whole model, so a crash between the two writes loses nothing.
         """
         folder = Path(folder)
         config = self._described()
@@ -176,7 +177,7 @@ class Pretrained(nn.Module):
         write_json(folder / CONFIG, config, seal=True)
 
     def is_saved_in(self, folder: Path | str) -> bool:
-        """Whether ``folder`` holds this model, to the bit, and nothing in it is damaged."""
+        """Whether ``folder`` holds this model bit for bit, undamaged."""
         op = f"fastvq.models.{type(self).__name__}"
         try:
             config, tensors = _read_model(op, Path(folder))
@@ -195,11 +196,12 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls: type[Model], folder: Path | str, device: torch.device | str = "cpu") -> Model:
-        """The model that ``save_pretrained`` wrote, in ``eval()`` mode; of a base class, whichever model it is.
+        """Loads the model that ``save_pretrained`` wrote, in ``eval()`` mode. A base class loads any of its subclasses.
 
         Raises:
             FileNotFoundError: there is no such model.
-            ValueError: the config is of another class, or the weights are truncated, damaged, foreign or do not fit it.
+            ValueError: the config names another class, or the weights are truncated, damaged, of another format or do
+                not fit the config.
         """
         op = f"fastvq.models.{cls.__name__}.from_pretrained"
         folder = Path(folder)
@@ -210,20 +212,20 @@ class Pretrained(nn.Module):
             raise ValueError(f"{op}: {folder / CONFIG} must describe a {cls.__name__}, got class {kind!r}")
         _check_sizes(op, folder, config, tensors)
         try:
-            # Without memory first: what the config asks for must be what the file holds.
-            with torch.device("meta"), _misfits(op, folder, kind):
+            # First on the meta device: the shapes must be those of the file before any memory is allocated.
+            with torch.device("meta"), _config_errors(op, folder, kind):
                 load_state(op, folder / WEIGHTS, made(**config), tensors)
-        except NotImplementedError:  # a model that computes in its constructor
+        except NotImplementedError:  # the constructor reads values, which meta tensors do not have
             pass
-        with _misfits(op, folder, kind):
+        with _config_errors(op, folder, kind):
             model = made(**config)
         load_state(op, folder / WEIGHTS, model, tensors)
         return model.to(device).eval()
 
 
 def _read_model(op: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(config with its class, tensors) of a folder. The config inside the weights counts, unless ``config.json`` has
-    no digest: then it was edited, or written by an older version."""
+    """(config with its class, tensors) of a folder. The config stored with the weights is used, unless ``config.json``
+    has no digest: then a user edited it, or an older version wrote it."""
     described: Kind = mapping_of(anything)
     path, config, sealed = folder / CONFIG, None, True
     if path.is_file():
@@ -242,7 +244,7 @@ def _read_model(op: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def _check_sizes(op: str, folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Refuses numbers of a config that its weights cannot have, before anything of such a size is made."""
+    """ValueError for a number of a config that is too large for its weights, before a tensor of that size is made."""
     most = max(SMALL_NUMBER, sum(t.numel() for t in tensors.values()))
     most_count = max(SMALL_COUNT, len(tensors))
     for name, value in config.items():
@@ -272,8 +274,8 @@ def _numbers(value: Any) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _misfits(op: str, folder: Path, kind: str) -> Iterator[None]:
-    """Any error of a constructor that a file's config was given to becomes one line that names the folder."""
+def _config_errors(op: str, folder: Path, kind: str) -> Iterator[None]:
+    """Turns any error of a constructor that was called with a loaded config into one line that names the folder."""
     try:
         yield
     except NotImplementedError:

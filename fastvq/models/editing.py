@@ -1,7 +1,7 @@
-"""Editing a part of a picture: the ids of a region change, everything else stays as it was.
+"""Editing a part of a picture: changes the ids of a region, and no others.
 
-A region of pixels becomes positions on every level; their ids are set, transplanted, swapped or drawn again; the result
-is decoded. What the decoder's reach does not touch is the same to the bit as ``decode(encode(image))``.
+The region of pixels is mapped to positions on every level. Their ids are set, transplanted, swapped or sampled again,
+and the maps are decoded. Pixels beyond the decoder's reach equal ``decode(encode(image))`` bit for bit.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Region = Sequence[int] | Tensor
 
 
 class Edited(NamedTuple):
-    """What an edit returns; L levels, top first."""
+    """Result of an edit; L levels, top first."""
 
     image: Tensor  # [B, C, H, W] the edited picture
-    reconstruction: Tensor  # [B, C, H, W] decode(encode(image)), what it is compared with
+    reconstruction: Tensor  # [B, C, H, W] decode(encode(image)), which the changes below are measured against
     maps: list[Tensor]  # L maps after the edit
-    changed: list[Tensor]  # L masks [B, h, w] bool: the positions whose ids are not what they were
+    changed: list[Tensor]  # L masks [B, h, w] bool: the positions whose ids changed
     inside_change: Tensor  # [B] mean absolute change of a pixel inside the region, before any blending
-    outside_change: Tensor  # [B] the same outside of it: what leaks over the edge, 0 beyond ``reach``
-    reach: Tensor  # [B, H, W] bool: the pixels that the changed ids can reach; no other differs at all
+    outside_change: Tensor  # [B] the same outside the region, where the decoder's reach crosses its edge
+    reach: Tensor  # [B, H, W] bool: the pixels that the changed ids can reach; all others keep every bit
 
 
 @torch.no_grad()
@@ -54,35 +54,37 @@ def edit(
 ) -> Edited:
     """Changes the ids of a region of pictures and decodes.
 
-    Exactly one of ``codes``, ``source``, ``swap`` and ``prior`` says how:
+    Exactly one of ``codes``, ``source``, ``swap`` and ``prior`` must be given:
 
     Args:
-        model: a ``VQVAE`` or ``VQVAE2``; its mode does not matter, no codebook is updated.
+        model: a ``VQVAE`` or ``VQVAE2``, in training or eval mode; no codebook is updated.
         image: normalised pictures, sides multiples of the top level's stride.
-        region: a box (x0, y0, x1, y1) in pixels, x1 and y1 not in it, or a bool mask [H, W] or [B, H, W]. A position
-            of a map is in the region where any of its pixels is.
-        codes: per level, top first, the new ids: one id for all positions, a map [h, w] or [B, h, w] of which the
-            region's positions are taken, or None to leave the level. Without a list: the one level's.
+        region: a box (x0, y0, x1, y1) in pixels, x1 and y1 excluded, or a bool mask [H, W] or [B, H, W]. A position of
+            a map is in the region if at least one of its pixels is.
+        codes: the new ids, one entry a level, top first: one id for all positions of the region; a map [h, w] or
+            [B, h, w], of which only the region is read; or None to keep the level. A model of one level needs no
+            list around the entry.
         source: other pictures, [B, C, H, W] or [1, C, H, W]; the region's ids are theirs, on all levels.
-        swap: {old id: new id}, for all levels or one a level; all at once, so {1: 2, 2: 1} exchanges two.
-        prior: one ``Prior`` a level, top first. The region is drawn again in raster order, each id given all before it,
-            the label and the maps above; the others stay.
-        labels: [B] or one, the prior's condition.
-        n_candidates: with ``prior``, how many drafts. Raster order does not look ahead, so a draft knows nothing of the
-            ids below and right of the region. Draft j is taken with probability proportional to
+        swap: {old id: new id}, one mapping for all levels or one a level. All pairs apply at once, so {1: 2, 2: 1}
+            exchanges two ids.
+        prior: one ``Prior`` a level, top first. The region is sampled again in raster order, each id given all ids
+            before it, the label and the maps above. Ids outside the region stay.
+        labels: [B] or one for all, the prior's condition.
+        n_candidates: with ``prior``, the number of drafts. Raster order does not look ahead, so a draft does not depend
+            on the ids below and right of the region. Draft j is chosen with probability proportional to
             prod_i p(ids_i | before, draft j) over the positions i outside the region: sampling-importance-resampling
             of the region given everything around it (Rubin 1987), exact as n_candidates grows.
-        temperature, sampling (top_k, top_p, cached): of the drafts, as in ``PixelCNN.sample``.
-        blend: True or a number of pixels: outside the region the original picture is put back, over a ramp that wide
-            (True: one position of the bottom map). Beyond the ramp ``image`` is the original, to the bit.
-        generator: source of the draws.
+        temperature, sampling (top_k, top_p, cached): for the drafts, as in ``PixelCNN.sample``.
+        blend: True or the width of a ramp in pixels (True: one position of the bottom map). Outside the region the
+            result fades to the original picture over the ramp. Beyond it ``image`` equals the original bit for bit.
+        generator: source of random numbers.
 
     Returns:
-        ``Edited``. Its changes compare with ``decode(encode(image))``, not with the picture itself.
+        ``Edited``. Its changes are measured against ``decode(encode(image))``, not against the picture.
 
     Raises:
-        ValueError: not exactly one way is given; the region is empty, lies outside the picture or has the wrong shape;
-            an id that is no code; a source of another shape; priors that are not one a level.
+        ValueError: not exactly one of the four arguments is given; the region is empty, lies outside the picture or has
+            the wrong shape; an id is not a code; ``source`` has another shape; the priors are not one a level.
 
     Example:
         >>> edited = edit(model, picture, (8, 8, 16, 16), source=other)       # doctest: +SKIP
@@ -98,24 +100,24 @@ def edit(
     training = model.training
     model.eval()
     try:
-        before = model.encode_maps(image)
+        old_maps = model.encode_maps(image)
         inside = region_mask(region, image)
-        where = [positions(inside, stride) for stride in model.strides]
+        masks = [positions(inside, stride) for stride in model.strides]
         if codes is not None:
-            maps = _set(model, before, where, codes)
+            maps = _set(model, old_maps, masks, codes)
         elif source is not None:
-            maps = _transplant(model, image, before, where, source)
+            maps = _transplant(model, image, old_maps, masks, source)
         elif swap is not None:
-            maps = _swap(model, before, where, swap)
+            maps = _swap(model, old_maps, masks, swap)
         else:
             maps = _resample(
-                model, before, where, prior, labels, n_candidates, generator, temperature=temperature, **sampling
+                model, old_maps, masks, prior, labels, n_candidates, generator, temperature=temperature, **sampling
             )
-        reconstruction = model.decode_maps(before)
+        reconstruction = model.decode_maps(old_maps)
         edited = model.decode_maps(maps)
     finally:
         model.train(training)
-    changed = [(a != b).flatten(3).any(-1) if a.dim() == 4 else a != b for a, b in zip(maps, before, strict=True)]
+    changed = [(a != b).flatten(3).any(-1) if a.dim() == 4 else a != b for a, b in zip(maps, old_maps, strict=True)]
     difference = (edited - reconstruction).abs().float().mean(1)  # [B, H, W]
     if blend:
         edited = _blend(edited, image, inside, model.strides[-1] if blend is True else int(blend))
@@ -160,16 +162,16 @@ def positions(
     return F.max_pool2d(mask[:, None].float(), stride)[:, 0] > 0
 
 
-def _replace(ids: Tensor, where: Tensor, new: Tensor) -> Tensor:
-    return torch.where(where[..., None] if ids.dim() == 4 else where, new, ids)
+def _replace(ids: Tensor, mask: Tensor, new: Tensor) -> Tensor:
+    return torch.where(mask[..., None] if ids.dim() == 4 else mask, new, ids)
 
 
-def _set(model: Autoencoder, before: list[Tensor], where: list[Tensor], codes: Any) -> list[Tensor]:
+def _set(model: Autoencoder, old_maps: list[Tensor], masks: list[Tensor], codes: Any) -> list[Tensor]:
     per_level = list(codes) if isinstance(codes, (list, tuple)) else [codes]
     if len(per_level) != model.levels:
         raise ValueError(f"{OP}: codes must be one entry a level ({model.levels}), top first, got {len(per_level)}")
     maps = []
-    for level, (ids, new, mask) in enumerate(zip(before, per_level, where, strict=True)):
+    for level, (ids, new, mask) in enumerate(zip(old_maps, per_level, masks, strict=True)):
         if new is None:
             maps.append(ids)
             continue
@@ -184,56 +186,56 @@ def _set(model: Autoencoder, before: list[Tensor], where: list[Tensor], codes: A
 
 
 def _transplant(
-    model: Autoencoder, image: Tensor, before: list[Tensor], where: list[Tensor], source: Tensor
+    model: Autoencoder, image: Tensor, old_maps: list[Tensor], masks: list[Tensor], source: Tensor
 ) -> list[Tensor]:
     if source.dim() != 4 or source.shape[1:] != image.shape[1:] or source.shape[0] not in (1, image.shape[0]):
         raise ValueError(
             f"{OP}: source must be {list(image.shape)} like image, or one such picture, got {list(source.shape)}"
         )
     new = model.encode_maps(source)
-    return [_replace(ids, mask, other.expand_as(ids)) for ids, mask, other in zip(before, where, new, strict=True)]
+    return [_replace(ids, mask, other.expand_as(ids)) for ids, mask, other in zip(old_maps, masks, new, strict=True)]
 
 
-def _swap(model: Autoencoder, before: list[Tensor], where: list[Tensor], swap: Any) -> list[Tensor]:
+def _swap(model: Autoencoder, old_maps: list[Tensor], masks: list[Tensor], swap: Any) -> list[Tensor]:
     per_level = [swap] * model.levels if isinstance(swap, Mapping) else list(swap)
     if len(per_level) != model.levels:
         raise ValueError(f"{OP}: swap must be one mapping, or one a level ({model.levels}), got {len(per_level)}")
     maps = []
-    for level, (ids, pairs, mask) in enumerate(zip(before, per_level, where, strict=True)):
+    for level, (ids, pairs, mask) in enumerate(zip(old_maps, per_level, masks, strict=True)):
         n_codes = model.n_codes[level]
-        # An old id beyond this level's codes cannot occur here; a new one could not be decoded.
-        becomes = torch.arange(n_codes, device=ids.device)
+        # A mapping for all levels may name old ids that this level lacks; its new ids must be codes here.
+        new_id = torch.arange(n_codes, device=ids.device)
         for old, new in pairs.items():
             if not 0 <= new < n_codes:
                 raise ValueError(f"{OP}: swap must give ids in 0 .. {n_codes - 1} on level {level}, got {old}: {new}")
             if 0 <= old < n_codes:
-                becomes[old] = new
-        maps.append(_replace(ids, mask, becomes[ids]))
+                new_id[old] = new
+        maps.append(_replace(ids, mask, new_id[ids]))
     return maps
 
 
 def _resample(
-    model: Autoencoder, before: list[Tensor], where: list[Tensor], prior: Any, labels: Tensor | int | None,
+    model: Autoencoder, old_maps: list[Tensor], masks: list[Tensor], prior: Any, labels: Tensor | int | None,
     n_candidates: int, generator: torch.Generator | None, **sampling: Any,
 ) -> list[Tensor]:  # fmt: skip
     priors = as_priors(OP, prior, model.levels)
-    batch, device = before[0].shape[0], before[0].device
+    batch, device = old_maps[0].shape[0], old_maps[0].device
     if labels is not None:
         labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
         labels = labels.expand(batch).repeat_interleave(n_candidates)
     drafts: list[Tensor] = []  # L maps [B * J, h, w], the J drafts of a picture together
     weight = torch.zeros(batch, n_candidates, dtype=torch.float32, device=device)
-    for one, ids, mask in zip(priors, before, where, strict=True):
+    for level_prior, ids, mask in zip(priors, old_maps, masks, strict=True):
         if ids.dim() != 3:
             raise ValueError(f"{OP}: prior needs one id a position, got maps {list(ids.shape)}")
         known, redrawn = ids.repeat_interleave(n_candidates, 0), mask.repeat_interleave(n_candidates, 0)
-        drawn = one.sample(
+        sampled = level_prior.sample(
             tuple(known.shape), labels, drafts, known=known, keep=~redrawn, generator=generator, **sampling
         )
         if n_candidates > 1:
-            score = one.log_prob(drawn, labels, drafts).masked_fill(redrawn, 0)
+            score = level_prior.log_prob(sampled, labels, drafts).masked_fill(redrawn, 0)
             weight += score.flatten(1).sum(1).view(batch, n_candidates)
-        drafts.append(drawn)
+        drafts.append(sampled)
     source = generator.device if generator else device
     uniform = torch.rand(batch, 1, generator=generator, dtype=torch.float32, device=source).to(device)
     chosen = (weight.softmax(1).cumsum(1) < uniform).sum(1).clamp(max=n_candidates - 1)
@@ -248,17 +250,17 @@ def _checked(model: Autoencoder, level: int, ids: Tensor, argument: str) -> Tens
 
 
 def _mean(difference: Tensor, mask: Tensor) -> Tensor:
-    """[B]: the mean of [B, H, W] where the mask is True; 0 where it is nowhere."""
+    """[B]: the mean of [B, H, W] over the True positions of the mask; 0 where there are none."""
     return (difference * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp(min=1)
 
 
 def _blend(edited: Tensor, image: Tensor, inside: Tensor, width: int) -> Tensor:
-    """``edited`` inside, ``image`` beyond ``width`` pixels, a linear ramp between."""
+    """``edited`` inside the region, ``image`` beyond ``width`` pixels of it, a linear ramp between."""
     alpha = inside[:, None].float()
     grown = inside[:, None]
     for step in range(1, width):
         grown = widen(grown, 1)
         alpha = torch.maximum(alpha, grown.float() * (1 - step / width))
     mixed = image + alpha.to(image.dtype) * (edited - image)
-    # image + 1 * (edited - image) may round; inside the region the edited pixels are wanted as they are.
+    # image + 1 * (edited - image) may round; inside the region the edited pixels must keep every bit.
     return torch.where(alpha >= 1, edited, mixed)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastvq._checks import check_dense, check_float, check_indices, check_integer, check_same_device
 from fastvq.models import sampling
 from fastvq.nn import GatedMaskedConv2d
+from fastvq.ops import PixelCNNState, pixelcnn_start
 from fastvq.ops._library import serialisable
 
 __all__ = ["PixelCNN", "PixelCNNLoss"]
@@ -19,7 +20,7 @@ __all__ = ["PixelCNN", "PixelCNNLoss"]
 
 @serialisable("models.PixelCNNLoss")
 class PixelCNNLoss(NamedTuple):
-    nats: Tensor  # [] mean negative log-likelihood of a position; the one to call backward on
+    nats: Tensor  # [] mean negative log-likelihood of a position; call backward on it
     bits: Tensor  # [] the same in bits, detached
 
 
@@ -39,12 +40,12 @@ class _Layer(nn.Module):
         h: Tensor,  # [B, C, H, W]
         condition: Tensor | None,  # [B, 4C] or [B, 4C, H, W]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        of_v, of_h = (None, None) if condition is None else condition.chunk(2, dim=1)
-        gated = self.vertical(v, of_v)
+        vertical, horizontal = (None, None) if condition is None else condition.chunk(2, dim=1)
+        gated = self.vertical(v, vertical)
         v = gated if self.first else v + gated
         link = self.link(v)
-        if of_h is not None:
-            link = link + (of_h if of_h.dim() == 4 else of_h[:, :, None, None])
+        if horizontal is not None:
+            link = link + (horizontal if horizontal.dim() == 4 else horizontal[:, :, None, None])
         out = self.out(self.horizontal(h, link))
         if self.last:
             return v, h, out
@@ -56,10 +57,10 @@ class PixelCNN(nn.Module):
     """Gated PixelCNN over maps of ids (van den Oord et al. 2016, "Conditional Image Generation with PixelCNN
     Decoders").
 
-    Position (i, j) depends on exactly the positions before it in raster order: a vertical stack sees the rows above,
-    all columns, and feeds a horizontal stack that sees the row to the left, so there is no blind spot. The equations
-    are those of ``fastvq.ops.pixelcnn_start``. The receptive field reaches ``reach`` rows up and as many columns to
-    either side.
+    Position (i, j) depends on exactly the positions before it in raster order. A vertical stack sees all columns of the
+    rows above. It feeds a horizontal stack, which sees the positions to the left in the row; so there is no blind spot.
+    ``fastvq.ops.pixelcnn_start`` gives the equations. The receptive field reaches ``reach`` rows up and as many columns
+    to either side.
 
     Args:
         n_codes: how many ids there are. They are embedded, never one-hot.
@@ -119,7 +120,7 @@ class PixelCNN(nn.Module):
         labels: Tensor | None,  # [B] int64
         condition: Tensor | None,  # [B, condition_channels, h / s, w / s]
     ) -> Tensor | None:  # [B, layers, 4C] or [B, layers, 4C, h / s, w / s]
-        """What is added to the pre-activations of every layer: vertical a and b, horizontal a and b."""
+        """The term added to the pre-activations of every layer: vertical a and b, horizontal a and b."""
         name = "fastvq.models.PixelCNN"
         batch, h, w = shape
         for given, argument, module, parameter in (
@@ -158,9 +159,9 @@ class PixelCNN(nn.Module):
         """Logits of every position, from the ids before it in raster order.
 
         Raises:
-            ValueError: ids that are no int64 map or no codes, labels that are no classes (ranges are checked on a CPU,
-                elsewhere under FASTVQ_CHECK=1), a condition that is missing, not expected, or does not fit.
-            TypeError: ids or labels that are no tensors.
+            ValueError: ids that are not an int64 map or not codes, labels that are not classes (ranges are checked on a
+                CPU, elsewhere under FASTVQ_CHECK=1), a condition that is missing, not expected, or does not fit.
+            TypeError: ids or labels that are not tensors.
         """
         if not isinstance(ids, Tensor):
             raise TypeError(f"fastvq.models.PixelCNN: ids must be int64 [B, h, w], got {type(ids).__name__}")
@@ -172,7 +173,7 @@ class PixelCNN(nn.Module):
         check_indices("fastvq.models.PixelCNN", "ids", ids, 0, self.n_codes)
         batch, height, width = ids.shape
         total = self.conditions((batch, height, width), labels, condition)
-        # Embedded ids are channels-last as they come, and stay so through all layers.
+        # Embedded ids, moved to [B, C, h, w], are channels-last in memory; all layers keep that.
         v = h = self.embedding(ids).movedim(-1, 1)
         skip: Tensor | None = None
         for i, layer in enumerate(self.layers):
@@ -194,6 +195,22 @@ class PixelCNN(nn.Module):
         nats = F.cross_entropy(self(ids, labels, condition).float(), ids)
         return PixelCNNLoss(nats, nats.detach() / math.log(2))
 
+    def sampler_state(
+        self,
+        shape: tuple[int, int, int],  # B, h, w
+        labels: Tensor | None,  # [B] int64
+        condition: Tensor | None,  # [B, condition_channels, h / s, w / s]
+    ) -> PixelCNNState:
+        """The state of the cached sampler: packed weights, the condition of every layer, an empty cache."""
+        modules = [m for layer in self.layers for m in (layer.vertical, layer.link, layer.horizontal, layer.out)]
+        weights = [self.embedding.weight, *(p for m in (*modules, *self.head) for p in (m.weight, m.bias))]
+        total = self.conditions(shape, labels, condition)
+        if total is not None:
+            if total.dim() == 3:
+                total = total[..., None, None]
+            total = total.permute(1, 0, 3, 4, 2)
+        return pixelcnn_start(weights, self.kernel_sizes, shape, condition=total)
+
     def sample(
         self,
         shape: tuple[int, int, int],  # B, h, w
@@ -208,17 +225,17 @@ class PixelCNN(nn.Module):
         cached: bool = True,
         progress: bool = False,
     ) -> Tensor:  # [B, h, w] int64
-        """Draws id maps position by position, in raster order.
+        """Samples id maps position by position, in raster order.
 
-        Uniforms [B, h, w] are drawn up front, float64, and turned into ids by inverse CDF: id = the first k whose
-        cumulative probability exceeds u. So ``cached=True``, which computes each position once, gives the samples of
-        ``cached=False``, which runs the whole network for every position, unless a uniform lies within rounding of a
-        CDF edge; and a kept position does not shift the draws of others. Memory does not grow with the positions
-        sampled. Runs in the parameters' dtype whatever autocast says.
+        Uniforms [B, h, w] are drawn first, in float64, one for each position. The inverse CDF turns a uniform u into an
+        id: the first k whose cumulative probability exceeds u. ``cached=True`` computes each position once;
+        ``cached=False`` runs the whole network for every position. Both give the same samples, unless a uniform lies
+        within rounding of a CDF edge. A kept position does not change the uniforms of the others. Memory does not grow
+        with the number of sampled positions. Runs in the parameters' dtype, under autocast too.
 
         Args:
-            known, keep: positions where ``keep`` is True stay as ``known``; the others are drawn given everything
-                before them. ``keep=None`` with ``known`` keeps nothing.
+            known, keep: where ``keep`` is True, the id of ``known`` stays. The other positions are sampled given all
+                ids before them. ``keep=None`` with ``known`` keeps nothing.
             temperature: divides the logits; 0 takes the likeliest id.
             top_k: only the k likeliest ids (ties: lower ids first).
             top_p: only the likeliest ids whose probabilities, largest first, reach p (at least one), after ``top_k``.

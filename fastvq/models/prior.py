@@ -1,4 +1,4 @@
-"""Which ids go together: a PixelCNN over one level's map, given a label and the maps of the levels above."""
+"""The prior of one level: a PixelCNN over its id map, given a label and the maps of the levels above."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Prior", "as_priors"]
 
 
 class Prior(Pretrained):
-    """p(map | maps above, label), and samples of it.
+    """The distribution p(map | maps above, label): its logits, its loss and samples from it.
 
     .. math::
         p(ids) = \\prod_i p(ids_i | ids_{<i}, above, label), \\quad i \\text{ in raster order}
@@ -28,11 +28,11 @@ class Prior(Pretrained):
         channels, n_layers: width and depth of the PixelCNN.
         n_classes: labels 0 .. n_classes - 1, or None for none.
         above: one pair (n_codes, factor) for each level above, top first; factor is this map's side over that map's.
-        shape: the (h, w) that it was trained on, for callers that ask for none.
-        pixelcnn_options: what else ``PixelCNN`` takes.
+        shape: (h, w) of the maps it was trained on, which ``generate`` samples unless it is given a size.
+        pixelcnn_options: further arguments of ``PixelCNN``.
 
-    The maps above are embedded, brought to the size of the lowest of them and go through two residual blocks; the
-    result is the PixelCNN's condition.
+    The maps above are embedded, enlarged to the size of the lowest of them, mixed by a convolution and passed through
+    two residual blocks. The result is the PixelCNN's condition.
     """
 
     def __init__(
@@ -56,7 +56,9 @@ class Prior(Pretrained):
         }  # fmt: skip
         self.n_codes, self.n_classes = n_codes, n_classes
         self.shape = None if shape is None else (shape[0], shape[1])
-        self.factors = [factor // above[-1][1] for _, factor in above]  # to the size of the lowest map above
+        self.factors = [
+            factor // above[-1][1] for _, factor in above
+        ]  # enlarge each map above to the size of the lowest
         self.embeddings = nn.ModuleList(nn.Embedding(k, channels) for k, _ in above)
         self.mix = nn.Conv2d(channels * len(above), channels, 3, padding=1) if above else None
         self.blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(2 if above else 0))
@@ -71,7 +73,7 @@ class Prior(Pretrained):
         labels: Tensor | None = None,  # [B] int64
         above: Sequence[Tensor] = (),  # the maps above, top first
     ) -> Tensor:
-        """Logits [B, n_codes, h, w]; those at a position depend on the ids before it alone."""
+        """Logits [B, n_codes, h, w]. The logits at a position depend only on the ids before it."""
         return self.pixelcnn(ids, labels, self._condition(above))
 
     def loss(
@@ -87,7 +89,7 @@ class Prior(Pretrained):
         labels: Tensor | None = None,
         above: Sequence[Tensor] = (),
     ) -> Tensor:
-        """[B, h, w] float32: log p of each id given those before it."""
+        """[B, h, w] float32: log p of each id given the ids before it."""
         logits = self(ids, labels, above).float()
         return logits.log_softmax(1).gather(1, ids[:, None])[:, 0]
 
@@ -113,18 +115,18 @@ class Prior(Pretrained):
             check_indices("fastvq.models.Prior", f"above[{level}]", ids, 0, n_codes)
             for level, (ids, (n_codes, _)) in enumerate(zip(above, self.config["above"], strict=True))
         ]
-        grown = [
+        enlarged = [
             embedding(ids).movedim(-1, 1).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
             for embedding, ids, factor in zip(self.embeddings, above, self.factors, strict=True)
         ]
-        x = self.mix(torch.cat(grown, 1))
+        x = self.mix(torch.cat(enlarged, 1))
         for block in self.blocks:
             x = block(x)
         return x
 
 
-class _Bare(nn.Module):
-    """A PixelCNN that takes the place of a ``Prior`` of the top level."""
+class _BarePrior(nn.Module):
+    """Wraps a bare ``PixelCNN`` so that it serves as the top level's ``Prior``."""
 
     shape = None
 
@@ -144,18 +146,19 @@ class _Bare(nn.Module):
 
 
 def as_priors(op: str, priors: Any, levels: int) -> list[Any]:
-    """One prior a level, top first, from one or several; a bare ``PixelCNN`` may stand for the top's.
+    """The list of priors, one a level, top first. ``priors`` is one prior or several; the top level's may be a bare
+    ``PixelCNN``.
 
     Raises:
-        ValueError: their number is not that of the levels.
-        TypeError: one is neither a ``Prior`` nor, at the top, a ``PixelCNN``.
+        ValueError: the number of priors is not the number of levels.
+        TypeError: a prior is neither a ``Prior`` nor, at the top, a ``PixelCNN``.
     """
     found = list(priors) if isinstance(priors, (list, tuple, nn.ModuleList)) else [priors]
     if len(found) != levels:
         raise ValueError(f"{op}: priors must be {levels}, one a level, top first, got {len(found)}; train the others")
     for level, prior in enumerate(found):
         if isinstance(prior, PixelCNN) and level == 0:
-            found[level] = _Bare(prior)
+            found[level] = _BarePrior(prior)
         elif not isinstance(prior, Prior):
             raise TypeError(f"{op}: priors[{level}] must be a fastvq.models.Prior, got {type(prior).__name__}")
     return found

@@ -1,4 +1,4 @@
-"""The quantizer of one level, by name, and what its indices say about the use of the codes."""
+"""Makes the quantizer of one level by name, and measures how many codes a batch uses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def make_quantizer(op: str, kind: str, dim: int, n_codes: int, depth: int, **opt
     """``fastvq.nn``'s quantizer for [B, dim, h, w]: one code a position, or ``depth`` of them.
 
     kind "plain" is ``VectorQuantizer``, "residual" ``ResidualVQ`` with ``depth`` levels, "grouped" ``GroupedVQ`` with
-    ``depth`` groups; ``options`` go to it as they are.
+    ``depth`` groups; ``options`` are passed to it.
     """
     check_option(op, "quantizer", kind, KINDS)
     if kind == "plain":
@@ -37,7 +37,7 @@ def code_use(
 ) -> tuple[Tensor, Tensor]:
     """(perplexity [], used []) of one batch: exp of the entropy of its codes, and the share of codes it uses.
 
-    With Q codebooks each is counted by itself and the mean is returned. float32; ids below 0 are left out.
+    float32. With Q codebooks, each is measured separately and the means are returned. Ids below 0 are not counted.
     """
     columns = ids.reshape(-1, ids.shape[-1] if ids.dim() == 4 else 1)
     depth = columns.shape[1]

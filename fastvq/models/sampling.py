@@ -1,23 +1,20 @@
-"""Drawing ids from a PixelCNN."""
+"""Sampling ids from a PixelCNN."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvq import _triton
 from fastvq._checks import check_indices, check_integer, check_number, check_sizes
-from fastvq.ops import DRAWING_BACKENDS, PixelCNNState, PixelCNNSteps, pixelcnn_draw_, pixelcnn_start
+from fastvq.ops import DRAWING_BACKENDS, PixelCNNState, PixelCNNSteps, pixelcnn_draw_
 from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
 
-if TYPE_CHECKING:
-    from fastvq.models.pixelcnn import PixelCNN
-
-__all__ = ["Choice", "choose_ids", "sample", "start"]
+__all__ = ["Choice", "sample", "sample_ids"]
 
 OP = "fastvq.models.PixelCNN.sample"
 _CHOICE = "fastvq.ops.pixelcnn.triton_choice"
@@ -31,14 +28,28 @@ class Choice(NamedTuple):
     top_p: float | None = None
 
 
-def choose_ids(
+class Model(Protocol):
+    """The members of ``PixelCNN`` that the sampler uses."""
+
+    n_codes: int
+    n_classes: int | None
+    embedding: nn.Embedding
+
+    def sampler_state(
+        self, shape: tuple[int, int, int], labels: Tensor | None, condition: Tensor | None
+    ) -> PixelCNNState: ...
+
+    def __call__(self, ids: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor: ...
+
+
+def sample_ids(
     logits: Tensor,  # [B, K]
     uniforms: Tensor,  # [B] float64
     choice: Choice,
 ) -> Tensor:  # [B] int64
     """The first id whose cumulative probability exceeds u times the total, in float64.
 
-    Ids that ``top_k`` and ``top_p`` exclude have probability zero and are never chosen.
+    Ids that ``top_k`` and ``top_p`` exclude get probability zero and are never chosen.
     """
     if choice.temperature == 0:
         return logits.argmax(dim=1)
@@ -48,35 +59,18 @@ def choose_ids(
         if choice.top_k is not None:
             ordered[:, choice.top_k :] = 0
         if choice.top_p is not None:
-            before = ordered.cumsum(1) - ordered
-            ordered = torch.where(before < choice.top_p * ordered.sum(1, keepdim=True), ordered, 0)
+            preceding = ordered.cumsum(1) - ordered  # total of the likelier ids
+            ordered = torch.where(preceding < choice.top_p * ordered.sum(1, keepdim=True), ordered, 0)
         probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
     cumulative = probabilities.cumsum(1)
     total = cumulative[:, -1:]
-    # Just below the total at most: rounding must not pick an id past the last one that has probability.
+    # Keep the threshold below the total: rounding must not pick an id after the last one with positive probability.
     threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
-def start(
-    model: PixelCNN,
-    shape: tuple[int, int, int],  # B, h, w
-    labels: Tensor | None,
-    condition: Tensor | None,
-) -> PixelCNNState:
-    """The cached sampler's state: the model's weights packed, its condition per layer, an empty cache."""
-    modules = [m for layer in model.layers for m in (layer.vertical, layer.link, layer.horizontal, layer.out)]
-    weights = [model.embedding.weight, *(p for m in (*modules, *model.head) for p in (m.weight, m.bias))]
-    total = model.conditions(shape, labels, condition)
-    if total is not None:
-        if total.dim() == 3:
-            total = total[..., None, None]
-        total = total.permute(1, 0, 3, 4, 2)
-    return pixelcnn_start(weights, model.kernel_sizes, shape, condition=total)
-
-
 def check_labels(op: str, labels: object, batch: int, n_classes: int) -> None:
-    """labels [B] int64, each a class of the model."""
+    """Raises unless labels are int64 [B], each a class of the model."""
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"{op}: labels must be int64 [{batch}], one a picture, got {type(labels).__name__}; "
@@ -88,7 +82,7 @@ def check_labels(op: str, labels: object, batch: int, n_classes: int) -> None:
 
 
 def _check(
-    model: PixelCNN, shape: tuple[int, int, int], labels: Tensor | None, known: Tensor | None, keep: Tensor | None,
+    model: Model, shape: tuple[int, int, int], labels: Tensor | None, known: Tensor | None, keep: Tensor | None,
     choice: Choice,
 ) -> None:  # fmt: skip
     check_sizes(OP, "shape", shape)
@@ -115,14 +109,14 @@ def _check(
         if given is not None and (given.shape != tuple(shape) or given.dtype != dtype):
             raise ValueError(f"{OP}: {name} must be {dtype} {list(shape)}, got {given.dtype} {list(given.shape)}")
     if known is not None and keep is not None:
-        held = known[keep]
-        if held.numel() and not 0 <= int(held.min()) <= int(held.max()) < model.n_codes:
+        kept = known[keep]
+        if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < model.n_codes:
             raise ValueError(f"{OP}: known must hold ids in [0, {model.n_codes}) where keep is True, got others")
 
 
 @torch.no_grad()
 def sample(
-    model: PixelCNN,
+    model: Model,
     shape: tuple[int, int, int],  # B, h, w
     labels: Tensor | None,  # [B]
     condition: Tensor | None,  # [B, condition_channels, h / s, w / s]
@@ -141,9 +135,10 @@ def sample(
     ids = torch.zeros(shape, dtype=torch.int64, device=device)
     if known is not None and keep is not None:
         ids = torch.where(keep.to(device), known.to(device), ids).contiguous()
-    free = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else ~keep.to(device).contiguous()
-    drawn = free.any(0).cpu()  # positions that some image needs
-    last = int(drawn.flatten().nonzero().max()) if drawn.any() else -1
+    # [B, h, w] bool: True where an id is sampled
+    mask = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else ~keep.to(device).contiguous()
+    any_mask = mask.any(0).cpu()  # [h, w]: positions where at least one image needs an id
+    last = int(any_mask.flatten().nonzero().max()) if any_mask.any() else -1
 
     with torch.autocast(device.type, enabled=False), _bar(last + 1, progress) as advance:
 
@@ -151,31 +146,31 @@ def sample(
             logits: Tensor,  # [B, K]
             position: Tensor,  # [1]
         ) -> None:
-            u, may, held = (t.flatten(1).index_select(1, position)[:, 0] for t in (uniforms, free, ids))
-            chosen = torch.where(may, choose_ids(logits, u, choice), held)
-            ids.flatten(1).index_copy_(1, position, chosen[:, None])
+            u, here, current = (t.flatten(1).index_select(1, position)[:, 0] for t in (uniforms, mask, ids))
+            new = torch.where(here, sample_ids(logits, u, choice), current)
+            ids.flatten(1).index_copy_(1, position, new[:, None])
 
-        def draw_at_once(logits: Tensor, position: Tensor) -> None:
-            _triton.lazily(_CHOICE, "choose_")(logits, uniforms, free, ids, position, *choice)
+        def draw_in_one_launch(logits: Tensor, position: Tensor) -> None:
+            _triton.lazily(_CHOICE, "choose_")(logits, uniforms, mask, ids, position, *choice)
 
-        state = start(model, shape, labels, condition) if cached else None
+        state = model.sampler_state(shape, labels, condition) if cached else None
         if state is not None and state.backend in DRAWING_BACKENDS:
-            at_once = shape[2] if progress else max(last + 1, 1)  # positions a launch; a bar has to see some happen
-            for at in range(0, last + 1, at_once):
-                count = min(at_once, last + 1 - at)
-                pixelcnn_draw_(state, ids, uniforms, free, at, count, **choice._asdict())
+            per_launch = shape[2] if progress else max(last + 1, 1)  # a progress bar advances after each launch
+            for at in range(0, last + 1, per_launch):
+                count = min(per_launch, last + 1 - at)
+                pixelcnn_draw_(state, ids, uniforms, mask, at, count, **choice._asdict())
                 if progress:
-                    ids[0, 0, 0].item()  # waits for it
+                    ids[0, 0, 0].item()  # waits for the launch
                 advance(count)
             return ids
         step = None
         if state is not None:
             one_launch = state.backend == "triton" and model.n_codes <= WIDEST_CHOICE
-            step = PixelCNNSteps(state, ids, draw_at_once if one_launch else draw)
-        for at, wanted in enumerate(drawn.flatten()[: last + 1].tolist()):
+            step = PixelCNNSteps(state, ids, draw_in_one_launch if one_launch else draw)
+        for at, is_drawn in enumerate(any_mask.flatten()[: last + 1].tolist()):
             if step is not None:
-                step(wanted)
-            elif wanted:
+                step(is_drawn)
+            elif is_drawn:
                 i, j = divmod(at, shape[2])
                 draw(model(ids, labels, condition)[:, :, i, j], torch.tensor([at], device=device))
             advance()
@@ -183,8 +178,8 @@ def sample(
 
 
 @contextmanager
-def _bar(total: int, wanted: bool) -> Iterator[Callable[..., object]]:
-    if not wanted:
+def _bar(total: int, show: bool) -> Iterator[Callable[..., object]]:
+    if not show:
         yield lambda n=1: None
         return
     try:

@@ -27,15 +27,15 @@ class VQVAE(Autoencoder):
         n_blocks: residual blocks of the encoder and of the decoder.
         quantizer: "plain" (one id a position), "residual" or "grouped" (``depth`` ids a position, [B, h, w, depth]).
         loss: "mse" or "l1", the mean over all pixels.
-        quantizer_options: what ``fastvq.nn``'s quantizer takes: decay, estimator, metric, commitment_weight,
+        quantizer_options: further arguments of ``fastvq.nn``'s quantizer: decay, estimator, metric, commitment_weight,
             kmeans_init, dead_code_threshold, update, ...
 
-    ``forward(image)`` returns ``Output(reconstruction, loss, reconstruction_loss, commitment_loss, maps, perplexity,
-    used)``; ids are exact, the same on every backend. Under autocast the CNNs run in its type; the lookup and the
-    codebook never lose precision to it.
+    ``forward(image)`` returns ``AutoencoderOutput(reconstruction, loss, reconstruction_loss, commitment_loss, maps,
+    perplexity, used)``; ids are exact, the same on every backend. Under autocast the CNNs run in autocast's dtype; the
+    lookup and the codebook keep their precision.
 
     Raises:
-        ValueError: a size below 1, another downsample, a picture whose sides are no multiples of it.
+        ValueError: a size below 1, another downsample, a picture whose sides are not multiples of it.
 
     Example:
         >>> model = VQVAE(3, 64, n_codes=512, code_dim=32, downsample=4)
@@ -78,5 +78,5 @@ class VQVAE(Autoencoder):
         self,
         ids: Tensor,  # [B, h, w] int64
     ) -> Tensor:
-        """The pictures [B, C, H, W] of id maps; ValueError for ids that are no codes."""
+        """The pictures [B, C, H, W] of id maps; ValueError for ids that are not codes."""
         return self.decode_maps([ids])

@@ -1,4 +1,4 @@
-"""The model of several levels: a small map carries the whole, larger maps below it carry the detail."""
+"""The model of several levels: a small top map holds the overall structure, larger maps below it hold the detail."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ __all__ = ["VQVAE2"]
 
 
 class VQVAE2(Autoencoder):
-    """Hierarchical VQ-VAE (Razavi et al. 2019): the top map is quantized and decoded first, the map below it is encoded
-    given what it decodes to, and the decoder gets both.
+    """Hierarchical VQ-VAE (Razavi et al. 2019). The top map is quantized and decoded first. The map below is encoded
+    given the decoded top map, and the decoder gets both.
 
     Args:
         downsample: pixels a position of the bottom map, 2, 4 or 8; each level above doubles it.
@@ -22,10 +22,10 @@ class VQVAE2(Autoencoder):
         n_codes: codes of each level's dictionary: one number, or one a level, top first.
         in_channels, hidden, code_dim, n_blocks, quantizer, depth, loss, quantizer_options: as in ``VQVAE``.
 
-    ``forward(image)`` returns ``Output`` with one map, perplexity and share of codes used a level, top first.
+    ``forward(image)`` returns ``AutoencoderOutput``: one map, perplexity and share of used codes a level, top first.
 
     Raises:
-        ValueError: a size below 1, another downsample, a picture whose sides are no multiples of the top's stride.
+        ValueError: a size below 1, another downsample, a picture whose sides are not multiples of the top's stride.
 
     Example:
         >>> model = VQVAE2(3, 64, n_codes=512, code_dim=32, downsample=4)
@@ -70,5 +70,5 @@ class VQVAE2(Autoencoder):
         self,
         maps: Sequence[Tensor],  # one a level, top first
     ) -> Tensor:
-        """The pictures [B, C, H, W] of id maps; ValueError for maps that do not fit or ids that are no codes."""
+        """The pictures [B, C, H, W] of id maps; ValueError for maps that do not fit or ids that are not codes."""
         return self.decode_maps(maps)

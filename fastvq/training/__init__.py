@@ -4,7 +4,7 @@ from fastvq.training.config import TrainConfig
 from fastvq.training.loop import Objective, train
 from fastvq.training.objectives import autoencoder_objective, prior_objective
 from fastvq.training.processes import (
-    Place,
+    ProcessContext,
     Stopped,
     barrier,
     find_device,
@@ -18,6 +18,7 @@ from fastvq.training.processes import (
 __all__ = [
     "Objective",
     "Place",
+    "ProcessContext",
     "Stopped",
     "TrainConfig",
     "autoencoder_objective",
@@ -31,3 +32,5 @@ __all__ = [
     "sigterm_stops",
     "train",
 ]
+
+Place = ProcessContext  # the name of earlier versions

@@ -1,4 +1,4 @@
-"""What a training run is asked for, apart from its model and its data."""
+"""The settings of a training run, apart from its model and its data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastvq._checks import check_option
 __all__ = ["TrainConfig"]
 
 PRECISIONS = ("float32", "bf16")
-# Fields that a resumed run may change: the weights up to its step do not depend on them.
+# Fields that may differ in a resumed run: the weights up to the saved step do not depend on them.
 FREE = ("save_every", "log_every", "steps")
 
 
@@ -18,8 +18,8 @@ FREE = ("save_every", "log_every", "steps")
 class TrainConfig:
     """Settings of ``fastvq.training.train``.
 
-    A step takes ``accumulate`` micro-batches of ``batch_size`` pictures on every process. The rate rises linearly for
-    ``warmup`` steps and then falls along a cosine to ``lr * final_lr`` at ``steps``.
+    A step takes ``accumulate`` micro-batches of ``batch_size`` pictures on every process. The learning rate rises
+    linearly for ``warmup`` steps and then falls along a cosine to ``lr * final_lr`` at ``steps``.
     """
 
     steps: int = 1000
@@ -29,8 +29,8 @@ class TrainConfig:
     warmup: int = 50
     final_lr: float = 0.05  # share of lr at the end
     weight_decay: float = 0.0
-    clip: float = 1.0  # largest norm of the gradients; 0: not clipped
-    ema: float = 0.0  # decay of the moving average of the weights that is exported; 0: the weights themselves
+    clip: float = 1.0  # largest norm of the gradients; 0: no clipping
+    ema: float = 0.0  # decay of the moving average of the weights, which is exported; 0: the weights are exported
     precision: str = "float32"  # "bf16": autocast
     compile: bool = False
     seed: int = 0
@@ -56,5 +56,5 @@ class TrainConfig:
         return self.lr * (self.final_lr + (1 - self.final_lr) * (1 + math.cos(math.pi * done)) / 2)
 
     def fixed(self) -> dict[str, object]:
-        """The fields that a resumed run must share with the one it goes on with."""
+        """The fields that must be the same in a resumed run."""
         return {name: value for name, value in asdict(self).items() if name not in FREE}

@@ -1,4 +1,4 @@
-"""Logs: one JSON object a line, and TensorBoard's where it is installed."""
+"""Logs: one JSON object a line, and TensorBoard events where TensorBoard is installed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ __all__ = ["Log", "write_line"]
 
 
 def write_line(path: Path, line: dict[str, Any]) -> None:
-    """Adds a line to a JSON-lines file, in one write, so that several processes may share it."""
+    """Appends a line to a JSON-lines file in one write, so that several processes can share the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         whole = True
         if file.tell():
             file.seek(-1, os.SEEK_END)
             whole = file.read(1) == b"\n"
-        # A killed run may have left a part of a line: that part must not spoil this one.
+        # A killed run may have left part of a line. Start a new line, so that this one can be read.
         file.write((b"" if whole else b"\n") + json.dumps(line).encode() + b"\n")
 
 
 class Log:
-    """``folder/log.jsonl``. A resumed run drops the lines of the steps that it will take again."""
+    """``folder/log.jsonl``. A resumed run drops the lines of the steps after its checkpoint, which it repeats."""
 
     def __init__(self, folder: Path, resumed_step: int) -> None:
         self.path = folder / "log.jsonl"
@@ -34,7 +34,7 @@ class Log:
         self.board: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:  # not installed, or not with what it needs itself
+        except ImportError:  # TensorBoard or a package that it needs is not installed
             return
         self.board = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 

@@ -1,4 +1,4 @@
-"""The loop that trains an autoencoder or a prior: on one process or several, and on from where it was killed."""
+"""The loop that trains an autoencoder or a prior, on one process or several, and resumes from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastvq.models.checkpoints import Pretrained
 from fastvq.nn import update_codebooks
 from fastvq.training.config import TrainConfig
 from fastvq.training.log import Log
-from fastvq.training.processes import Place, Stopped, average, barrier, run_folder
+from fastvq.training.processes import ProcessContext, Stopped, average, barrier, run_folder
 from fastvq.training.state import OP, STATE, Averages, load_run, save_run
 
 __all__ = ["Objective", "train"]
 
-# (what to call instead of the model, batch on its device) -> (loss [], numbers for the log)
+# (callable that wraps the model, batch on its device) -> (loss [], numbers for the log)
 Objective = Callable[[Callable[..., Any], Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -34,41 +34,44 @@ def train(
     config: TrainConfig,
     folder: Path,
     *,
-    place: Place | None = None,
+    place: ProcessContext | None = None,
     resume: bool = False,
     on_step: Callable[[int], None] | None = None,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> None:
-    """Trains ``model`` in place and leaves it, with the averaged weights where there are any, in ``eval()``.
+    """Trains ``model`` in place. It ends in ``eval()`` mode, with the averaged weights if ``config.ema`` is set.
 
-    Every ``save_every`` steps and at the end ``folder`` gets ``state.safetensors``, all that a resumed run needs, and
-    the model itself (``from_pretrained``); ``log.jsonl`` a line every ``log_every`` steps. The state is the checkpoint:
-    a resumed run writes the model again where a crash kept it from following the state. A run that was killed at any
-    moment and is resumed ends with the weights of one that was not, to the bit on a CPU with as many threads: the data,
-    and every random number, follow from the seed and the step. One run at a time holds the folder.
+    Every ``save_every`` steps and at the end, ``folder`` gets ``state.safetensors``, which holds all that a resumed run
+    needs, and the model (for ``from_pretrained``). ``log.jsonl`` gets a line every ``log_every`` steps. The state is
+    the checkpoint: if a crash came between the two writes, a resumed run writes the model again. The data and all
+    random numbers follow from the seed and the step. So a run that was killed at any moment and resumed ends with the
+    weights of an uninterrupted run, bit for bit on a CPU with the same number of threads. Only one run at a time can
+    use the folder.
 
     Args:
-        objective: the loss of one micro-batch; it must call what it is given, not the model, for the gradients of
-            several processes to be averaged.
+        objective: the loss of one micro-batch. It must call its first argument, not the model: that averages the
+            gradients of several processes.
         loader: made for this process's rank and world.
-        resume: go on from ``folder`` where something was saved; else an existing state is refused.
-        on_step: called after each step with the number of steps done; on_log: with each line of the log (rank 0).
-        stop: asked after each step, with one answer for all processes, whether to save and end here.
+        place: rank, world and device of this process; rank 0 of 1 on the CPU unless given.
+        resume: continue from the checkpoint in ``folder``, if there is one. Without it, a checkpoint there is an error.
+        on_step: called after each step with the number of finished steps.
+        on_log: called with each line of the log, on rank 0.
+        stop: called after each step; True saves and ends the run. It must give the same answer on all processes.
 
     Raises:
-        Stopped: ``stop`` said so.
-        ValueError: there is a state in ``folder`` and ``resume`` is False; another run holds the folder; the state is
-            truncated, damaged, foreign or of another run; the loss is not finite.
+        Stopped: ``stop`` returned True.
+        ValueError: ``folder`` holds a state and ``resume`` is False; another run uses the folder; the state is
+            truncated, damaged, of another format or of another run; the loss is not finite.
         OSError: a checkpoint cannot be written; the one before it is whole.
     """
-    place = place or Place(0, 1, torch.device("cpu"))
+    place = place or ProcessContext(0, 1, torch.device("cpu"))
     with run_folder(OP, folder, place):
         _train(model, objective, loader, config, folder, place, resume, on_step, on_log, stop)
 
 
 def _train(
-    model: Pretrained, objective: Objective, loader: Loader, config: TrainConfig, folder: Path, place: Place,
+    model: Pretrained, objective: Objective, loader: Loader, config: TrainConfig, folder: Path, place: ProcessContext,
     resume: bool, on_step: Callable[[int], None] | None, on_log: Callable[[dict[str, Any]], None] | None,
     stop: Callable[[], bool] | None,
 ) -> None:  # fmt: skip
@@ -98,10 +101,10 @@ def _train(
                 group["lr"] = config.rate(step)
             for micro in range(config.accumulate):
                 last = micro + 1 == config.accumulate
-                # Gradients travel once a step, with the last micro-batch.
-                wait = contextlib.nullcontext() if last or place.world == 1 else net.no_sync()
+                # Processes exchange gradients once a step, with the last micro-batch.
+                no_sync = contextlib.nullcontext() if last or place.world == 1 else net.no_sync()
                 batch = _to(next(batches), place.device)
-                with wait, torch.autocast(place.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                with no_sync, torch.autocast(place.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
                     loss, numbers = objective(net, batch)
                     (loss / config.accumulate).backward()
                 for name, value in {"loss": loss, **numbers}.items():
@@ -125,7 +128,7 @@ def _train(
                         on_log(line)
             is_last = stop is not None and stop()
             if now % config.save_every == 0 or now == config.steps or is_last:
-                if sums:  # else they have just been checked, for the log
+                if sums:  # empty just after a line of the log, which has checked them
                     _check_finite(now, float(sums["loss"]), float(sums["gradient_norm"]))
                 if place.first:
                     _save(folder, model, optimizer, averages, now, saved, config)
@@ -133,7 +136,7 @@ def _train(
             if on_step is not None:
                 on_step(now)
             if is_last:
-                barrier()  # the first process saves; none ends before it has
+                barrier()  # no process may end before the first one has saved
                 raise Stopped(now)
     finally:
         if log is not None:
@@ -144,13 +147,13 @@ def _train(
     barrier()
 
 
-def _wrap(model: nn.Module, config: TrainConfig, place: Place) -> Any:
+def _wrap(model: nn.Module, config: TrainConfig, place: ProcessContext) -> Any:
     net: Any = torch.compile(model) if config.compile else model
     if place.world > 1:
-        # Buffers are the codebooks', which fastvq.nn sums over the ranks itself.
+        # The buffers belong to codebooks; fastvq.nn keeps them equal on all ranks.
         devices = [place.device.index] if place.device.type == "cuda" else None
         with warnings.catch_warnings():
-            # Later torches advise another name, which earlier ones do not know.
+            # Newer versions of torch prefer another argument, which older ones do not have.
             warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
             net = DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
     return net
@@ -192,8 +195,8 @@ def _save(
 
 
 def _export(folder: Path, model: Pretrained, averages: Averages, *, compare: bool = False) -> None:
-    """Writes the model, with the averaged weights where there are any; with ``compare`` only where the folder holds
-    another."""
+    """Writes the model, with the averaged weights if there are any. ``compare``: only if the folder holds another
+    model."""
     averages.swap()
     try:
         if not (compare and model.is_saved_in(folder)):

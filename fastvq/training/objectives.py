@@ -1,4 +1,4 @@
-"""What an autoencoder and a prior minimise, in the form that ``train`` takes."""
+"""The objectives of an autoencoder and of a prior, as ``train`` takes them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Result = tuple[Tensor, dict[str, Tensor]]
 
 
 def autoencoder_objective(net: Callable[..., Any], batch: Batch) -> Result:
-    """Reconstruction and commitment; the log gets both, and each level's perplexity and share of used codes."""
+    """Reconstruction and commitment loss. The log gets both, and each level's perplexity and share of used codes."""
     out = net(batch.images)
     with torch.no_grad():
         error = F.mse_loss(out.reconstruction.float(), batch.images)
@@ -35,8 +35,8 @@ def autoencoder_objective(net: Callable[..., Any], batch: Batch) -> Result:
 def prior_objective(
     model: Autoencoder, level: int, *, with_labels: bool
 ) -> Callable[[Callable[..., Any], Batch], Result]:
-    """Negative log-likelihood of a level's ids, which the frozen ``model`` makes of each batch, so that augmented
-    pictures count as pictures of their own."""
+    """Negative log-likelihood of a level's ids. The frozen ``model`` encodes each batch after augmentation, so
+    augmented pictures count as further pictures."""
 
     def objective(net: Callable[..., Any], batch: Batch) -> Result:
         maps = model.encode_maps(batch.images)

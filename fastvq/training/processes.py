@@ -1,4 +1,4 @@
-"""One process or several: who this one is, and what several do together."""
+"""Training on one process or several: rank and device of this process, and operations over all processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from torch import Tensor
 from fastvq._files import lock_folder
 
 __all__ = [
-    "Place", "Stopped", "average", "barrier", "find_device", "from_first", "handled", "processes", "run_folder",
-    "sigterm_stops",
+    "ProcessContext", "Stopped", "average", "barrier", "find_device", "from_first", "handled", "processes",
+    "run_folder", "sigterm_stops",
 ]  # fmt: skip
 
 
-class Place(NamedTuple):
+class ProcessContext(NamedTuple):
+    """Rank and device of this process, and the number of processes (``world``)."""
+
     rank: int
     world: int
     device: torch.device
@@ -33,17 +35,17 @@ class Place(NamedTuple):
 
 
 def find_device(name: str, index: int = 0) -> torch.device:
-    """torch's device of a name, "auto" the GPU where there is one; "cuda" is the GPU of that index.
+    """The torch device of a name: "cuda" is GPU number ``index``; "auto" is that GPU, or the CPU where there is none.
 
     Raises:
-        ValueError: this torch knows no such device or cannot use it.
+        ValueError: this installation of torch does not know the device or cannot use it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(f"cuda:{index}" if name == "cuda" else name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise ValueError(
             f"fastvq.training: device must be one that this torch can use, got {name!r} ({str(error).splitlines()[0]})"
         ) from None
@@ -51,14 +53,14 @@ def find_device(name: str, index: int = 0) -> torch.device:
 
 
 @contextmanager
-def processes(device: str = "auto") -> Iterator[Place]:
-    """This process's place among those that ``torchrun`` started; alone where it did not.
+def processes(device: str = "auto") -> Iterator[ProcessContext]:
+    """Yields the context of this process among those that ``torchrun`` started; without ``torchrun``, of one process.
 
-    The process group (gloo on CPUs, nccl on GPUs) lives as long as the block.
+    The process group (gloo on CPUs, nccl on GPUs) exists until the block ends.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    place = Place(rank, world, find_device(device, local))
+    place = ProcessContext(rank, world, find_device(device, local))
     if world == 1:
         yield place
         return
@@ -72,7 +74,7 @@ def processes(device: str = "auto") -> Iterator[Place]:
 
 
 def average(numbers: dict[str, Tensor]) -> None:
-    """Replaces each number [] by its mean over all processes, in one message; nothing where there is one."""
+    """Replaces each number [] by its mean over all processes, in one message. Does nothing with one process."""
     if dist.is_available() and dist.is_initialized():
         packed = torch.stack(list(numbers.values()))
         dist.all_reduce(packed)
@@ -80,13 +82,13 @@ def average(numbers: dict[str, Tensor]) -> None:
 
 
 def barrier() -> None:
-    """Waits for every process; nothing where there is one."""
+    """Waits until every process has come here. Does nothing with one process."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
 
 
-def from_first(place: Place, work: Callable[[], int]) -> int:
-    """The number that ``work`` returns in the first process, for all of them; where it fails, all fail."""
+def from_first(place: ProcessContext, work: Callable[[], int]) -> int:
+    """Runs ``work`` in the first process and returns its number in all. If ``work`` fails, all raise."""
     value, failed = 0, None
     if place.first:
         try:
@@ -105,12 +107,12 @@ def from_first(place: Place, work: Callable[[], int]) -> int:
 
 
 @contextmanager
-def run_folder(op: str, folder: Path, place: Place) -> Iterator[None]:
-    """Holds ``folder`` for one run, whose first process takes the lock for all of them (``lock_folder``).
+def run_folder(op: str, folder: Path, place: ProcessContext) -> Iterator[None]:
+    """Locks ``folder`` for one run; the first process takes the lock (``lock_folder``) for all of them.
 
     Raises:
-        ValueError: another run holds the folder; every process of this one raises.
-        OSError: the folder cannot be made or written to.
+        ValueError: another run holds the lock; every process of this run raises.
+        OSError: the folder cannot be created or written to.
     """
     with ExitStack() as held:
 
@@ -123,7 +125,7 @@ def run_folder(op: str, folder: Path, place: Place) -> Iterator[None]:
 
 
 class Stopped(Exception):
-    """A run that was asked to end, and saved its state before it did."""
+    """A run was asked to stop; it saved its state first."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped after step {step}, which is saved")
@@ -132,9 +134,10 @@ class Stopped(Exception):
 
 @contextmanager
 def sigterm_stops() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says, once a step, whether SIGTERM came to any of the processes.
+    """Yields a function to call once a step; it returns whether any of the processes has received SIGTERM.
 
-    They all get the same answer at the same step. With several it is that of the step before, so that nobody waits.
+    All processes get the same answer at the same step. With several processes it is the answer of the step before, so
+    that no process waits for a message.
     """
     asked = [False]
 
@@ -162,7 +165,7 @@ def sigterm_stops() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def handled(number: signal.Signals, handler: Callable[..., None]) -> Iterator[None]:
-    """A signal's handler for a while; outside of the main thread, where Python has no signals, nothing."""
+    """Sets a signal's handler for the block. Does nothing outside the main thread, where Python handles no signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,7 +1,7 @@
-"""Everything a run needs to go on: weights, codebooks, optimizer, averaged weights and the step, in one file.
+"""The checkpoint of a run: weights, codebooks, optimizer, averaged weights and the step, in one file.
 
-One file, so that a crash cannot leave parts of two steps. There is no state of random numbers in it: every step seeds
-them from the run's seed and its own number.
+It is one file, so that a crash cannot leave parts of two steps. It holds no state of a random number generator: every
+step seeds the generator from the run's seed and the step's number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ OP = "fastvq.training"
 STATE, FORMAT = "state.safetensors", "fastvq training state"
 ENTRIES = ("step", "model", "training", "optimizer?")
 MOST_STEPS = 1 << 40
-# An average that starts at the first weights forgets them at this pace, however slow its own decay.
+# Early in a run the decay of an average is at most (1 + step) / (10 + step), so that it forgets the first weights.
 WARM_NUMERATOR, WARM_DENOMINATOR = 1, 10
 
 
@@ -43,7 +43,7 @@ class Averages:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Exchanges the averages with the live weights; a second call takes that back."""
+        """Exchanges the averages with the live weights; a second call exchanges them back."""
         for name, p in self.live.items():
             kept = p.detach().float().clone()
             p.copy_(self.tensors[name])
@@ -54,7 +54,7 @@ def save_run(
     folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer, averages: Averages, step: int,
     config: TrainConfig,
 ) -> None:  # fmt: skip
-    """Writes ``folder/state.safetensors``; OSError, with the earlier file untouched, where it cannot."""
+    """Writes ``folder/state.safetensors``. Where that fails, raises OSError and leaves the earlier file untouched."""
     tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"average.{name}": t for name, t in averages.tensors.items()}
     optimized = optimizer.state_dict()["state"]
@@ -65,7 +65,7 @@ def save_run(
         "step": str(step),
         "model": json.dumps({"class": type(model).__name__, **model.config}),
         "training": json.dumps(config.fixed()),
-        "optimizer": json.dumps(sorted(optimized)),  # parameters that it has a state of
+        "optimizer": json.dumps(sorted(optimized)),  # numbers of the parameters that have a state
     }
     save_tensors(folder / STATE, tensors, metadata)
 
@@ -76,28 +76,28 @@ def load_run(
     """Puts a saved run's state into the arguments and returns its step.
 
     Raises:
-        FileNotFoundError: nothing was saved there.
-        ValueError: the file is truncated, damaged or foreign, does not hold all that a run needs, or belongs to a run
-            with another model or other settings.
+        FileNotFoundError: there is no saved state.
+        ValueError: the file is truncated, damaged or of another format, lacks a tensor that the run needs, or belongs
+            to a run with another model or other settings.
     """
     path = folder / STATE
     tensors, metadata = load_tensors(OP, path, FORMAT, ENTRIES)
     step = _step(path, metadata)
     described = {"class": type(model).__name__, **model.config}
-    for what, saved, wanted in (
+    for part, saved, current in (
         ("model", metadata["model"], described),
         ("settings", metadata["training"], config.fixed()),
     ):
-        saved, _ = parse_json(OP, f"the {what} in {path}", saved, mapping_of(anything))
-        wanted = json.loads(json.dumps(wanted))  # tuples become lists, as they did in the file
+        saved, _ = parse_json(OP, f"the {part} in {path}", saved, mapping_of(anything))
+        current = json.loads(json.dumps(current))  # tuples become lists, as they did in the file
         differing = [
-            f"{shorten(name)[1:-1]} was {shorten(saved.get(name))}, is {shorten(wanted.get(name))}"
-            for name in sorted({*saved, *wanted})
-            if saved.get(name) != wanted.get(name)
+            f"{shorten(name)[1:-1]} was {shorten(saved.get(name))}, is {shorten(current.get(name))}"
+            for name in sorted({*saved, *current})
+            if saved.get(name) != current.get(name)
         ]
         if differing:
             raise ValueError(
-                f"{OP}: {path} belongs to a run with another {what} ({'; '.join(differing)}); "
+                f"{OP}: {path} belongs to a run with another {part} ({'; '.join(differing)}); "
                 "resume with the same ones or train into another folder"
             )
     groups = _by_prefix(tensors)
@@ -136,7 +136,7 @@ def _load_optimizer(
     if "optimizer" in metadata:
         kind = list_of(whole(0, len(parameters) - 1))
         numbers, _ = parse_json(OP, f"the optimizer's list in {path}", metadata["optimizer"], kind)
-    else:  # of an earlier version, which kept no list: those that it holds anything of
+    else:  # earlier versions kept no list: the parameters that have tensors in the file
         numbers = [i for i in range(len(parameters)) if any(name.startswith(f"{i}.") for name in tensors)]
     expected: dict[str, tuple[int, ...]] = {}
     for i in numbers:
@@ -144,7 +144,7 @@ def _load_optimizer(
         expected |= {f"optimizer.{i}.step": (), f"optimizer.{i}.exp_avg": shape, f"optimizer.{i}.exp_avg_sq": shape}
     _check_tensors(path, {f"optimizer.{name}": t for name, t in tensors.items()}, expected)
     counts = [float(tensors[f"{i}.step"]) for i in numbers] or [step]
-    if max(counts) != step or not all(0 < count <= step for count in counts):  # not all is true of NaN
+    if max(counts) != step or not all(0 < count <= step for count in counts):  # "not all": true for NaN too
         raise ValueError(
             f"{OP}: {path} must be of one step, got {step} and the optimizer's {min(counts)} .. {max(counts)}; "
             "it is damaged"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvq import use_backend
-from fastvq.models.sampling import Choice, choose_ids, start
+from fastvq.models.sampling import Choice, sample_ids
 from fastvq.ops import pixelcnn_draw_, pixelcnn_start
 from tests.cases import generator
 from tests.cuda_on_host import host
@@ -94,7 +94,7 @@ def test_choice_is_that_of_choose_ids(cuda_on_host):
     with use_backend("cuda"):
         for logits in (torch.zeros(1), torch.randn(3, generator=g), ties, gaps, torch.full((131,), -1e30)):
             for options in (*CHOICES, dict(top_k=1), dict(top_k=len(logits) + 1), dict(top_k=70, top_p=0.999)):
-                expected = choose_ids(logits.expand(len(uniforms), -1), uniforms, Choice(**options))
+                expected = sample_ids(logits.expand(len(uniforms), -1), uniforms, Choice(**options))
                 assert torch.equal(draw(logits, uniforms, **options), expected), (logits, options)
         for bad in (torch.nan, torch.inf):
             logits = torch.tensor([1.0, bad, 2.0])
@@ -104,8 +104,8 @@ def test_choice_is_that_of_choose_ids(cuda_on_host):
 def test_what_it_cannot_add_or_draw_is_refused(cuda_on_host):
     with use_backend("cuda"):
         with pytest.raises(ValueError, match="cuda: it computes in float32, a weight is"):
-            start(make(n_layers=1, channels=4).double(), (1, 2, 2), None, None)
-        state = start(make(n_layers=1, channels=4), (1, 2, 2), None, None)
+            make(n_layers=1, channels=4).double().sampler_state((1, 2, 2), None, None)
+        state = make(n_layers=1, channels=4).sampler_state((1, 2, 2), None, None)
     ids, u, wanted = torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).double(), torch.ones(1, 2, 2).bool()
     for arguments, message in (
         ((ids, u.float(), wanted), "uniforms must be torch.float64"),
@@ -116,7 +116,7 @@ def test_what_it_cannot_add_or_draw_is_refused(cuda_on_host):
         with pytest.raises(ValueError, match=message):
             pixelcnn_draw_(state, *arguments)
     with use_backend("reference"):
-        state = start(make(n_layers=1, channels=4), (1, 2, 2), None, None)
+        state = make(n_layers=1, channels=4).sampler_state((1, 2, 2), None, None)
     with pytest.raises(ValueError, match="a backend that draws ids itself, cuda, got reference"):
         pixelcnn_draw_(state, ids, u, wanted)
 
@@ -152,7 +152,7 @@ def test_under_sanitizers(kind, tmp_path, cuda_on_host):
         wanted = torch.rand(shape, generator=generator(i)) < 0.8
         choice = CHOICES[-1 - i % len(CHOICES)]
         with use_backend("cuda"):
-            state = start(model, shape, **given)
+            state = model.sampler_state(shape, **given)
             drawn = torch.randint(0, model.n_codes, shape, generator=generator(4))
             whole_map(calls, state, drawn, uniforms, wanted, torch.zeros(0), **choice)
             pixelcnn_draw_(state, drawn, uniforms, wanted, **choice)

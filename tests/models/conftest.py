@@ -1,5 +1,6 @@
-"""Models of a few thousand weights gain nothing from a second thread, and on a busy machine wait for it. Gradients of
-torch's convolutions depend on the number of threads in their last bits, so runs that are compared share it."""
+"""All tests here use one thread. Models of a few thousand weights gain nothing from a second one, and on a busy machine
+wait for it. The last bits of torch's convolution gradients depend on the number of threads, so runs that are compared
+need the same number."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """A short training, killed at every write and resumed: python -m tests.models.kill_points FOLDER.
 
-Prints one JSON line: the number of writes, and what went wrong. Each run is a fork of this process, which imports
-everything once and never computes, so that a point costs a fraction of a second.
+Prints one JSON line: the number of writes, and the faults found. Each run is a fork of this process. The parent imports
+everything once and never computes, so a kill point costs a fraction of a second.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ FILES = ("model.safetensors", "state.safetensors", "config.json", "data.json", "
 
 
 class Killer:
-    """Ends the process at the ``at``-th write, ``when`` of ``WHEN``; counts the writes otherwise."""
+    """Kills the process before, during or after (``when``) the ``at``-th write, and counts the writes."""
 
     def __init__(self, at, when):
         self.at, self.when, self.n = at, when, 0
@@ -71,7 +71,7 @@ class Killer:
 
 
 def run(root, folder, *, resume=False, at=0, when="after"):
-    """(how a forked run ended, its writes)."""
+    """(exit code of a forked run, number of its writes)."""
     arguments = ["train", "vqvae", "--data", root / "pictures", "--out", folder, "--levels", 1, "--size", 8,
                  "--channels", 1, "--hidden", 4, "--codes", 4, "--code-dim", 2, "--blocks", 1, "--batch-size", 2,
                  "--steps", 4, "--save-every", 2, "--log-every", 2, "--ema", 0.9, "--device", "cpu"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""VQVAE and VQVAE2: shapes, exact ids, losses, what is refused."""
+"""VQVAE and VQVAE2: shapes, exact ids, losses, refused arguments."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Weights on disk: whole or not at all, and nothing foreign is taken for a model."""
+"""Weights on disk: written whole or not at all; files of another kind are refused."""
 
 import json
 import resource

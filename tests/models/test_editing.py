@@ -1,4 +1,4 @@
-"""Edits: what changes, what does not, and the weight of drafts."""
+"""Edits: the ids and pixels that change, those that do not, and the weights of drafts."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_beyond_the_reach_nothing_changes_at_all(make, way):
 
 @pytest.mark.parametrize("make", [small_vqvae, small_vqvae2])
 def test_the_reach_is_tight(make):
-    """Every pixel of the reach of one position does change when the position's code does, and no other."""
+    """When the code of one position changes, exactly the pixels in its reach change."""
     model, image = make(channels=3).double().eval(), torch.rand(2, 3, 96, 96, dtype=torch.float64)
     maps = model.encode_maps(image)
     for level in range(model.levels):

@@ -1,4 +1,4 @@
-"""kill -9 before, in the middle of and after every write of a short training; the resumed run ends like a whole one."""
+"""kill -9 before, during and after every write of a short training: the resumed run writes the files of a whole one."""
 
 import json
 import os

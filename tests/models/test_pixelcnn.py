@@ -13,7 +13,7 @@ from tests.tolerance import assert_within
 
 @pytest.fixture(autouse=True)
 def _one_thread(threads):
-    threads(1)  # tiny tensors: threads of torch's own would only wait for each other
+    threads(1)  # tensors this small gain nothing from torch's threads
 
 
 def make(n_codes=11, channels=6, n_layers=3, seed=0, dtype=torch.float64, **options):

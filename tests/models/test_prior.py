@@ -1,4 +1,4 @@
-"""Priors over the levels' maps, and new pictures drawn with them."""
+"""Priors over the levels' maps, and new pictures sampled from them."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ import torch
 
 from fastvq import use_backend
 from fastvq.models import PixelCNN
-from fastvq.models.sampling import Choice, choose_ids, start
+from fastvq.models.sampling import Choice, sample_ids
 from fastvq.ops import pixelcnn_start, pixelcnn_step
 from tests.cases import generator
 from tests.conftest import CPU_ENGINES
@@ -16,7 +16,7 @@ from tests.tolerance import assert_within
 
 @pytest.fixture(autouse=True)
 def _one_thread(threads):
-    threads(1)  # tiny tensors: threads of torch's own would only wait for each other
+    threads(1)  # tensors this small gain nothing from torch's threads
 
 
 def make(n_codes=19, channels=12, n_layers=3, seed=0, contrast=20, **options):
@@ -47,7 +47,7 @@ MODELS = {
 
 
 def every_logit(model, ids, given):
-    state = start(model, tuple(ids.shape), given["labels"], given["condition"])
+    state = model.sampler_state(tuple(ids.shape), given["labels"], given["condition"])
     steps = [pixelcnn_step(state, ids, i, j) for i in range(ids.shape[1]) for j in range(ids.shape[2])]
     return torch.stack(steps, -1).unflatten(-1, ids.shape[1:]), state
 
@@ -60,15 +60,15 @@ def test_step_gives_the_logits_of_forward(name, engine, monkeypatch):
 
 
 def check_step(options, shape, scale, engine):
-    """Every position's logits; the cache is poisoned first and of one size throughout."""
+    """Compares the logits of every position. The cache starts as NaN and must keep its size."""
     b, h, w = shape
     model = make(**options)
     given = conditions(model, b, h, w, scale)
     ids = torch.randint(0, model.n_codes, (b, h, w), generator=generator(4))
-    state = start(model, (b, h, w), **given)
+    state = model.sampler_state((b, h, w), **given)
     state.cache.fill_(torch.nan)
     unknown = ids.clone()
-    unknown[:] = -1  # ids that have not been drawn are not read
+    unknown[:] = -1  # ids that are not sampled yet must not be read
     size = state.cache.numel()
     for i, j in itertools.product(range(h), range(w)):
         logits = pixelcnn_step(state, unknown, i, j)
@@ -139,7 +139,7 @@ def test_inpainting_keeps_what_it_must(cached):
     keep = torch.rand(3, 5, 6, generator=generator(10)) < 0.6
     out = model.sample((3, 5, 6), known=known, keep=keep, generator=generator(11), cached=cached)
     assert torch.equal(out[keep], known[keep]) and not torch.equal(out, known)
-    # Kept positions do not shift the draws of others: the first free position sees only what was kept before it.
+    # Kept positions do not shift the draws of others: the first sampled position sees only the kept ids before it.
     everything = torch.ones_like(keep)
     assert torch.equal(model.sample((3, 5, 6), known=known, keep=everything, cached=cached), known)
     # What known holds where it is not kept does not matter.
@@ -150,14 +150,14 @@ def test_inpainting_keeps_what_it_must(cached):
 def test_choose_ids_by_hand():
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.0, 0.4]])).expand(5, 4)
     u = torch.tensor([0.0, 0.0999, 0.1001, 0.5999, 1 - 2.0**-53], dtype=torch.float64)
-    assert choose_ids(logits, u, Choice()).tolist() == [0, 0, 1, 1, 3]
-    assert choose_ids(logits, u, Choice(temperature=0.0)).tolist() == [1] * 5
-    assert choose_ids(logits, u, Choice(top_k=1)).tolist() == [1] * 5
-    assert choose_ids(logits, u, Choice(top_k=2)).tolist() == [1, 1, 1, 3, 3]
-    assert choose_ids(logits, u, Choice(top_p=0.4)).tolist() == [1] * 5
-    assert choose_ids(logits, u, Choice(top_p=0.89)).tolist() == [1, 1, 1, 3, 3]
+    assert sample_ids(logits, u, Choice()).tolist() == [0, 0, 1, 1, 3]
+    assert sample_ids(logits, u, Choice(temperature=0.0)).tolist() == [1] * 5
+    assert sample_ids(logits, u, Choice(top_k=1)).tolist() == [1] * 5
+    assert sample_ids(logits, u, Choice(top_k=2)).tolist() == [1, 1, 1, 3, 3]
+    assert sample_ids(logits, u, Choice(top_p=0.4)).tolist() == [1] * 5
+    assert sample_ids(logits, u, Choice(top_p=0.89)).tolist() == [1, 1, 1, 3, 3]
     # Ties: lower ids first.
-    assert choose_ids(torch.zeros(1, 4), u[-1:], Choice(top_k=2)).tolist() == [1]
+    assert sample_ids(torch.zeros(1, 4), u[-1:], Choice(top_k=2)).tolist() == [1]
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -187,7 +187,7 @@ def test_distribution_by_chi_square(cached):
 
 def test_registration():
     model = make()
-    state = start(model, (2, 3, 4), None, None)
+    state = model.sampler_state((2, 3, 4), None, None)
     ids = torch.zeros(2, 3, 4, dtype=torch.int64)
     for row, column in ((0, 0), (0, 1)):
         arguments = (
@@ -231,7 +231,7 @@ def test_bad_input(change, message):
 
 def test_bad_step_input():
     model = make()
-    state = start(model, (2, 3, 4), None, None)
+    state = model.sampler_state((2, 3, 4), None, None)
     ids = torch.zeros(2, 3, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"ids must be int64 \[2, 3, 4\]"):
         pixelcnn_step(state, ids[:1], 0, 0)

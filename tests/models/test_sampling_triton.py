@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs the package triton")
 from fastvq import _triton, use_backend
-from fastvq.models.sampling import Choice, choose_ids, start
+from fastvq.models.sampling import Choice, sample_ids
 from fastvq.ops import PixelCNNSteps, pixelcnn_step
 from tests.cases import generator
 from tests.models import test_sampling as plain
@@ -78,7 +78,7 @@ BOTH = dict(top_k=5, top_p=0.5, temperature=2.0)
     ids=str,
 )
 def test_the_choice_in_one_launch_is_that_of_torch(n_codes, options):
-    """Ties, ids without probability, the ends of [0, 1), positions that are not free, NaN and infinity."""
+    """Ties, ids without probability, the ends of [0, 1), positions outside the mask, NaN and infinity."""
     from fastvq.ops.pixelcnn.triton_choice import choose_
 
     g = generator(n_codes)
@@ -89,11 +89,11 @@ def test_the_choice_in_one_launch_is_that_of_torch(n_codes, options):
     logits[3, n_codes // 3], logits[4, n_codes // 2] = torch.nan, torch.inf
     uniforms = torch.rand(9, 2, 2, dtype=torch.float64, generator=g)
     uniforms[::4], uniforms[1::4] = 1 - 2.0**-53, 0
-    free = torch.arange(9)[:, None, None].expand(9, 2, 2) != 7
+    mask = torch.arange(9)[:, None, None].expand(9, 2, 2) != 7
     ids, position, choice = torch.full((9, 2, 2), -5), torch.tensor([2]), Choice(**options)
     expected = ids.clone()
-    expected[:, 1, 0] = torch.where(free[:, 1, 0], choose_ids(logits, uniforms[:, 1, 0], choice), -5)
-    choose_(logits, uniforms, free.contiguous(), ids, position, *choice)
+    expected[:, 1, 0] = torch.where(mask[:, 1, 0], sample_ids(logits, uniforms[:, 1, 0], choice), -5)
+    choose_(logits, uniforms, mask.contiguous(), ids, position, *choice)
     assert torch.equal(ids, expected)
 
 
@@ -132,7 +132,7 @@ def test_steps_are_those_of_pixelcnn_step(engine):
     model, shape = make(n_layers=2, channels=6), (2, 2, 3)
     expected, got, numbers = [], [], []
     with use_backend(engine):
-        first, second = (start(model, shape, None, None) for _ in range(2))
+        first, second = (model.sampler_state(shape, None, None) for _ in range(2))
     ids = torch.randint(0, 19, shape, generator=generator(4))
     steps = PixelCNNSteps(first, ids, lambda logits, at: (got.append(logits.clone()), numbers.append(int(at)))[0])
     for n in range(6):
@@ -143,7 +143,7 @@ def test_steps_are_those_of_pixelcnn_step(engine):
 
 
 def test_bad_steps():
-    state = start(make(n_layers=1, channels=4), (2, 3, 4), None, None)
+    state = make(n_layers=1, channels=4).sampler_state((2, 3, 4), None, None)
     with pytest.raises(ValueError, match=r"PixelCNNSteps: ids must be int64 \[2, 3, 4\]"):
         PixelCNNSteps(state, torch.zeros(2, 3, 3, dtype=torch.int64), lambda *_: None)
     with pytest.raises(ValueError, match="ids must be contiguous"):
@@ -156,7 +156,7 @@ def test_float64_is_refused():
         pytest.raises(ValueError, match=r"triton: (it computes in float32|torch sees no GPU|it takes CUDA tensors)"),
         use_backend("triton"),
     ):
-        start(model, (1, 2, 2), None, None)
+        model.sampler_state((1, 2, 2), None, None)
 
 
 @pytest.mark.needs_gpu
@@ -164,7 +164,7 @@ def test_float64_is_refused():
 def test_captured_steps_are_those_that_are_launched_one_by_one():
     model, shape = make(n_layers=3, channels=33).cuda(), (5, 4, 6)
     ids = torch.randint(0, 19, shape, generator=generator(4)).cuda()
-    first, second = (start(model, shape, None, None) for _ in range(2))
+    first, second = (model.sampler_state(shape, None, None) for _ in range(2))
     assert first.backend == "triton"
     got = torch.empty(24, 5, 19, device="cuda")
     steps = PixelCNNSteps(first, ids, lambda logits, at: got.index_copy_(0, at, logits[None]))

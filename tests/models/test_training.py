@@ -1,4 +1,4 @@
-"""Training: what it learns, resumed runs to the bit, backends against each other, errors."""
+"""Training: learning, resumed runs that agree bit for bit, backends against each other, errors."""
 
 import functools
 import itertools
@@ -199,8 +199,8 @@ def test_backends_train_alike_for_fifty_steps(tmp_path):
     assert len(fast) == 50
     for x, y in zip(fast, plain, strict=True):
         assert x["used_0"] == y["used_0"] and x["used_1"] == y["used_1"]
-        # What a rounding moves in a weight moves the loss by that times the gradient and lr, so that even after 50
-        # steps it is a hundred roundings of the loss itself that are the larger part.
+        # A rounding of a weight moves the loss by the rounding times the gradient and lr. After 50 steps that is still
+        # less than a hundred roundings of the loss itself, the tolerance here.
         assert x["loss"] == pytest.approx(y["loss"], rel=100 * 2.0**-24, abs=1e-6)  # and the log's own to six places
     image = pictures(16)
     for x, y in zip(a.encode(image), b.encode(image), strict=True):
