@@ -160,9 +160,9 @@ def test_an_edit_of_a_file(runs, tmp_path):
 
 
 def test_encoding_is_resumed_and_decoded(runs, tmp_path):
-    order = ["encode", runs / "pictures", "--model", runs / "vqvae", "--out", tmp_path / "ids", "--shard-size", 10,
+    command = ["encode", runs / "pictures", "--model", runs / "vqvae", "--out", tmp_path / "ids", "--shard-size", 10,
              "--batch-size", 4, "--device", "cpu"]  # fmt: skip
-    fastvq(*order)
+    fastvq(*command)
     manifest = json.loads((tmp_path / "ids" / "manifest.json").read_text())
     assert manifest["pictures"] == 30 and list(manifest["skipped"]) == ["a/broken.png"]
     files = {p: p.read_bytes() for p in (tmp_path / "ids").glob("ids-*")}
@@ -175,13 +175,13 @@ def test_encoding_is_resumed_and_decoded(runs, tmp_path):
     lost.unlink()
     cut.write_bytes(files[cut][:50])
     stamp = kept.stat().st_mtime_ns
-    fastvq(*order)
+    fastvq(*command)
     assert json.loads((tmp_path / "ids" / "manifest.json").read_text()) == manifest
     assert all(p.read_bytes() == content for p, content in files.items()) and kept.stat().st_mtime_ns == stamp
     fastvq("decode", tmp_path / "ids", "--model", runs / "vqvae", "--out", tmp_path / "decoded", "--limit", 7)
     assert len(list((tmp_path / "decoded").rglob("*.png"))) == 7 and (tmp_path / "decoded" / "log.jsonl").is_file()
     assert side(tmp_path / "decoded" / "a" / "00.png.png") == (16, 16)
-    assert "another shard_size" in fastvq(*order, "--shard-size", 5, status=2).output
+    assert "another shard_size" in fastvq(*command, "--shard-size", 5, status=2).output
 
 
 def test_shards_are_encoded_without_those_that_are_broken(runs, tmp_path):
@@ -214,8 +214,8 @@ def test_a_second_run_into_a_folder_is_refused(runs, tmp_path):
 
 def test_a_damaged_shard_is_named_and_made_again(runs, tmp_path):
     both = ["--model", runs / "vqvae", "--out"]
-    order = ["encode", runs / "pictures", *both, tmp_path / "ids", "--shard-size", 10, "--device", "cpu"]
-    fastvq(*order)
+    command = ["encode", runs / "pictures", *both, tmp_path / "ids", "--shard-size", 10, "--device", "cpu"]
+    fastvq(*command)
     path = sorted((tmp_path / "ids").glob("ids-*"))[1]
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -223,7 +223,7 @@ def test_a_damaged_shard_is_named_and_made_again(runs, tmp_path):
     leftover.touch()
     said = fastvq("decode", tmp_path / "ids", *both, tmp_path / "decoded", status=2).output
     assert path.name in said and "its digest differs" in said
-    fastvq(*order)
+    fastvq(*command)
     assert path.read_bytes() == content and not leftover.exists()
     other = sorted((tmp_path / "ids").glob("ids-*"))[0]
     path.write_bytes(other.read_bytes())  # whole, and not what belongs there
@@ -275,10 +275,10 @@ def test_two_processes_do_what_one_does(tmp_path):
     for i in range(24):
         Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).save(tmp_path / "pictures" / f"{i:02d}.png")
     # Means of the first batch, and replacements, are of other vectors where two processes hold them.
-    order = ["train", "vqvae", "--data", tmp_path / "pictures", "--levels", 1, "--steps", 4, "--no-kmeans",
+    command = ["train", "vqvae", "--data", tmp_path / "pictures", "--levels", 1, "--steps", 4, "--no-kmeans",
              "--dead-codes", 0, *SMALL[:-1], 1]  # fmt: skip
-    fastvq(*order, "--accumulate", 2, "--out", tmp_path / "one")
-    _torchrun([*order, "--accumulate", 1, "--out", tmp_path / "two"])
+    fastvq(*command, "--accumulate", 2, "--out", tmp_path / "one")
+    _torchrun([*command, "--accumulate", 1, "--out", tmp_path / "two"])
     one, two = ([json.loads(s) for s in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two"))
     assert [line["step"] for line in two] == [1, 2, 3, 4]
     # Gradients are summed in another order: an element may be off by a rounding, 6e-8 of the sum of its terms' sizes,

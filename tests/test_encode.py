@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastvq._json import read_json, write_json
-from fastvq.cli.encode import _Call
+from fastvq.cli.encode import _EncodeJob
 from fastvq.cli.file_names import FileNames
 from fastvq.data import Shards, http
 from fastvq.models import VQVAE
-from fastvq.training import Place
+from fastvq.training import ProcessContext
 
 from .archives import archive, header, png, send, server
 from .models.small import small_vqvae
@@ -320,8 +320,8 @@ def test_folders_of_earlier_versions_are_gone_on_with(encode, pictures, tmp_path
     encode(pictures)
     ids = tmp_path / "ids"
     whole = contents(ids)
-    order = read_json("test", ids / "order.json")
-    earlier = {name: order[name] for name in ("model_sha256", "data", "split", "size", "shard_size")}
+    config = read_json("test", ids / "order.json")
+    earlier = {name: config[name] for name in ("model_sha256", "data", "split", "size", "shard_size")}
     (ids / "order.json").write_text(json.dumps(earlier))
     (ids / "listing.jsonl").unlink()
     (ids / "ids-00001.safetensors").unlink()
@@ -443,9 +443,9 @@ def test_archives_are_cut_alike_by_any_number_of_processes(encode, model, tmp_pa
     encode(tmp_path / "*.tar")
     for rank in range(world):
         source = Shards(str(tmp_path / "*.tar"), size=16)
-        place = Place(rank, world, torch.device("cpu"))
+        process = ProcessContext(rank, world, torch.device("cpu"))
         (tmp_path / "other").mkdir(exist_ok=True)
-        _Call(VQVAE.from_pretrained(model), source, tmp_path / "other", 4, 64, place).encode_archives(source)
+        _EncodeJob(VQVAE.from_pretrained(model), source, tmp_path / "other", 4, 64, process).encode_archives(source)
     for path in (tmp_path / "ids").glob("ids-*"):
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
     assert len(list((tmp_path / "other").glob("ids-*"))) == 4 * n

@@ -27,8 +27,8 @@ def train(tmp_path):
         for i in range(n):
             (tmp_path / "pictures").mkdir(exist_ok=True)
             (tmp_path / "pictures" / f"{i:02d}.png").write_bytes(png(i))
-        order = ["train", "vqvae", "--data", tmp_path / "pictures", "--out", tmp_path / "run", *SMALL, *options]
-        return " ".join(fastvq(*order, status=status).output.split())
+        command = ["train", "vqvae", "--data", tmp_path / "pictures", "--out", tmp_path / "run", *SMALL, *options]
+        return " ".join(fastvq(*command, status=status).output.split())
 
     return call
 
@@ -92,9 +92,9 @@ def test_a_run_that_fails_at_once_leaves_no_folder(train, tmp_path):
 
 def test_a_prior_that_fails_at_once_leaves_no_folder(train, tmp_path):
     train(3)
-    order = ["train", "prior", "--model", tmp_path / "run", "--out", tmp_path / "prior", "--steps", 2]
+    command = ["train", "prior", "--model", tmp_path / "run", "--out", tmp_path / "prior", "--steps", 2]
     (tmp_path / "set.tar").write_bytes(b"")
-    assert "no picture of shards" in fastvq(*order, "--data", tmp_path / "set.tar", status=2).output
+    assert "no picture of shards" in fastvq(*command, "--data", tmp_path / "set.tar", status=2).output
     assert not (tmp_path / "prior").exists()
 
 

@@ -1,4 +1,4 @@
-"""``fastvq decode``: id maps that ``fastvq encode`` wrote, to pictures."""
+"""``fastvq decode``: decodes the id maps of ``fastvq encode`` to pictures."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def decode(
     stay. A name that comes again, in upper or lower case, ends in %2F2.png, the next in %2F3.png; characters that no
     file can have are written as % and two digits. No two pictures get one file."""
     with (
-        shared.reported("the same command starts anew"), shared.ended_by_sigterm(), shared.unclaimed(out),
+        shared.report_errors("the same command starts anew"), shared.raise_on_sigterm(), shared.output_folder(out),
         lock_folder(OP, out),
     ):  # fmt: skip
-        place = find_device(device)
-        autoencoder = shared.read_model(model, place)
+        torch_device = find_device(device)
+        autoencoder = shared.read_model(model, torch_device)
         manifest = read_json(OP, find_manifest(OP, ids), MANIFEST_KIND)
         if manifest["model_sha256"] != shared.fingerprint(model):
             raise ValueError(f"{ids} was made by another model than {model}; its ids mean nothing to this one")
@@ -52,7 +52,7 @@ def decode(
             for shard in manifest["shards"]:
                 if done >= total:
                     break
-                began, before = time.perf_counter(), done
+                start, before = time.perf_counter(), done
                 path = ids / Path(shard["name"]).name
                 loaded = load_shard(OP, path, autoencoder.n_codes)
                 check_listed(OP, path, shard, loaded)
@@ -60,11 +60,11 @@ def decode(
                 for first in range(0, min(len(names), total - done), batch_size):
                     last = min(first + batch_size, len(names), first + total - done)
                     maps = [ids[first:last].long() for ids in loaded.maps]
-                    images = autoencoder.decode_maps([m.to(place) for m in maps])
+                    images = autoencoder.decode_maps([m.to(torch_device) for m in maps])
                     for name, image in zip(names[first:last], images, strict=True):
                         save_picture(out / files.path(name), image)
                     done += last - first
                     advance(done)
-                seconds = time.perf_counter() - began
+                seconds = time.perf_counter() - start
                 write_line(out / LOG, {"shard": shard["name"], "pictures": done - before, "seconds": round(seconds, 3)})
         shared.console.print(f"{out}: {done} pictures", highlight=False, soft_wrap=True)

@@ -1,9 +1,8 @@
-"""``fastvq encode``: pictures to id maps in safetensors shards.
+"""``fastvq encode``: encodes pictures to id maps, in safetensors shards.
 
-A shard holds the maps of ``shard_size`` pictures, written whole or not at all; one that is there already is not made
-again. Shard s of numbered pictures holds pictures s * shard_size and on; shard p of an archive holds its samples
-p * shard_size and on. Maps are made in batches within a shard. So the files are the same whichever of several processes
-makes them, and however often the call was interrupted.
+A shard holds the maps of ``shard_size`` pictures and is written atomically; an existing shard is kept. Shard s of a
+numbered set holds the pictures from s * shard_size on; shard p of an archive holds its samples from p * shard_size on.
+Batches do not cross shards. So the files do not depend on the process that writes them, nor on interruptions.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from fastvq._json import read_json, write_json
 from fastvq.cli import shared
+from fastvq.cli.encode_config import LOG, listing_digest, open_output, remove_output
 from fastvq.cli.id_shards import (
     BROKEN_END,
     LAST,
@@ -33,11 +33,10 @@ from fastvq.cli.id_shards import (
     load_shard,
     save_shard,
 )
-from fastvq.cli.order import LOG, begin, forget, listing_digest
 from fastvq.cli.pictures import PAIRED, grid, paired, save_image, usage_plot
 from fastvq.data import Picture, Shards, Source, check_size, normalise, open_data
 from fastvq.models.autoencoder import Autoencoder
-from fastvq.training import Place, barrier, from_first, processes, run_folder
+from fastvq.training import ProcessContext, barrier, from_first, processes, run_folder
 from fastvq.training.log import write_line
 
 __all__ = ["encode"]
@@ -52,7 +51,7 @@ def encode(
     data: Annotated[
         str, typer.Argument(help="a folder of pictures, tar shards, digits, photographs, torchvision:NAME")
     ],
-    out: Annotated[Path, typer.Option(help="folder of the id maps; one that was begun is gone on with")] = Path("ids"),
+    out: Annotated[Path, typer.Option(help="folder of the id maps; an interrupted call is continued")] = Path("ids"),
     model: Annotated[Path, typer.Option(help="folder of the trained model")] = shared.MODEL,
     split: Annotated[str, typer.Option(help="train, held-out or all")] = "all",
     size: Annotated[int | None, typer.Option(help="side of the pictures; the model's unless given")] = None,
@@ -65,94 +64,95 @@ def encode(
 ) -> None:
     """Encode pictures to maps of code ids. Status 0: some were encoded; 1: every picture was left out; 2: an error."""
     with (
-        shared.reported(RESUME), shared.ended_by_sigterm(), processes(device) as place, shared.unclaimed(out, data),
-        run_folder(OP, out, place),
+        shared.report_errors(RESUME), shared.raise_on_sigterm(), processes(device) as process,
+        shared.output_folder(out, data), run_folder(OP, out, process),
     ):  # fmt: skip
-        autoencoder = shared.read_model(model, place.device)
+        autoencoder = shared.read_model(model, process.device)
         if size is None:
             size = shared.read_data(model)[1]["size"]
         check_size(OP, size, autoencoder.strides[0])
         source = open_data(data, split, size=size, channels=autoencoder.in_channels, odd=odd, field=field)
         if source.channels != autoencoder.in_channels:
             raise ValueError(f"{model} takes {autoencoder.in_channels} channels, and {data} has {source.channels}")
-        # All that decides what the folder holds. The size of batches and the device may change: they move ids by
-        # rounding at most.
-        order: dict[str, Any] = {
+        # Everything that the contents of the folder depend on. The batch size and the device are left out: they change
+        # ids by rounding at most.
+        config: dict[str, Any] = {
             "model_sha256": shared.fingerprint(model), "data": data, "split": split, "size": size,
             "shard_size": shard_size, "odd": odd, "field": field, "listing": listing_digest(source.listing()),
         }  # fmt: skip
-        from_first(place, lambda: begin(out, order, source, autoencoder.n_codes, restart=restart))
-        call = _Call(autoencoder, source, out, shard_size, batch_size, place)
-        with _forgotten_if_empty(out, place):
+        from_first(process, lambda: open_output(out, config, source, autoencoder.n_codes, restart=restart))
+        job = _EncodeJob(autoencoder, source, out, shard_size, batch_size, process)
+        with _remove_if_empty(out, process):
             if isinstance(source, Source):
-                call.encode_numbered(source)
+                job.encode_numbered(source)
             else:
-                call.encode_archives(source)
+                job.encode_archives(source)
             barrier()
-            if not from_first(place, lambda: _finish(call, order)):
-                if place.first:
-                    forget(out)
+            if not from_first(process, lambda: _finish(job, config)):
+                if process.first:
+                    remove_output(out)
                 raise typer.Exit(1)
 
 
-class _Call(NamedTuple):
+class _EncodeJob(NamedTuple):
     model: Autoencoder
     source: Source | Shards
     out: Path
     shard_size: int
     batch_size: int
-    place: Place
+    process: ProcessContext
 
     def encode_numbered(self, source: Source) -> None:
         n_shards = -(-len(source) // self.shard_size)
-        with shared.progress(n_shards, "encode", shown=self.place.first) as advance:
-            for number in range(self.place.rank, n_shards, self.place.world):
+        with shared.progress(n_shards, "encode", shown=self.process.first) as advance:
+            for number in range(self.process.rank, n_shards, self.process.world):
                 path = self.out / f"ids-{number:05d}.safetensors"
                 if self.load(path) is None:
-                    began, before = time.perf_counter(), set(source.skipped)
+                    start, before = time.perf_counter(), set(source.skipped)
                     indices = range(number * self.shard_size, min((number + 1) * self.shard_size, len(source)))
                     encoded = self.encode(p for p in map(source.get, indices) if p is not None)
-                    self.save(path, encoded, _added(source, before), LAST, began)
-                advance(number + self.place.world)
+                    self.save(path, encoded, _added(source, before), LAST, start)
+                advance(number + self.process.world)
 
     def encode_archives(self, source: Shards) -> None:
-        """Archives go to processes in turn; the shards of each do where there are fewer archives than processes."""
-        n, place = len(source.shards), self.place
-        with shared.progress(n, "encode", shown=place.first) as advance:
+        """Processes take archives in turn; with fewer archives than processes, the id shards of each archive."""
+        n, process = len(source.shards), self.process
+        with shared.progress(n, "encode", shown=process.first) as advance:
             for number in range(n):
-                if (n < place.world or number % place.world == place.rank) and not self._is_done(number):
+                if (n < process.world or number % process.world == process.rank) and not self._is_done(number):
                     self._encode_archive(source, number)
                 advance(number + 1)
 
     def _encode_archive(self, source: Shards, number: int) -> None:
-        part, end = 0, MORE
+        part, end, process = 0, MORE, self.process
         before = set(source.skipped)
         samples = source.samples(number)
-        ahead = next(samples, None)
+        following = next(samples, None)
         while end == MORE:
-            began = time.perf_counter()
-            taken = chain([] if ahead is None else [ahead], islice(samples, self.shard_size - 1))
+            start = time.perf_counter()
+            of_shard = chain([] if following is None else [following], islice(samples, self.shard_size - 1))
             path = self._part(number, part)
-            mine = len(source.shards) >= self.place.world or (number + part) % self.place.world == self.place.rank
-            there = self.load(path) if mine else None
-            is_kept = there is not None and there.end != BROKEN_END
+            is_ours = len(source.shards) >= process.world or (number + part) % process.world == process.rank
+            existing = self.load(path) if is_ours else None
+            is_kept = existing is not None and existing.end != BROKEN_END
             encoded = None
-            if mine and not is_kept:
-                encoded = self.encode(p for p in map(source.decode, taken) if p is not None)
-            deque(taken, maxlen=0)
-            ahead = next(samples, None)
-            end = MORE if ahead is not None else LAST if source.is_whole(number) else BROKEN_END
-            if is_kept and there is not None and there.end != end:
+            if is_ours and not is_kept:
+                encoded = self.encode(p for p in map(source.decode, of_shard) if p is not None)
+            deque(of_shard, maxlen=0)  # skips the samples that were not encoded
+            following = next(samples, None)
+            end = MORE if following is not None else LAST if source.is_whole(number) else BROKEN_END
+            if is_kept and existing is not None and existing.end != end:
                 if end != BROKEN_END:
                     raise ValueError(
                         f"{source.shards[number]} is not the archive that {self.out} was begun with: take another "
                         "--out, or start anew with --restart"
                     )
-                # It was read further before. This shard stays, and the next says that there may be more.
+                # An earlier call read further into the archive. Keep this shard, and write an empty one after it, whose
+                # end says that the archive may hold more.
                 path = self._part(number, part + 1)
                 encoded = self.encode(iter(()))
             if encoded is not None:
-                self.save(path, encoded, _added(source, before), end, began)
+                self.save(path, encoded, _added(source, before), end, start)
             before = set(source.skipped)
             part += 1
 
@@ -160,14 +160,14 @@ class _Call(NamedTuple):
         return self.out / f"ids-{number:05d}-{part:05d}.safetensors"
 
     def _is_done(self, number: int) -> bool:
-        """Whether all shards of an archive are there."""
+        """Whether all id shards of an archive exist."""
         part = 0
-        while (there := self.load(self._part(number, part))) is not None and there.end == MORE:
+        while (shard := self.load(self._part(number, part))) is not None and shard.end == MORE:
             part += 1
-        return there is not None and there.end == LAST
+        return shard is not None and shard.end == LAST
 
     def load(self, path: Path) -> IdShard | None:
-        """A shard that is there and whole."""
+        """The shard at ``path``; None if it does not exist or is damaged."""
         try:
             return load_shard(OP, path, self.model.n_codes)
         except (FileNotFoundError, ValueError):
@@ -175,12 +175,12 @@ class _Call(NamedTuple):
 
     @torch.no_grad()
     def encode(self, pictures: Iterator[Picture]) -> tuple[list[str], list[int], list[Tensor]]:
-        """(names, labels, maps of each level)."""
+        """(names, labels, maps of each level) of pictures."""
         levels: list[list[Tensor]] = [[] for _ in range(self.model.levels)]
         names: list[str] = []
         labels: list[int] = []
         while batch := list(islice(pictures, self.batch_size)):
-            maps = self.model.encode_maps(normalise(torch.stack([p.pixels for p in batch])).to(self.place.device))
+            maps = self.model.encode_maps(normalise(torch.stack([p.pixels for p in batch])).to(self.process.device))
             for level, ids in enumerate(maps):
                 levels[level].append(ids.cpu().to(_narrow(self.model.n_codes[level])))
             names += [p.name for p in batch]
@@ -189,13 +189,13 @@ class _Call(NamedTuple):
 
     def save(
         self, path: Path, encoded: tuple[list[str], list[int], list[Tensor]], skipped: dict[str, str], end: str,
-        began: float,
+        start: float,
     ) -> None:  # fmt: skip
         names, labels, maps = encoded
         save_shard(path, names, torch.tensor(labels, dtype=torch.int64), maps, skipped, end)
         write_line(self.out / LOG, {
-            "shard": path.name, "pictures": len(names), "seconds": round(time.perf_counter() - began, 3),
-            "rank": self.place.rank, "left_out": len(self.source.skipped),
+            "shard": path.name, "pictures": len(names), "seconds": round(time.perf_counter() - start, 3),
+            "rank": self.process.rank, "left_out": len(self.source.skipped),
         })  # fmt: skip
 
 
@@ -204,34 +204,34 @@ def _added(source: Source | Shards, before: set[str]) -> dict[str, str]:
 
 
 def _narrow(n_codes: int) -> torch.dtype:
-    """The narrowest type that holds the ids."""
+    """The narrowest dtype that holds the ids."""
     return torch.uint8 if n_codes <= 1 << 8 else torch.int16 if n_codes <= 1 << 15 else torch.int32
 
 
 @contextmanager
-def _forgotten_if_empty(out: Path, place: Place) -> Iterator[None]:
-    """A call that fails before the first shard is whole leaves the folder as if it had not been."""
+def _remove_if_empty(out: Path, process: ProcessContext) -> Iterator[None]:
+    """If the block raises before a shard is written, removes the other files that the call wrote."""
     try:
         yield
     except BaseException:
-        if place.first and not any(out.glob(SHARDS)):
-            forget(out)
+        if process.first and not any(out.glob(SHARDS)):
+            remove_output(out)
         raise
 
 
-def _finish(call: _Call, order: dict[str, Any]) -> int:
-    """Writes the manifest and the pictures to look at; returns how many pictures are encoded."""
-    out, model, source = call.out, call.model, call.source
+def _finish(job: _EncodeJob, config: dict[str, Any]) -> int:
+    """Writes the manifest and the overview pictures; returns the number of encoded pictures."""
+    out, model, source = job.out, job.model, job.source
     counts = [torch.zeros(k, dtype=torch.int64) for k in model.n_codes]
     shards: list[dict[str, Any]] = []
     skipped: dict[str, str] = {}
-    for path in sorted(out.glob("skipped-*.json")):  # of earlier versions
+    for path in sorted(out.glob("skipped-*.json")):  # written by earlier versions
         skipped |= read_json(OP, path, SKIPPED_KIND)
-    # What a source leaves out before any picture is read, as folders that cannot be.
+    # A source may skip things before any picture is read, such as folders that cannot be read.
     skipped |= source.skipped if isinstance(source, Source) else {}
     for path in sorted(out.glob(SHARDS)):
         shard = load_shard(OP, path, model.n_codes)
-        for level, ids in enumerate(shard.maps):  # none where the shard holds no picture that could be used
+        for level, ids in enumerate(shard.maps):  # no maps in a shard without usable pictures
             counts[level] += torch.bincount(ids.flatten().long(), minlength=model.n_codes[level])
         skipped |= shard.skipped
         listed = {"name": path.name, "pictures": len(shard.names)}
@@ -239,12 +239,12 @@ def _finish(call: _Call, order: dict[str, Any]) -> int:
     pictures = sum(s["pictures"] for s in shards)
     if pictures:
         write_json(out / MANIFEST, {
-            **order, "levels": model.levels, "n_codes": model.n_codes, "strides": model.strides, "pictures": pictures,
+            **config, "levels": model.levels, "n_codes": model.n_codes, "strides": model.strides, "pictures": pictures,
             "skipped": skipped, "shards": shards,
         }, seal=True)  # fmt: skip
         if model.depth == 1:
             save_image(out / "usage.png", usage_plot(counts))
-        _show_some(model, source, out, call.place.device)
+        _show_some(model, source, out, job.process.device)
     shared.console.print(
         f"{out}: {pictures} pictures in {len(shards)} shards, {len(skipped)} left out" if pictures else
         f"[bold red]error:[/] no picture was encoded, {len(skipped)} left out", highlight=False, soft_wrap=True,
@@ -254,7 +254,7 @@ def _finish(call: _Call, order: dict[str, Any]) -> int:
 
 
 def _show_some(model: Autoencoder, source: Source | Shards, out: Path, device: torch.device) -> None:
-    """reconstructions.png: the first pictures above what their ids decode to."""
+    """Writes reconstructions.png: the first pictures above their reconstructions."""
     found = filter(None, map(source.get, range(len(source)))) if isinstance(source, Source) else source.stream()
     shown = [p.pixels for p in islice(found, SHOWN)]
     if shown:

@@ -1,11 +1,12 @@
-"""Names of pictures as paths of files: folders and characters are kept, and no two names get one path.
+"""Turns names of pictures into file paths. Folders and characters are kept; different names get different paths.
 
-Every path ends in ``.png``, added to the whole name (``a.jpg`` -> ``a.jpg.png``). A character that a path cannot hold
-becomes ``%`` and two hexadecimal digits of its bytes, and so does a ``%`` that could be taken for such an escape, so
-that every path can be turned back into its name.
+``.png`` is added to every name (``a.jpg`` -> ``a.jpg.png``). A character that a path cannot hold is escaped: each byte
+of it becomes ``%`` and two hexadecimal digits. A ``%`` that looks like an escape is escaped too, so that every path can
+be turned back into its name.
 
-A name that comes again, or differs from an earlier one only where file systems see no difference (upper and lower case,
-composed and decomposed letters, periods and spaces at the end), gets ``%2F2`` before ``.png``, the next ``%2F3``.
+A repeated name gets ``%2F2`` before ``.png``, the next one ``%2F3``. So does a name that differs from an earlier one
+only in ways that some file systems ignore: upper and lower case, composed and decomposed letters, periods and spaces at
+the end.
 """
 
 from __future__ import annotations
@@ -19,26 +20,24 @@ from pathlib import PurePosixPath
 __all__ = ["FileNames"]
 
 SUFFIX = ".png"
-MAX_PART, MAX_PATH = (
-    240,
-    2048,
-)  # bytes of a folder's or a file's name and of a path, which systems limit to 255 and 4096
-DIGITS = 32  # of the digest that ends a name that was cut
-# An escape of "/", which no part of a name holds: it marks what is added to names.
+# Bytes of a folder's or a file's name, and of a path. Operating systems allow 255 and 4096.
+MAX_PART, MAX_PATH = 240, 2048
+DIGITS = 32  # of the digest at the end of a shortened name
+# An escaped "/", which no part of a name contains: it marks the text added to names.
 MARK = "%2F"
-# What a system cannot hold in a name.
+# Characters that the operating system does not allow in a name.
 REFUSED = r'[\x00-\x1f\x7f"*:<>?\\|]' if os.name == "nt" else r"[\x00-\x1f\x7f]"
 ESCAPED = re.compile(rf"{REFUSED}|%(?=[0-9A-Fa-f]{{2}})|[\ud800-\udc7f\udd00-\udfff]")
 
 
 class FileNames:
-    """Paths of names, one after another. A name that comes again gets another path each time."""
+    """Gives each name a path, one after another. A repeated name gets another path each time."""
 
     def __init__(self) -> None:
         self._times: dict[str, int] = {}
 
     def path(self, name: str) -> PurePosixPath:
-        """A relative path inside the folder that the pictures go to."""
+        """The path of the picture, relative to the output folder."""
         path = _path(name, 1)
         folded = "/".join(map(_folded, path.parts))
         times = self._times[folded] = self._times.get(folded, 0) + 1
@@ -55,7 +54,7 @@ def _path(name: str, times: int) -> PurePosixPath:
 
 
 def _folded(part: str) -> str:
-    """Equal for two names that some file system takes for one."""
+    """A form of the name that is equal for names which some file system does not distinguish."""
     plain = unicodedata.normalize("NFD", unicodedata.normalize("NFD", part).casefold())
     return plain.rstrip(". ")
 
@@ -70,7 +69,7 @@ def _part(text: str) -> str:
 def _folder(text: str) -> str:
     part = _part(text)
     if _folded(part).endswith((SUFFIX, ".jsonl")):
-        # Files that are written end so, and no folder may have a file's name.
+        # The files written here have these endings, and a folder must not have the name of a file.
         at = part.rindex(".")
         part = part[:at] + _escape(".") + part[at + 1 :]
     return _shortened(part, part, 1)
@@ -81,7 +80,7 @@ def _escape(text: str) -> str:
 
 
 def _shortened(text: str, shown: str, times: int) -> str:
-    """``text`` if its bytes are few, else the start of ``shown`` and a digest of the whole."""
+    """``text`` if it is short enough, else the start of ``shown`` and a digest of the whole text."""
     if shown and len(os.fsencode(text)) <= MAX_PART:
         return text
     digest = hashlib.sha256(f"{times} {text}".encode("utf-8", "surrogatepass")).hexdigest()[:DIGITS]

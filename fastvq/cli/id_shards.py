@@ -1,4 +1,4 @@
-"""Files of ``fastvq encode``: shards of id maps, and the JSON files beside them."""
+"""Files of ``fastvq encode``: shards of id maps, and the formats of its JSON files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from fastvq.models.checkpoints import DIGEST, load_tensors, save_tensors
 
 __all__ = [
     "BROKEN_END",
+    "CONFIG",
+    "CONFIG_KIND",
     "LAST",
     "MANIFEST",
     "MANIFEST_KIND",
     "MORE",
-    "ORDER_KIND",
     "SHARDS",
     "SKIPPED_KIND",
     "IdShard",
@@ -30,40 +31,41 @@ __all__ = [
 ]
 
 FORMAT = "fastvq id maps"
+CONFIG = "order.json"  # the config of a folder; see encode_config.py
 MANIFEST = "manifest.json"
 SHARDS = "ids-*.safetensors"
-# What follows the pictures of a shard in their archive: more of them, nothing, or what could not be read.
+# How an archive continues after the pictures of a shard: with more of them, not at all, or unreadably.
 MORE, LAST, BROKEN_END = "more", "last", "broken"
 MOST = 1 << 40
 LABELS = "labels"
 ID_TYPES = (torch.uint8, torch.int16, torch.int32)
 
-ORDER_ENTRIES = {
+CONFIG_ENTRIES = {
     "model_sha256": text, "data": text, "split": text, "size": whole(1, 1 << 16), "shard_size": whole(1, MOST),
 }  # fmt: skip
-ORDER_OPTIONS = {
-    "processes": whole(1, MOST),  # of earlier versions, which cut streams between them
+CONFIG_OPTIONS = {
+    "processes": whole(1, MOST),  # of earlier versions, which divided archives among processes
     "odd": text, "field": any_of(nothing, text),
     "listing": record({"entries": whole(0, MOST), "sha256": text}),
 }  # fmt: skip
-ORDER_KIND = record(ORDER_ENTRIES, ORDER_OPTIONS)
+CONFIG_KIND = record(CONFIG_ENTRIES, CONFIG_OPTIONS)
 SKIPPED_KIND = mapping_of(text)
 MANIFEST_KIND = record(
     {
-        **ORDER_ENTRIES, "levels": whole(1, MOST), "n_codes": list_of(whole(1, MOST)),
+        **CONFIG_ENTRIES, "levels": whole(1, MOST), "n_codes": list_of(whole(1, MOST)),
         "strides": list_of(whole(1, MOST)), "pictures": whole(0, MOST), "skipped": SKIPPED_KIND,
         "shards": list_of(record({"name": text, "pictures": whole(0, MOST)}, {"sha256": text})),
     },
-    ORDER_OPTIONS,
+    CONFIG_OPTIONS,
 )  # fmt: skip
 
 
 class IdShard(NamedTuple):
     names: list[str]  # of n pictures
     labels: Tensor  # [n] int64
-    maps: list[Tensor]  # one a level, top first: [n, h, w] or [n, h, w, Q]; none where n is 0
-    digest: str | None  # of the file; None where an earlier version wrote it
-    skipped: dict[str, str]  # pictures that were left out of it: why
+    maps: list[Tensor]  # one a level, top first: [n, h, w] or [n, h, w, Q]; no maps if n is 0
+    digest: str | None  # of the file; None in files of earlier versions
+    skipped: dict[str, str]  # pictures left out of the shard, with the reasons
     end: str  # MORE, LAST or BROKEN_END
 
 
@@ -81,11 +83,11 @@ def find_manifest(op: str, folder: Path) -> Path:
     """The manifest of a folder of id maps.
 
     Raises:
-        FileNotFoundError: there is none; the message says whether ``fastvq encode`` was interrupted.
+        FileNotFoundError: there is no manifest; the message says whether ``fastvq encode`` was interrupted.
     """
     path = folder / MANIFEST
     if not path.is_file():
-        if any(folder.glob(SHARDS)) or (folder / "order.json").is_file():
+        if any(folder.glob(SHARDS)) or (folder / CONFIG).is_file():
             raise FileNotFoundError(
                 f"{op}: {folder} has no {MANIFEST}: `fastvq encode` did not end there; run the same command again, it "
                 "goes on where it stopped"
@@ -95,11 +97,11 @@ def find_manifest(op: str, folder: Path) -> Path:
 
 
 def load_shard(op: str, path: Path, n_codes: Sequence[int]) -> IdShard:
-    """A shard of a model with ``n_codes`` codes, one number a level.
+    """Loads a shard of id maps. ``n_codes``: codes of the model, one number a level.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is damaged, of something else, or holds ids that are no codes of the model.
+        ValueError: the file is damaged, of another format, or holds ids that are not codes of the model.
     """
     tensors, metadata = load_tensors(op, path, FORMAT, ["names", "skipped?", "end?"])
     names, _ = parse_json(op, f"the names in {path}", metadata["names"], list_of(text))
@@ -120,7 +122,7 @@ def load_shard(op: str, path: Path, n_codes: Sequence[int]) -> IdShard:
 
 
 def check_listed(op: str, path: Path, listed: Mapping[str, Any], shard: IdShard) -> None:
-    """ValueError where a shard is not the one that the manifest lists."""
+    """ValueError unless a shard is the one that the manifest lists."""
     if listed["pictures"] != len(shard.names) or listed.get("sha256", shard.digest) != shard.digest:
         _refuse(op, path, f"is not the shard that {MANIFEST} lists")
 

@@ -1,4 +1,4 @@
-"""``fastvq info``: what this installation can do, and what is in a folder."""
+"""``fastvq info``: describes this installation, or the contents of a folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fastvq
 from fastvq import _verify as verification
 from fastvq._json import read_json
 from fastvq.cli import shared
-from fastvq.cli.id_shards import MANIFEST, MANIFEST_KIND, find_manifest
+from fastvq.cli.id_shards import CONFIG, MANIFEST, MANIFEST_KIND, find_manifest
 from fastvq.models.checkpoints import Pretrained
 from fastvq.training.state import STATE, saved_step
 
@@ -29,14 +29,14 @@ def info(
     ] = False,
 ) -> None:
     """Describe the installation, or a folder: a model, a prior or maps that `encode` wrote. JSON on stdout."""
-    with shared.reported():
+    with shared.report_errors():
         if verify:
             _verify()
             return
         described: dict[str, Any]
         if folder is None:
             described = {"version": fastvq.__version__, "build": fastvq.build_info()}
-        elif (folder / MANIFEST).is_file() or (folder / "order.json").is_file():
+        elif (folder / MANIFEST).is_file() or (folder / CONFIG).is_file():
             manifest = read_json("fastvq info", find_manifest("fastvq info", folder), MANIFEST_KIND)
             described = {name: value for name, value in manifest.items() if name != "shards"}
         else:
@@ -52,7 +52,7 @@ def info(
 
 
 def _verify() -> None:
-    """One line for each backend and instruction set, and the verdict; exit status 1 where an index is wrong."""
+    """Prints one line for each backend and instruction set, and a verdict. Exit status 1 if an index is wrong."""
     verdicts, missing = verification.verify()
     for v in verdicts:
         found = f"{v.indices:,} indices as recorded" if v.fault is None else f"WRONG: {v.fault}"

@@ -1,4 +1,4 @@
-"""The commands of ``fastvq`` and nothing else; what they do is in the modules beside this one."""
+"""Puts the commands of ``fastvq`` together; the other modules of this package implement them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import typer
 
 from fastvq.cli.decode import decode
 from fastvq.cli.encode import encode
+from fastvq.cli.generate import edit_command, sample
 from fastvq.cli.info import info
-from fastvq.cli.make import edit_command, sample
 from fastvq.cli.train import train_prior, train_vqvae
 
 __all__ = ["app", "main"]

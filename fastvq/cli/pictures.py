@@ -1,4 +1,4 @@
-"""Pictures for people: grids, samples by class, an edit before and after, how often each code is used."""
+"""Pictures that the commands write: grids, samples by class, an edit before and after, a plot of code use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastvq.data import to_pixels
 
 __all__ = ["PAIRED", "check_picture_path", "edit_picture", "grid", "save_image", "save_picture", "usage_plot"]
 
-FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # how a picture is written, by the extension of its file
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # extension of the file: Pillow's format and options
     ".png": ("png", {"optimize": True}), ".jpg": ("jpeg", {"quality": 95}), ".jpeg": ("jpeg", {"quality": 95}),
     ".webp": ("webp", {"lossless": True}), ".bmp": ("bmp", {}),
 }  # fmt: skip
@@ -29,13 +29,13 @@ DIFFERENCE_GAIN = 2
 
 
 def check_picture_path(option: str, path: Path) -> None:
-    """ValueError where the path does not say in which format a picture is to be written."""
+    """ValueError unless the path's extension names a format that can be written."""
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{option} must end in one of {', '.join(FORMATS)}, got {str(path)!r}")
 
 
 def save_image(path: Path, picture: Image.Image) -> None:
-    """Writes a picture in the format of the path's extension, with little loss where the format has any."""
+    """Writes a picture in the format of the path's extension; lossy formats at high quality."""
     data = io.BytesIO()
     form, options = FORMATS[path.suffix.lower()]
     picture.save(data, form, **options)
@@ -81,7 +81,7 @@ def paired(
     others: Tensor,
     columns: int,
 ) -> Tensor:
-    """Both in one grid: a row of originals above the row of the others, again and again."""
+    """Both in the order of one grid: rows of originals and rows of the others alternate."""
     rows = [torch.cat(pair) for pair in zip(originals.split(columns), others.split(columns), strict=True)]
     return torch.cat(rows)
 
@@ -93,8 +93,8 @@ def edit_picture(
     mask: Tensor,  # [H, W] bool, the region
     title: str = "",
 ) -> Image.Image:
-    """Four pictures side by side: the original with the region's frame, its plain reconstruction, the edit, and the
-    difference of the last two, on grey."""
+    """Four pictures side by side: the original with the region framed, its reconstruction, the edit, and the difference
+    of the last two, on grey."""
     difference = ((edited - reconstruction) * DIFFERENCE_GAIN / 2).clamp(-1, 1)
     page = grid(torch.stack([original, reconstruction, edited, difference]), 4, title=title or " ")
     scale = max(1, SIDE // max(mask.shape))
@@ -112,9 +112,9 @@ def edit_picture(
 
 
 def usage_plot(
-    counts: Sequence[Tensor],  # L tensors [K]: how often each code was chosen, top first
+    counts: Sequence[Tensor],  # L tensors [K]: number of uses of each code, top first
 ) -> Image.Image:
-    """A bar a code, the most used first, for each level."""
+    """A bar chart for each level: one bar a code, the most used first."""
     width, height = 640, 150
     page = Image.new("RGB", (width, len(counts) * height), PAPER)
     draw = ImageDraw.Draw(page)
@@ -143,7 +143,7 @@ def _to_image(
 ) -> Image.Image:
     pixels = to_pixels(image.cpu())
     if pixels.shape[0] not in (1, 3):
-        pixels = pixels[:1]  # other numbers of channels have no colours that a person could see
+        pixels = pixels[:1]  # with another number of channels show the first
     picture = Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy())
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 

@@ -1,4 +1,4 @@
-"""What the commands share: how errors look, progress bars, opening models, priors and pictures."""
+"""Parts that several commands use: error messages, progress bars, opening models, priors and pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastvq._json import any_of, nothing, read_json, record, text, whole, write_json
-from fastvq.cli.order import listing_digest
+from fastvq.cli.encode_config import listing_digest
 from fastvq.data import Batch, Loader, Shards, check_size, is_archive, normalise, open_data, read_picture
 from fastvq.data.sources import Digits, Photographs, Source
 from fastvq.models.autoencoder import Autoencoder
@@ -30,16 +30,34 @@ from fastvq.training import Stopped, find_device, handled
 from fastvq.training.state import STATE
 
 __all__ = [
-    "MODEL", "PRIOR", "Field", "check_label", "check_outside", "console", "count_codes", "ended_by_sigterm",
-    "fingerprint", "picture_file", "printable", "progress", "read_data", "read_model", "read_priors", "reported",
-    "show_skipped", "some_pictures", "unclaimed", "write_data", "write_made_for",
+    "MODEL",
+    "PRIOR",
+    "Field",
+    "check_label",
+    "check_outside",
+    "console",
+    "count_codes",
+    "fingerprint",
+    "output_folder",
+    "picture_file",
+    "printable",
+    "progress",
+    "raise_on_sigterm",
+    "read_data",
+    "read_model",
+    "read_priors",
+    "report_errors",
+    "show_skipped",
+    "some_pictures",
+    "write_data",
+    "write_prior_model",
 ]  # fmt: skip
 
 console = Console(stderr=True)
 MODEL, PRIOR = Path("runs/vqvae"), Path("runs/prior")
-DATA = "data.json"  # beside a model: what it was trained on
-NAMED = 10  # pictures left out that are shown
-MADE_FOR = "model.json"  # beside priors: the model whose ids they were trained on
+DATA = "data.json"  # in a model's folder: the data it was trained on
+MAX_NAMED = 10  # at most this many of the pictures left out are printed
+PRIOR_MODEL = "model.json"  # in the folder of priors: digest of the model whose ids they were trained on
 DATA_KIND = record(
     {"data": text, "size": whole(1, 1 << 16), "channels": whole(1, 1 << 16), "odd": text},
     {"field": any_of(nothing, text), "listing": record({"entries": whole(0, 1 << 40), "sha256": text})},
@@ -48,16 +66,16 @@ Field = Annotated[
     str | None,
     typer.Option(help="which member of an archive's samples is the picture: jpg, seg.png; *.jpg: names hold periods"),
 ]
-MADE_FOR_KIND = record({"model_sha256": text})
+PRIOR_MODEL_KIND = record({"model_sha256": text})
 
 
 @contextmanager
-def reported(after_stop: str = "") -> Iterator[None]:
-    """Turns errors that a user can do something about into one line and exit status 2.
+def report_errors(after_stop: str = "") -> Iterator[None]:
+    """Prints an error that a user can mend as one line, and ends with exit status 2.
 
-    Ctrl-C ends with status 130 and SIGTERM, where it is handled, with 143; ``after_stop`` says how to go on.
+    Ctrl-C ends with status 130; SIGTERM, where it is handled, with 143. ``after_stop`` tells the user how to continue.
     """
-    # Pillow warns of pictures that ``read_picture`` leaves out and names itself.
+    # ``read_picture`` refuses these pictures with a message, so Pillow need not warn of them.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     after_stop = after_stop and f"; {after_stop}"
     try:
@@ -78,12 +96,12 @@ def reported(after_stop: str = "") -> Iterator[None]:
 
 
 class Terminated(BaseException):
-    """SIGTERM, of a command that ends at once."""
+    """SIGTERM was received by a command that ends at once."""
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises ``Terminated``, so that what is open is closed."""
+def raise_on_sigterm() -> Iterator[None]:
+    """Makes SIGTERM raise ``Terminated``, so that open files are closed."""
 
     def end(*_: Any) -> None:
         raise Terminated
@@ -93,9 +111,9 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def check_outside(folder: Path, data: str) -> None:
-    """ValueError where ``folder``, which gets pictures, lies in the folder of pictures that ``data`` names.
+    """ValueError if the output ``folder`` lies in the folder of pictures that ``data`` names.
 
-    They would count as data in the next call, and could take the place of a picture that is there.
+    Pictures written there would count as data in the next call, and could overwrite pictures of the data.
     """
     pictures = Path(data)
     is_folder = data not in (Digits.name, Photographs.name) and pictures.is_dir()
@@ -107,8 +125,8 @@ def check_outside(folder: Path, data: str) -> None:
 
 
 @contextmanager
-def unclaimed(folder: Path, data: str | None = None) -> Iterator[None]:
-    """Removes folders that the call made, up to ``folder``, where they are empty at its end.
+def output_folder(folder: Path, data: str | None = None) -> Iterator[None]:
+    """At the end of the block, removes ``folder`` and its parents if the block created them and they are empty.
 
     Raises:
         ValueError: ``folder`` lies in the folder ``data``.
@@ -119,25 +137,25 @@ def unclaimed(folder: Path, data: str | None = None) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # not empty, or never made
+        with contextlib.suppress(OSError):  # not empty, or never created
             for path in made:
                 path.rmdir()
 
 
 def printable(text: str) -> str:
-    """One line: names from files may hold line breaks, terminal codes and bytes of no encoding."""
+    """The text as one line. Names from files may hold line breaks, terminal codes and undecodable bytes."""
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
 
 
 @contextmanager
-def progress(total: int, what: str, *, shown: bool = True) -> Iterator[Any]:
-    """Yields ``advance(done, note)``; a bar where the output is a terminal, nothing else where it is not."""
+def progress(total: int, description: str, *, shown: bool = True) -> Iterator[Any]:
+    """Yields ``advance(done, note)``. Shows a bar if the output is a terminal."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task(what, total=total, note="")
+        task = bar.add_task(description, total=total, note="")
 
         def advance(done: int, note: str | None = None) -> None:
             fields: dict[str, Any] = {} if note is None else {"note": note}
@@ -151,12 +169,12 @@ def read_model(folder: Path, device: torch.device | str = "cpu") -> Autoencoder:
 
 
 def fingerprint(folder: Path) -> str:
-    """Of a model's weights: ids mean something to the model that made them, and to no other."""
+    """Digest of a model's weights. Ids have a meaning only for the model that made them."""
     return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 def write_data(folder: Path, name: str, source: Source | Shards, odd: str, field: str | None) -> None:
-    """Writes what a run is trained on; ValueError where the folder holds a run on something else."""
+    """Writes the description of a run's data. ValueError if the folder holds a run on other data."""
     described = {
         "data": name, "size": source.size, "channels": source.channels, "odd": odd, "field": field,
         "listing": listing_digest(source.listing()),
@@ -178,16 +196,16 @@ def _shown(entry: Any) -> str:
     return f"of {entry['entries']} files ({entry['sha256'][:8]})" if isinstance(entry, dict) else repr(entry)
 
 
-def write_made_for(folder: Path, model: Path) -> None:
-    """Writes whose ids priors are trained on; ValueError where the folder holds priors of another model."""
-    if (folder / MADE_FOR).is_file() and any(folder.glob(f"level*/{STATE}")):
-        _check_made_for(folder, model)
+def write_prior_model(folder: Path, model: Path) -> None:
+    """Writes which model's ids priors are trained on. ValueError if the folder holds priors of another model."""
+    if (folder / PRIOR_MODEL).is_file() and any(folder.glob(f"level*/{STATE}")):
+        _check_prior_model(folder, model)
     else:
-        write_json(folder / MADE_FOR, {"model_sha256": fingerprint(model)}, seal=True)
+        write_json(folder / PRIOR_MODEL, {"model_sha256": fingerprint(model)}, seal=True)
 
 
-def _check_made_for(folder: Path, model: Path) -> None:
-    if read_json("fastvq", folder / MADE_FOR, MADE_FOR_KIND)["model_sha256"] != fingerprint(model):
+def _check_prior_model(folder: Path, model: Path) -> None:
+    if read_json("fastvq", folder / PRIOR_MODEL, PRIOR_MODEL_KIND)["model_sha256"] != fingerprint(model):
         raise ValueError(
             f"{folder} was trained on the ids of another model than {model}, which mean nothing to this one; "
             f"train a prior for it with `fastvq train prior --model {model} --out` another folder"
@@ -195,7 +213,7 @@ def _check_made_for(folder: Path, model: Path) -> None:
 
 
 def read_data(folder: Path) -> tuple[str, dict[str, Any]]:
-    """(name, options of ``open_data``) of the pictures that a model was trained on."""
+    """(name, options of ``open_data``) of the data that a model was trained on."""
     if not (folder / DATA).is_file():
         raise ValueError(f"{folder} does not say what it was trained on ({DATA} is missing); give --data")
     described = read_json("fastvq", folder / DATA, DATA_KIND)
@@ -203,11 +221,13 @@ def read_data(folder: Path) -> tuple[str, dict[str, Any]]:
     return described.pop("data"), described
 
 
-def read_priors(folder: Path, model: Autoencoder, made_for: Path, device: torch.device | str = "cpu") -> list[Prior]:
-    """The priors of all levels, ``folder/level0`` the top's; ValueError where ``model``, which ``made_for`` holds, is
-    not the one whose ids they were trained on."""
-    if (folder / MADE_FOR).is_file():
-        _check_made_for(folder, made_for)
+def read_priors(
+    folder: Path, model: Autoencoder, model_folder: Path, device: torch.device | str = "cpu"
+) -> list[Prior]:
+    """The priors of all levels; ``folder/level0`` is the top level's. ``model`` was read from ``model_folder``.
+    ValueError if the priors were trained on the ids of another model."""
+    if (folder / PRIOR_MODEL).is_file():
+        _check_prior_model(folder, model_folder)
     return [Prior.from_pretrained(folder / f"level{level}", device) for level in range(model.levels)]
 
 
@@ -220,12 +240,12 @@ def check_label(label: int, prior: Prior) -> None:
 def show_skipped(skipped: Mapping[str, str]) -> None:
     if skipped:
         console.print(f"[yellow]{len(skipped)} left out:[/]", highlight=False)
-        for name, reason in list(skipped.items())[:NAMED]:
+        for name, reason in list(skipped.items())[:MAX_NAMED]:
             console.print(f"  {printable(f'{name}: {reason}')}", highlight=False, markup=False, soft_wrap=True)
 
 
 def some_pictures(name: str, n: int, **options: Any) -> tuple[Tensor, Tensor | None]:
-    """(images [n, C, H, W], labels [n] or None): held-out ones where the data has any, else those of the training."""
+    """(images [n, C, H, W], labels [n] or None): held-out pictures if the data has any, else training pictures."""
     try:
         source = open_data(name, "train" if is_archive(name) else "held-out", **options)
         return _first_batch(source, n)
@@ -246,7 +266,7 @@ def picture_file(
     model: Autoencoder,
     size: int | None,
 ) -> Tensor:
-    """[1, C, H, W] of one file; the whole picture cut to multiples of the top level's stride where no size is given."""
+    """[1, C, H, W] of one file. Without ``size`` the picture is cut to multiples of the top level's stride."""
     check_size("fastvq edit", size)
     pixels = read_picture(path.read_bytes(), str(path), channels=model.in_channels, size=size, odd="convert")
     stride = model.strides[0]
@@ -255,5 +275,5 @@ def picture_file(
 
 
 def count_codes(model: Autoencoder, maps: list[Tensor]) -> list[Tensor]:
-    """L tensors [K]: how often each code occurs."""
+    """L tensors [K]: number of uses of each code."""
     return [torch.bincount(ids.flatten().cpu(), minlength=k) for ids, k in zip(maps, model.n_codes, strict=True)]

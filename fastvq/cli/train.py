@@ -19,7 +19,7 @@ from fastvq.data import Loader, check_size, open_data
 from fastvq.models import VQVAE, VQVAE2, Prior
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.training import (
-    Place,
+    ProcessContext,
     TrainConfig,
     autoencoder_objective,
     prior_objective,
@@ -32,7 +32,7 @@ from fastvq.training.state import STATE
 
 __all__ = ["PRESETS", "PRIOR_PRESETS", "train_prior", "train_vqvae"]
 
-# What a set is trained with where nothing else is asked for; other sets are trained like the photographs.
+# Default options of a training, by data set. Other sets use those of the photographs.
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": dict(levels=1, codes=256, code_dim=16, hidden=64, steps=1600, batch_size=32, lr=2e-3, augment="shift"),
     "photographs": dict(
@@ -44,10 +44,10 @@ PRIOR_PRESETS: dict[str, dict[str, Any]] = {
     "photographs": dict(channels=96, layers=8, steps=4000, batch_size=32, lr=1e-3, augment="flip"),
 }
 SHOWN = 32  # pictures of a reconstruction grid
-DRAWN, DRAWN_CLASSES = 8, 10  # samples of each class, classes that a prior's picture shows
+SAMPLES, SAMPLE_CLASSES = 8, 10  # samples.png of a prior: samples of each class, and number of classes
 RESUME = "the same command with --resume goes on from the last checkpoint, where there is one"
 LOG = "log.jsonl"
-COUNTED = 256  # pictures whose codes the usage plot counts
+COUNTED = 256  # number of pictures for the usage plot
 
 Data = Annotated[str | None, typer.Option(help="digits, photographs, torchvision:NAME, a folder, or tar shards")]
 Out = Annotated[Path, typer.Option(help="folder of the run: model, checkpoint, log, pictures")]
@@ -99,8 +99,8 @@ def train_vqvae(
     chosen = _filled(preset, levels=levels, codes=codes, code_dim=code_dim, hidden=hidden, steps=steps,
                      batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
     with (
-        shared.reported(RESUME), processes(device) as place, shared.unclaimed(out, data),
-        run_folder("fastvq train vqvae", out, place),
+        shared.report_errors(RESUME), processes(device) as process, shared.output_folder(out, data),
+        run_folder("fastvq train vqvae", out, process),
     ):  # fmt: skip
         source = open_data(data, "train", size=size, channels=channels, odd=odd, field=field)
         torch.manual_seed(seed)
@@ -119,21 +119,21 @@ def train_vqvae(
             log_every=log_every,
         )  # fmt: skip
         loader = Loader(
-            source, config.batch_size, seed=seed, augment=chosen["augment"], rank=place.rank, world=place.world
+            source, config.batch_size, seed=seed, augment=chosen["augment"], rank=process.rank, world=process.world
         )
-        if place.first:
+        if process.first:
             shared.write_data(out, data, source, odd, field)
         with (
-            _forgotten_if_unsaved(out, place), sigterm_stops() as stop,
-            shared.progress(config.steps, "vqvae", shown=place.first) as advance,
+            _remove_if_unsaved(out, process), sigterm_stops() as stop,
+            shared.progress(config.steps, "vqvae", shown=process.first) as advance,
         ):  # fmt: skip
             train(
-                model, autoencoder_objective, loader, config, out, place=place, resume=resume, on_step=advance,
+                model, autoencoder_objective, loader, config, out, place=process, resume=resume, on_step=advance,
                 stop=stop,
                 on_log=lambda line: advance(line["step"], f"psnr {line['psnr']:.2f} dB, codes {line['used_0']:.0%}"),
             )  # fmt: skip
-        if place.first:
-            _show_model(model, out, data, place.device, size=size, channels=channels, odd=odd, field=field)
+        if process.first:
+            _show_model(model, out, data, process.device, size=size, channels=channels, odd=odd, field=field)
             if source.skipped:
                 write_json(out / "skipped.json", source.skipped)
             shared.show_skipped(source.skipped)
@@ -163,10 +163,10 @@ def train_prior(
 ) -> None:
     """Train a prior for every level of a model, the top's first; each goes to a folder levelN of --out."""
     with (
-        shared.reported(RESUME), processes(device) as place, shared.unclaimed(out, data),
-        run_folder("fastvq train prior", out, place),
+        shared.report_errors(RESUME), processes(device) as process, shared.output_folder(out, data),
+        run_folder("fastvq train prior", out, process),
     ):  # fmt: skip
-        autoencoder = shared.read_model(model, place.device)
+        autoencoder = shared.read_model(model, process.device)
         if autoencoder.depth > 1:
             raise ValueError(
                 f"a prior needs one id a position, and {model} gives {autoencoder.depth}: train a plain one"
@@ -178,8 +178,8 @@ def train_prior(
                          steps=steps, batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
         source = open_data(data, "train", **options)
         with_labels = labels and source.n_classes is not None
-        if place.first:
-            shared.write_made_for(out, model)
+        if process.first:
+            shared.write_prior_model(out, model)
         priors: list[Prior] = []
         for level in range(autoencoder.levels):
             config = TrainConfig(
@@ -195,39 +195,39 @@ def train_prior(
                 shape=autoencoder.map_shapes(source.size, source.size)[level],
             )  # fmt: skip
             loader = Loader(
-                source, config.batch_size, seed=config.seed, augment=chosen["augment"], rank=place.rank,
-                world=place.world,
+                source, config.batch_size, seed=config.seed, augment=chosen["augment"], rank=process.rank,
+                world=process.world,
             )  # fmt: skip
             objective = prior_objective(autoencoder, level, with_labels=with_labels)
             with (
-                _forgotten_if_unsaved(out, place), sigterm_stops() as stop,
-                shared.progress(config.steps, f"prior {level}", shown=place.first) as advance,
+                _remove_if_unsaved(out, process), sigterm_stops() as stop,
+                shared.progress(config.steps, f"prior {level}", shown=process.first) as advance,
             ):  # fmt: skip
                 train(
-                    prior, objective, loader, config, out / f"level{level}", place=place, resume=resume, stop=stop,
+                    prior, objective, loader, config, out / f"level{level}", place=process, resume=resume, stop=stop,
                     on_step=advance,
                     on_log=partial(_show_bits, advance),
                 )  # fmt: skip
             priors.append(prior)
-        if place.first:
-            _show_priors(autoencoder, priors, out, place.device)
+        if process.first:
+            _show_priors(autoencoder, priors, out, process.device)
             shared.show_skipped(source.skipped)
 
 
 @contextmanager
-def _forgotten_if_unsaved(out: Path, place: Place) -> Iterator[None]:
-    """A run that fails before its first step is logged or saved does not keep the folder."""
+def _remove_if_unsaved(out: Path, process: ProcessContext) -> Iterator[None]:
+    """Removes the files of a run that fails before a step is logged or saved."""
     try:
         yield
     except BaseException:
         levels = [out, *out.glob("level*")]
         logs = [folder / LOG for folder in levels if (folder / LOG).is_file()]
-        if place.first and not any((folder / STATE).exists() for folder in levels) and not any(map(_size, logs)):
+        if process.first and not any((folder / STATE).exists() for folder in levels) and not any(map(_size, logs)):
             events = [path for folder in levels for path in folder.glob("events.out.tfevents.*")]
-            for path in (out / shared.DATA, out / shared.MADE_FOR, *logs, *events):
+            for path in (out / shared.DATA, out / shared.PRIOR_MODEL, *logs, *events):
                 path.unlink(missing_ok=True)
             for folder in levels[1:]:
-                with contextlib.suppress(OSError):  # it holds something else
+                with contextlib.suppress(OSError):  # it holds other files
                     folder.rmdir()
         raise
 
@@ -241,13 +241,13 @@ def _show_bits(advance: Callable[..., None], line: dict[str, Any]) -> None:
 
 
 def _show_priors(model: Autoencoder, priors: list[Prior], out: Path, device: torch.device) -> None:
-    """samples.png: new pictures, a row of each of the first classes where there are any."""
-    n_classes = min(priors[0].n_classes or 0, DRAWN_CLASSES)
-    labels = torch.arange(n_classes).repeat_interleave(DRAWN) if n_classes else None
+    """Writes samples.png: new pictures, one row for each of the first classes if the prior has classes."""
+    n_classes = min(priors[0].n_classes or 0, SAMPLE_CLASSES)
+    labels = torch.arange(n_classes).repeat_interleave(SAMPLES) if n_classes else None
     generator = torch.Generator(device).manual_seed(0)
-    images = model.generate(DRAWN * max(n_classes, 2), labels, priors=priors, temperature=0.8, generator=generator)
+    images = model.generate(SAMPLES * max(n_classes, 2), labels, priors=priors, temperature=0.8, generator=generator)
     rows = [str(c) for c in range(n_classes)]
-    save_image(out / "samples.png", grid(images, DRAWN, title="samples, temperature 0.8", rows=rows))
+    save_image(out / "samples.png", grid(images, SAMPLES, title="samples, temperature 0.8", rows=rows))
     shared.console.print(f"{out}: a prior a level with its log.jsonl, samples.png", highlight=False, soft_wrap=True)
 
 
@@ -256,7 +256,7 @@ def _filled(preset: dict[str, Any], **given: Any) -> dict[str, Any]:
 
 
 def _show_model(model: Autoencoder, out: Path, data: str, device: torch.device, **options: Any) -> None:
-    """reconstructions.png and usage.png, of pictures that were held out where there are any."""
+    """Writes reconstructions.png and usage.png, of held-out pictures if there are any."""
     images, _ = shared.some_pictures(data, COUNTED, **options)
     maps = model.encode_maps(images.to(device))
     shown, columns = images[:SHOWN], 8

@@ -1,4 +1,4 @@
-"""``fastvq sample`` and ``fastvq edit``: new pictures, and old ones with a part changed."""
+"""``fastvq sample`` and ``fastvq edit``: samples new pictures, and changes a part of a picture."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def sample(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
 ) -> None:
     """Draw new pictures."""
-    with shared.reported():
+    with shared.report_errors():
         check_picture_path("--out", out)
         remove_leftovers(out.parent)
         check_size("fastvq sample", size)
@@ -58,13 +58,13 @@ def sample(
         elif n_classes is not None:
             labels = torch.arange(n_classes).repeat_interleave(n)
             names = [str(c) for c in range(n_classes)]
-        began = time.perf_counter()
+        start = time.perf_counter()
         images = autoencoder.generate(
             n if labels is None else len(labels), labels, priors=priors, temperature=temperature, top_p=top_p,
             size=None if size is None else (size, size), generator=torch.Generator(device).manual_seed(seed),
             progress=shared.console.is_terminal,
         )  # fmt: skip
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
         columns = n if names else min(n, COLUMNS)
         title = f"label {label}" if label is not None else ""
         save_image(out, grid(images, columns, title=title, rows=names))
@@ -105,7 +105,7 @@ def edit_command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
 ) -> None:
     """Change a part of a picture: transplant, set or swap its codes, or (else) let the prior draw it again."""
-    with shared.reported():
+    with shared.report_errors():
         check_picture_path("--out", out)
         remove_leftovers(out.parent)
         check_size("fastvq edit", size)
@@ -176,7 +176,7 @@ def edit_command(
 
 
 def _held_out(model: Path, index: int) -> tuple[torch.Tensor, int | None]:
-    """One held-out picture [1, C, H, W] of what the model was trained on, and its label."""
+    """One held-out picture [1, C, H, W] of the model's training data, and its label."""
     name, options = shared.read_data(model)
     source = open_data(name, "held-out", **options)
     if not isinstance(source, Source):

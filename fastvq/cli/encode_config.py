@@ -1,7 +1,7 @@
-"""What a folder of id maps is to hold: ``order.json``, and the listing of the pictures beside it.
+"""The config of a folder of id maps (``order.json``): the model, the options and a digest of the list of pictures.
 
-A folder that was begun is gone on with only if the model, the options and the listing are the same; otherwise pictures
-would be encoded twice, or not at all.
+An interrupted ``fastvq encode`` can be continued only with the same config. With another one, pictures would be encoded
+twice, or not at all.
 """
 
 from __future__ import annotations
@@ -16,56 +16,60 @@ from typing import Any
 
 from fastvq._files import write_atomically
 from fastvq._json import read_json, write_json
-from fastvq.cli.id_shards import MANIFEST, ORDER_KIND, SHARDS, load_shard
+from fastvq.cli.id_shards import CONFIG, CONFIG_KIND, MANIFEST, SHARDS, load_shard
 from fastvq.data import Shards, Source
 from fastvq.models.checkpoints import WEIGHTS
 
-__all__ = ["LOG", "begin", "forget", "listing_digest"]
+__all__ = ["LOG", "listing_digest", "open_output", "remove_output"]
 
 OP = "fastvq encode"
-ORDER, LISTING, LOG = "order.json", "listing.jsonl", "log.jsonl"
-WRITTEN = (SHARDS, "skipped-*.json", MANIFEST, ORDER, LISTING)
-ALSO_OF_MODELS = (LOG, "usage.png", "reconstructions.png")  # names that a training writes, too
-NAMED = 3  # pictures that an error names
-WORDS = {"model_sha256": "model"}  # what an entry is called in a message
+LISTING, LOG = "listing.jsonl", "log.jsonl"
+WRITTEN = (SHARDS, "skipped-*.json", MANIFEST, CONFIG, LISTING)
+SHARED_WITH_TRAINING = (LOG, "usage.png", "reconstructions.png")  # names that a training writes, too
+MAX_NAMED = 3  # an error names at most this many pictures
+ENTRY_NAMES = {"model_sha256": "model"}  # names of entries in messages
 ADVICE = "take another --out, or start anew with --restart"
 
 Listing = Sequence[tuple[str, int]]
 
 
-def begin(out: Path, order: dict[str, Any], source: Source | Shards, n_codes: Sequence[int], *, restart: bool) -> int:
-    """Writes what ``out`` is to hold, or compares with what it was begun with; returns the
-    length of the listing. For the first process alone.
+def open_output(
+    out: Path, config: dict[str, Any], source: Source | Shards, n_codes: Sequence[int], *, restart: bool
+) -> int:
+    """Writes the config to a new folder ``out``, or compares it with the config of an existing one. Returns the length
+    of the listing. Only the first process calls this.
 
     Args:
-        order: options that decide what the folder holds; its entry ``listing`` is the digest of ``source``'s listing.
-        restart: remove what an earlier call wrote there.
+        config: the options that the contents of the folder depend on; the entry ``listing`` is the digest of the
+            listing of ``source``.
+        restart: first remove the files that an earlier call wrote.
 
     Raises:
-        ValueError: the folder was begun with something else; the message names the difference.
+        ValueError: the folder has another config; the message names the difference.
     """
-    if (out / WEIGHTS).exists() and not (out / ORDER).is_file():
+    if (out / WEIGHTS).exists() and not (out / CONFIG).is_file():
         raise ValueError(f"{out} holds a model; take another --out for the maps")
     if restart:
-        forget(out)
+        remove_output(out)
     listing = source.listing()
-    if (out / ORDER).is_file() and any(out.glob(SHARDS)):
-        begun = read_json(OP, out / ORDER, ORDER_KIND)
+    if (out / CONFIG).is_file() and any(out.glob(SHARDS)):
+        begun = read_json(OP, out / CONFIG, CONFIG_KIND)
         differing = [
-            f"{WORDS.get(name, name)}" + ("" if name in WORDS else f" ({begun[name]!r}, now {order[name]!r})")
-            for name in sorted(order)
-            if name in begun and name != "listing" and not _is_same(name, begun[name], order[name])
+            f"{ENTRY_NAMES.get(name, name)}"
+            + ("" if name in ENTRY_NAMES else f" ({begun[name]!r}, now {config[name]!r})")
+            for name in sorted(config)
+            if name in begun and name != "listing" and not _is_same(name, begun[name], config[name])
         ]
         if differing:
             raise ValueError(f"{out} was begun with another {', '.join(differing)}; {ADVICE}")
         if "listing" not in begun:
-            _check_earlier(out, source, listing, order["shard_size"], n_codes)
-        elif begun["listing"] != order["listing"]:
+            _check_earlier(out, source, listing, config["shard_size"], n_codes)
+        elif begun["listing"] != config["listing"]:
             raise ValueError(f"{out} was begun with other pictures: {_difference(out, begun, listing)}; {ADVICE}")
     elif any(out.glob(SHARDS)):
-        raise ValueError(f"{out} holds id maps and no {ORDER} that says of which pictures; {ADVICE}")
+        raise ValueError(f"{out} holds id maps and no {CONFIG} that says of which pictures; {ADVICE}")
     write_atomically(out / LISTING, _lines(listing))
-    write_json(out / ORDER, order, seal=True)
+    write_json(out / CONFIG, config, seal=True)
     return len(listing)
 
 
@@ -75,9 +79,9 @@ def _is_same(name: str, before: Any, now: Any) -> bool:
     return bool(before == now)
 
 
-def forget(out: Path) -> None:
-    """Removes all that ``fastvq encode`` writes, and nothing else."""
-    for pattern in WRITTEN if (out / WEIGHTS).exists() else (*WRITTEN, *ALSO_OF_MODELS):
+def remove_output(out: Path) -> None:
+    """Removes the files that ``fastvq encode`` writes, and no others."""
+    for pattern in WRITTEN if (out / WEIGHTS).exists() else (*WRITTEN, *SHARED_WITH_TRAINING):
         for path in out.glob(pattern):
             path.unlink()
 
@@ -100,20 +104,22 @@ def _difference(out: Path, begun: dict[str, Any], listing: Listing) -> str:
     if not before:
         return f"it listed {begun['listing']['entries']}, and now there are {len(now)}"
     parts = []
-    for what, names in (
+    for change, names in (
         ("added", [name for name in now if name not in before]),
         ("removed", [name for name in before if name not in now]),
         ("of another size", [name for name in now if name in before and now[name] != before[name]]),
     ):
         if names:
-            parts.append(f"{len(names)} {what} ({', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''})")
+            parts.append(
+                f"{len(names)} {change} ({', '.join(names[:MAX_NAMED])}{', ...' if len(names) > MAX_NAMED else ''})"
+            )
     return ", ".join(parts) or "in another order"
 
 
 def _check_earlier(
     out: Path, source: Source | Shards, listing: Listing, shard_size: int, n_codes: Sequence[int]
 ) -> None:
-    """Of a folder that an earlier version began, which kept no listing: its maps must be of the listed pictures."""
+    """Checks a folder of an earlier version, which wrote no listing: its maps must belong to the listed pictures."""
     if isinstance(source, Shards):
         raise ValueError(
             f"{out} was begun by an earlier version, which cut archives in another way; decode reads it as it is, but "
@@ -124,10 +130,10 @@ def _check_earlier(
     for path in sorted(out.glob(SHARDS)):
         number = path.stem.removeprefix("ids-")
         first = int(number) * shard_size if number.isdigit() else len(listing)
-        there = {name for name, _ in listing[first : first + shard_size]}
+        expected = {name for name, _ in listing[first : first + shard_size]}
         try:
             names = load_shard(OP, path, n_codes).names
         except ValueError:
-            continue  # a broken one is made again
-        if other := [name for name in names if name not in there]:
+            continue  # a damaged shard is made again
+        if other := [name for name in names if name not in expected]:
             raise ValueError(f"{out} was begun with other pictures: {other[0]} is not where it was; {ADVICE}")
