@@ -1,4 +1,4 @@
-"""k-means that reads its data in batches, by the ops ``nearest`` and ``code_statistics``."""
+"""k-means over data in batches, built on the ops ``nearest`` and ``code_statistics``."""
 
 from __future__ import annotations
 
@@ -21,29 +21,33 @@ __all__ = ["Collective", "KMeans", "fit", "kmeans"]
 OP = "fastvq.kmeans"
 METRICS = ("euclidean", "cosine")
 INITS = ("k-means++", "random")
-# Size of the sample that the starting codes are chosen among: 32 K, more where K is small (measured on patches of
-# photographs, 8 K cost 3 % of inertia after 25 iterations), less where K is large and K looks at it would take minutes.
-SAMPLED_PER_CODE, LEAST_LOOKS, MOST_LOOKS, LEAST_PER_CODE = 32, 1 << 23, 1 << 26, 4
-# Up to here each code is the best of several draws; beyond, of one.
-MOST_CODES_WITH_TRIALS = 4096
+# Size of the sample that the starting codes are chosen from: SAMPLED_PER_CODE * K vectors. On patches of photographs,
+# 8 K vectors gave 3 % more inertia after 25 iterations than 32 K. The start computes the distance of every sampled
+# vector to each of K codes. MIN_DISTANCES enlarges the sample for small K. MAX_DISTANCES limits it for large K, where
+# the start would take minutes, but not below MIN_PER_CODE * K vectors.
+SAMPLED_PER_CODE, MIN_DISTANCES, MAX_DISTANCES, MIN_PER_CODE = 32, 1 << 23, 1 << 26, 4
+# k-means++ picks each code as the best of several trials up to this many codes, and from one trial beyond.
+MAX_CODES_WITH_TRIALS = 4096
 
 Batches = Callable[[], Iterable[Tensor]]
 
 
 class KMeans(NamedTuple):
-    """What ``kmeans`` returns."""
+    """Result of ``kmeans``."""
 
     codebook: Tensor  # [K, D]
-    counts: Tensor  # [K] int64, vectors of each code
+    counts: Tensor  # [K] int64, number of vectors of each code
     inertia: float  # sum over vectors of the squared distance to their code
-    n_iter: int  # iterations done
+    n_iter: int  # number of iterations run
 
 
 class Collective(NamedTuple):
-    """What several processes share while they fit one codebook; alone, nothing."""
+    """How processes that fit one codebook exchange data. The defaults are for one process."""
 
     add: Callable[[list[Tensor]], list[Tensor]] = lambda tensors: tensors  # sums over processes
-    join: Callable[[Tensor], Tensor] = lambda rows: rows  # [n, D], n differing, -> all processes' rows, in one order
+    join: Callable[[Tensor], Tensor] = lambda rows: (
+        rows
+    )  # rows [n, D], n may differ -> the rows of all processes, in the same order on each
 
 
 def kmeans(
@@ -57,37 +61,37 @@ def kmeans(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> KMeans:
-    """Lloyd's k-means, streaming: every iteration reads the batches once and keeps K x D sums, nothing of size N x K.
+    """Lloyd's k-means on streamed data: an iteration reads the batches once and stores K x D sums, never N x K values.
 
     .. math:: \\min_{c} \\sum_r |x_r - c_{index_r}|^2, \\qquad
         c_k \\leftarrow sums_k / counts_k \\; \\text{with index by nearest, sums and counts by code\\_statistics}
 
-    A code that no vector chose moves to the vector, of a fixed random sample, that lies farthest from its own code.
-    Vectors that hold NaN or infinity are left out throughout. The same data, batches, generator state and machine
-    give the same codebook to the bit; from a "random" start, also whatever the number of threads ("k-means++" weighs
-    its draws by a matrix product of torch's, whose last bits may follow it).
+    A code without vectors moves to the vector of a fixed random sample that lies farthest from its nearest code.
+    Vectors that hold NaN or infinity are skipped. The same data, batches, generator state and machine give the same
+    codebook, bit for bit. With ``init="random"`` the number of threads does not matter either; "k-means++" weights its
+    draws by a matrix product of torch, whose last bits may depend on it.
 
     Args:
-        data: one tensor, or, for data larger than memory, a callable: called once for each pass, it returns an iterator
-            over batches, the same ones each time. float32, float64, float16 or bfloat16.
+        data: one tensor; or, for data larger than memory, a callable. It is called once for each pass and returns an
+            iterator over batches, the same ones each time. float32, float64, float16 or bfloat16.
         n_codes: K, at most the number of finite vectors.
-        metric: "euclidean", or "cosine": vectors are compared by direction alone, codes are directions (spherical
+        metric: "euclidean", or "cosine": only the directions of vectors count, codes have unit length (spherical
             k-means, Dhillon and Modha 2001) and the inertia is that of the normalised vectors.
-        n_iter: most iterations; 0 returns the start.
-        init: "k-means++" (Arthur and Vassilvitskii 2007; of a few draws the one that lowers the inertia most) or
-            "random" distinct vectors; both among a random sample of about 32 K vectors.
-        tolerance: stop once the squared movement of all codes together is at most this times the mean variance of a
-            column (as scikit-learn counts).
-        generator: source of randomness; None is torch's.
-        progress: show a bar, where rich is installed.
+        n_iter: maximal number of iterations; 0 returns the start.
+        init: "k-means++" (Arthur and Vassilvitskii 2007; the best of a few draws for each code) or "random" distinct
+            vectors. Both choose from a random sample of about 32 K vectors.
+        tolerance: stop when the squared movements of all codes sum to at most this times the mean variance of a column
+            (as in scikit-learn).
+        generator: source of random numbers; None: torch's default generator.
+        progress: show a progress bar, if rich is installed.
 
     Returns:
         ``KMeans(codebook [K, D], counts [K], inertia, n_iter)``, codebook float32 (float64 for float64 data) on the
-        data's device; counts and inertia belong to the codebook returned.
+        data's device; counts and inertia are those of the returned codebook.
 
     Raises:
         ValueError: no data, fewer finite vectors than codes, batches of different widths, unknown options.
-        TypeError: data that are no floating-point tensors.
+        TypeError: data that are not floating-point tensors.
 
     Example:
         >>> result = kmeans(torch.randn(1000, 8), 16, generator=torch.Generator().manual_seed(0))
@@ -119,7 +123,7 @@ def kmeans(
             batches, n_codes, metric=metric, n_iter=n_iter, init=init, tolerance=tolerance, generator=generator,
             progress=progress, enough=True,
         )  # fmt: skip
-    assert result is not None  # too few vectors raise, with enough=True
+    assert result is not None  # None only with enough=False
     return result
 
 
@@ -136,10 +140,11 @@ def fit(
     enough: bool = False,
     collective: Collective | None = None,
 ) -> KMeans | None:
-    """``kmeans`` after its checks; over all processes of ``collective``, which must hold equal generators.
+    """``kmeans`` without its checks of arguments, over all processes of ``collective``, whose generators are in equal
+    states.
 
-    With fewer finite vectors than codes it raises if ``enough``. Otherwise it repeats vectors, and without any vector
-    it returns None, on every process.
+    ``enough``: raise if there are fewer finite vectors than codes. Otherwise vectors are repeated; if there are none,
+    the result is None, on every process.
     """
     collective = collective or Collective()
     normalise = metric == "cosine"
@@ -152,7 +157,7 @@ def fit(
     if not len(sample):
         return None
     codebook = _start(sample, n_codes, init, generator)
-    # unbiased=False: the population's variance, defined for one vector too.
+    # unbiased=False: this variance is defined for one vector too.
     limit = tolerance * sample.double().var(dim=0, unbiased=False).mean().item()
     done = 0
     with _bar(n_iter, progress) as advance:
@@ -170,7 +175,7 @@ def fit(
 
 
 def _prepared(batches: Batches, normalise: bool) -> Iterator[Tensor]:
-    """The batches [n, D], checked and, for cosine, of unit length."""
+    """The batches [n, D], checked; scaled to unit length for cosine."""
     width = None
     for batch in batches():
         check_float(OP, "data", batch)
@@ -191,24 +196,24 @@ def _random(shape: tuple[int, ...], generator: torch.Generator | None, like: Ten
 
 
 def _sample_size(n_codes: int) -> int:
-    wanted = max(SAMPLED_PER_CODE * n_codes, LEAST_LOOKS // n_codes)
-    return max(LEAST_PER_CODE * n_codes, min(wanted, MOST_LOOKS // n_codes))
+    size = max(SAMPLED_PER_CODE * n_codes, MIN_DISTANCES // n_codes)
+    return max(MIN_PER_CODE * n_codes, min(size, MAX_DISTANCES // n_codes))
 
 
 def _sample(batches: Batches, size: int, generator: torch.Generator | None, normalise: bool) -> Tensor:
-    """At most ``size`` distinct finite vectors of the whole stream, each as likely as another.
+    """A uniform random sample of at most ``size`` finite vectors of the whole stream.
 
-    Every vector draws a number, and those with the smallest numbers stay.
+    Every vector gets a random number; the vectors with the smallest numbers are the sample.
     """
     keys, kept = None, None
     for batch in _prepared(batches, normalise):
         low, high = torch.aminmax(batch, dim=-1) if len(batch) else (batch[:, 0], batch[:, 0])
         usable = low.isfinite() & high.isfinite()
-        mine = torch.where(usable, _random((len(batch),), generator, batch), torch.inf)
-        chosen = mine.topk(min(size, len(batch)), largest=False).indices
-        chosen = chosen[mine[chosen].isfinite()]
+        numbers = torch.where(usable, _random((len(batch),), generator, batch), torch.inf)
+        chosen = numbers.topk(min(size, len(batch)), largest=False).indices
+        chosen = chosen[numbers[chosen].isfinite()]
         rows = batch[chosen] if batch.dtype == torch.float64 else batch[chosen].float()
-        keys = mine[chosen] if keys is None else torch.cat([keys, mine[chosen]])
+        keys = numbers[chosen] if keys is None else torch.cat([keys, numbers[chosen]])
         kept = rows if kept is None else torch.cat([kept, rows])
         best = keys.topk(min(size, len(keys)), largest=False).indices
         keys, kept = keys[best], kept[best]
@@ -220,41 +225,41 @@ def _sample(batches: Batches, size: int, generator: torch.Generator | None, norm
 def _start(sample: Tensor, n_codes: int, init: str, generator: torch.Generator | None) -> Tensor:
     n_sampled = len(sample)
     if init == "random" or n_sampled <= n_codes:
-        # Each stays as often as the others, up to one, where vectors are too few.
+        # With fewer vectors than codes, vectors repeat; their numbers of copies differ by at most one.
         order = _random((n_sampled,), generator, sample).argsort()
         return sample[order[torch.arange(n_codes, device=sample.device) % n_sampled]].clone()
-    # Distances decide only how likely a draw is: a float32 product of centred vectors will do.
+    # Distances only weight the draws, so a float32 product of centred vectors is exact enough.
     centred = (sample - sample.mean(dim=0)).float()
     columns = centred.t().contiguous()
     square = centred.square().sum(dim=1)
     chosen = torch.empty(n_codes, dtype=torch.int64, device=sample.device)
     distance = torch.full_like(square, torch.inf)
     candidates = (_random((1,), generator, sample) * n_sampled).long()
-    n_trials = 2 + int(math.log(n_codes)) if n_codes <= MOST_CODES_WITH_TRIALS else 1
+    n_trials = 2 + int(math.log(n_codes)) if n_codes <= MAX_CODES_WITH_TRIALS else 1
     draws = _random((n_codes, n_trials), generator, sample)
     for k in range(n_codes):
         if k > 0:
-            ladder = distance.double().cumsum(0)
-            candidates = torch.searchsorted(ladder, draws[k] * ladder[-1], right=True).clamp_(max=n_sampled - 1)
-        # [trials, M]: the distances that each candidate would leave
-        left = torch.addmm(square, centred[candidates], columns, alpha=-2).add_(square[candidates][:, None])
-        left = torch.minimum(left.clamp_(min=0), distance)
-        best = left.sum(dim=1).argmin()[None]
+            cumulative = distance.double().cumsum(0)
+            candidates = torch.searchsorted(cumulative, draws[k] * cumulative[-1], right=True).clamp_(max=n_sampled - 1)
+        # [trials, M]: distance to the nearest code, if the candidate became a code
+        new_distance = torch.addmm(square, centred[candidates], columns, alpha=-2).add_(square[candidates][:, None])
+        new_distance = torch.minimum(new_distance.clamp_(min=0), distance)
+        best = new_distance.sum(dim=1).argmin()[None]
         chosen[k] = candidates.index_select(0, best)[0]
-        distance = left.index_select(0, best)[0]
+        distance = new_distance.index_select(0, best)[0]
     return sample[chosen]
 
 
 def _statistics(
     batches: Batches, codebook: Tensor, normalise: bool, collective: Collective
 ) -> tuple[Tensor, Tensor]:  # [K, D] float64, [K]
-    total = torch.zeros_like(codebook, dtype=torch.float64)
-    number = torch.zeros(len(codebook), dtype=torch.int64, device=codebook.device)
+    total_sums = torch.zeros_like(codebook, dtype=torch.float64)
+    total_counts = torch.zeros(len(codebook), dtype=torch.int64, device=codebook.device)
     for batch in _prepared(batches, normalise):
         sums, counts = code_statistics(batch, nearest(batch, codebook), len(codebook))
-        total += sums
-        number += counts
-    sums, counts = collective.add([total, number])
+        total_sums += sums
+        total_counts += counts
+    sums, counts = collective.add([total_sums, total_counts])
     return sums, counts
 
 
@@ -262,7 +267,7 @@ def _centres(sums: Tensor, counts: Tensor, codebook: Tensor, normalise: bool) ->
     centres = sums / counts.clamp(min=1)[:, None]
     if normalise:
         length = centres.norm(dim=1, keepdim=True)
-        # Vectors that cancel leave no direction: the code keeps its own.
+        # Vectors whose sum is zero have no mean direction: the code does not move.
         centres = torch.where(length > 0, centres / length, codebook.double())
     return torch.where(counts[:, None] > 0, centres, codebook.double()).to(codebook.dtype)
 
@@ -271,10 +276,10 @@ def _fill_empty(moved: Tensor, counts: Tensor, codebook: Tensor, sample: Tensor,
     empty = (counts == 0).nonzero()[:, 0]
     if not len(empty):
         return moved
-    # Vectors of unit length: the euclidean and the cosine order are the same.
+    # For cosine all vectors have unit length, and euclidean distances have the same order.
     distance = (sample - moved[nearest(sample, moved)]).square().sum(dim=1)
     far = distance.topk(min(len(empty), len(sample)))
-    far_rows = far.indices[far.values > 0]  # a vector that is a code already would only double it
+    far_rows = far.indices[far.values > 0]  # a vector at distance 0 is a code already
     return moved.index_copy(0, empty[: len(far_rows)], sample[far_rows])
 
 

@@ -1,7 +1,7 @@
-"""What several processes need: statistics summed over ranks in one message, vectors gathered, sharded codebooks.
+"""Operations over several processes: sums of statistics in one message, gathering of vectors, sharded codebooks.
 
-Everything here works on any backend of ``torch.distributed`` (gloo, NCCL) and for one process without it. Ranks may
-hold batches of different sizes, or none: messages have sizes that do not depend on the batch.
+All functions work on any backend of ``torch.distributed`` (gloo, NCCL), and for one process without it. Ranks may hold
+batches of different sizes or empty ones: the size of a message does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fastvq.ops.nearest import METRICS, reference
 __all__ = ["all_reduce_packed", "check_same", "gather_rows", "nearest_sharded", "rank", "world_size"]
 
 OP = "fastvq.distributed.nearest_sharded"
-# A count is sent as two float32 numbers, count // BASE and count % BASE: both, summed over up to 4096 ranks, stay below
-# 2^24, up to where float32 counts exactly, for counts below 2^36.
+# A count is sent as two float32 numbers, count // BASE and count % BASE. For counts that sum to less than 2^36, on up
+# to 4096 ranks, both sums stay below 2^24, so float32 holds them exactly.
 BASE = 1 << 12
 
 
@@ -33,10 +33,10 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
 
 
 def all_reduce_packed(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """Sums over ranks of float and int64 tensors, by one all-reduce of one buffer; alone, the tensors themselves.
+    """Sums float and int64 tensors over ranks, by one all-reduce of one buffer. One process gets its tensors back.
 
-    The buffer is float32 (float64 if a tensor is); int64 tensors hold counts, 0 ... 2^36, and stay exact. Every rank
-    gives tensors of the same shapes and dtypes in the same order.
+    The buffer is float32 (float64 if a tensor is); int64 tensors must hold counts, 0 ... 2^36, and stay exact. All
+    ranks must pass tensors of the same shapes and dtypes in the same order.
     """
     if world_size(group) == 1 or not tensors:
         return list(tensors)
@@ -75,30 +75,31 @@ def gather_rows(
     longest = max(int(s) for s in sizes)
     padded = rows.new_zeros(longest, rows.shape[1])
     padded[: len(rows)] = rows
-    every = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(every, padded, group=group)
-    return torch.cat([part[: int(n)] for part, n in zip(every, sizes, strict=True)])
+    gathered = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(gathered, padded, group=group)
+    return torch.cat([part[: int(n)] for part, n in zip(gathered, sizes, strict=True)])
 
 
 def check_same(
-    owner: str,  # who holds the tensors, for the message
+    owner: str,  # name of the module that holds the tensors, for the message
     tensors: Mapping[str, Tensor],  # float32, the same names and shapes on every rank
     group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Compares checksums of tensors over ranks; every rank has to call it. It waits for the device.
+    """Compares checksums of tensors over ranks. Every rank must call it. It waits for the device.
 
     ``FASTVQ_CHECK=2`` makes every quantizer compare its codebook before each synchronised update.
 
     Raises:
-        RuntimeError: on every rank, if the bits of a tensor differ between ranks; it names the tensor and the ranks.
+        RuntimeError: on every rank, if the bits of a tensor differ between ranks; the message names the tensor and the
+            ranks.
     """
     world = world_size(group)
     if world == 1:
         return
-    mine = torch.stack([_checksum(t) for t in tensors.values()])
-    every = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(every, mine, group=group)
-    for name, of_ranks in zip(tensors, torch.stack(every, dim=1).tolist(), strict=True):
+    own = torch.stack([_checksum(t) for t in tensors.values()])
+    gathered = [torch.empty_like(own) for _ in range(world)]
+    dist.all_gather(gathered, own, group=group)
+    for name, of_ranks in zip(tensors, torch.stack(gathered, dim=1).tolist(), strict=True):
         others = [r for r, checksum in enumerate(of_ranks) if checksum != of_ranks[0]]
         if others:
             raise RuntimeError(
@@ -109,7 +110,7 @@ def check_same(
 
 
 def _checksum(t: Tensor) -> Tensor:  # [] int64
-    """A sum of the bits, weighted by position, so that rows in another order differ too."""
+    """A sum of the bits weighted by position, so that it depends on the order of rows."""
     bits = t.detach().float().contiguous().view(torch.int32).reshape(-1).long()
     weight = torch.arange(1, 2 * bits.numel(), 2, device=t.device) * 0x9E3779B1
     return (bits * weight).sum()
@@ -125,9 +126,9 @@ def nearest_sharded(
 ) -> Tensor:  # [...] int64
     """``fastvq.ops.nearest`` with the codebook cut over ranks: rank 0 holds the first codes, and so on.
 
-    Every rank looks x up among its own codes and scores its winner by the definition, in float64; an all-reduce finds
-    the least score, another the lowest index that has it. So the indices, into the whole codebook, are those of one
-    process to the last tie, on every rank. Shards may have different sizes; x must be the same everywhere.
+    Every rank looks x up among its own codes and scores its winner by the definition, in float64. One all-reduce finds
+    the smallest score, another the lowest index with that score. So every rank gets the indices into the whole codebook
+    that one process would get, ties included. Shards may have different sizes; x must be the same on every rank.
 
     Raises:
         ValueError, TypeError: as ``nearest``.
@@ -135,22 +136,22 @@ def nearest_sharded(
     check_codebook(OP, x, codebook)
     check_option(OP, "metric", metric, METRICS)
     local = nearest(x, codebook, metric=metric, backend=backend)
-    world, me = world_size(group), rank(group)
+    world, own_rank = world_size(group), rank(group)
     if world == 1:
         return local
     sizes = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world)]
     dist.all_gather(sizes, torch.tensor([len(codebook)], device=x.device), group=group)
-    offset = sum(int(s) for s in sizes[:me])
+    offset = sum(int(s) for s in sizes[:own_rank])
     score = _scores_of(x.reshape(-1, x.shape[-1]), codebook, local.reshape(-1), metric)
-    least = score.clone()
-    dist.all_reduce(least, op=dist.ReduceOp.MIN, group=group)
-    index = torch.where(score == least, local.reshape(-1) + offset, torch.iinfo(torch.int64).max)
+    smallest = score.clone()
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN, group=group)
+    index = torch.where(score == smallest, local.reshape(-1) + offset, torch.iinfo(torch.int64).max)
     dist.all_reduce(index, op=dist.ReduceOp.MIN, group=group)
     return index.view(local.shape)
 
 
 def _scores_of(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Tensor:
-    """d_k of the index contract for one code a vector; infinity where the code may not be chosen."""
+    """The score d_k of the definition, for one code a vector; infinity where the code may not be chosen."""
     wide = codebook.double()
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for d in range(x.shape[1]):

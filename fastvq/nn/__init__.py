@@ -1,4 +1,4 @@
-"""Modules that put the ops into models."""
+"""Modules that use the ops: quantizers with learned codebooks, and masked convolutions."""
 
 from fastvq.nn.codebook import CodeUsage, update_codebooks
 from fastvq.nn.masked_conv import GatedMaskedConv2d, MaskedConv2d

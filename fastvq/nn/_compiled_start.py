@@ -1,7 +1,7 @@
 """The k-means start inside a compiled graph: one op, ``torch.ops.fastvq.start_codebook_``.
 
-k-means decides by its data how often it iterates, which no graph can hold. The op gets the module's buffers, because
-the graph has to know what is written, and the module's number, by which it finds everything else.
+The number of iterations of k-means depends on the data, so a graph cannot hold them. The op takes the module's buffers,
+so that the graph knows which tensors it writes, and the module's number, by which it finds the module.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from fastvq.ops._library import register
 if TYPE_CHECKING:
     from fastvq.nn.codebook import LearnedCodebook
 
-__all__ = ["enrol"]
+__all__ = ["number_module"]
 
 _modules: WeakValueDictionary[int, LearnedCodebook] = WeakValueDictionary()
 _next_number = itertools.count()
 
 
-def enrol(module: LearnedCodebook) -> int:
-    """A number of this process by which the op finds ``module``."""
+def number_module(module: LearnedCodebook) -> int:
+    """Gives ``module`` a number, by which the op finds it in this process."""
     number = next(_next_number)
     _modules[number] = module
     return number
@@ -40,8 +40,8 @@ def _run(
             "fastvq.nn: a compiled graph asks for the k-means start of a module that this process does not hold; "
             "train the module itself before it is exported, or make it with kmeans_init=False"
         )
-    if bool(initialised) or module._fit(codebook, cluster_size, embed_sum, initialised, rows, mask, residual):
-        # The graph was compiled for a codebook that waits: the next call compiles one without this op.
+    if bool(initialised) or module._fit_kmeans(codebook, cluster_size, embed_sum, initialised, rows, mask, residual):
+        # The graph was compiled for a codebook that k-means must start. The next call compiles a graph without this op.
         module._known_initialised = True
 
 

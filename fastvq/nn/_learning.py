@@ -1,4 +1,4 @@
-"""One step of learning for several quantizers: their statistics summed over processes, one message for a group."""
+"""One learning step of several quantizers: sums their statistics over processes, in one message for each group."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fastvq import _env, distributed
 if TYPE_CHECKING:
     from fastvq.nn.codebook import LearnedCodebook
 
-__all__ = ["Found", "Group", "learn"]
+__all__ = ["Group", "QuantizerStatistics", "learn"]
 
-# A quantizer and the statistics of its forwards: sums (None if learnable), counts, vectors for dead codes (or None).
-Found = tuple["LearnedCodebook", Tensor | None, Tensor, Tensor | None]
+# A quantizer and the statistics of its forwards: sums (None if learnable), counts, rows for dead codes (or None).
+QuantizerStatistics = tuple["LearnedCodebook", Tensor | None, Tensor, Tensor | None]
 
 
 class Group:
-    """The processes that learn one codebook: a process group, or all processes. A copied module shares it."""
+    """The processes that learn one codebook: a process group, or all processes. Copies of a module share the object."""
 
     def __init__(self, owner: str, group: dist.ProcessGroup | None, sync: str) -> None:
         if group is not None and sync == "none":
@@ -53,26 +53,27 @@ class Group:
         return Group, ("fastvq.nn", None, "auto" if self.synchronised else "none")
 
 
-def learn(found: list[Found]) -> None:
-    """One step of learning for some quantizers: one message for all of one group."""
+def learn(statistics: list[QuantizerStatistics]) -> None:
+    """One learning step of the quantizers in ``statistics``. All quantizers of one group share one message."""
     messages: list[list[Tensor | None]] = []
     groups: dict[int, tuple[Group, list[int]]] = {}
-    for i, (module, sums, counts, spare) in enumerate(found):
+    for i, (module, sums, counts, rows) in enumerate(statistics):
         group = module.group_of_ranks
-        uniforms = None if spare is None else torch.rand(counts.shape, dtype=torch.float32, device=counts.device)
+        uniforms = None if rows is None else torch.rand(counts.shape, dtype=torch.float32, device=counts.device)
         world = group.world
         if world > 1:
             groups.setdefault(id(group.group), (group, []))[1].append(i)
-            if spare is not None and uniforms is not None:
-                # Each rank fills its own slots, rank 0 draws for all: the sums then hold the same choice everywhere.
-                slot = torch.arange(module.n_codes, device=spare.device) % world
-                spare = torch.where((slot == group.rank)[:, None], spare, 0)
+            if rows is not None and uniforms is not None:
+                # Each rank gives the rows of its own slots and zeros elsewhere, and only rank 0 gives uniforms. So the
+                # sums over ranks are the same rows and uniforms on every rank.
+                slot = torch.arange(module.n_codes, device=rows.device) % world
+                rows = torch.where((slot == group.rank)[:, None], rows, 0)
                 uniforms = uniforms if group.rank == 0 else torch.zeros_like(uniforms)
-        messages.append([sums, counts, spare, uniforms])
+        messages.append([sums, counts, rows, uniforms])
     for group, members in groups.values():
         if _env.read("FASTVQ_CHECK") == "2":
             for i in members:
-                module = found[i][0]
+                module = statistics[i][0]
                 distributed.check_same(
                     module.owner, {"codebook": module.codebook, "cluster_size": module.cluster_size}, group.group
                 )
@@ -80,6 +81,6 @@ def learn(found: list[Found]) -> None:
         summed = iter(distributed.all_reduce_packed(sent, group.group))
         for i in members:
             messages[i] = [None if t is None else next(summed) for t in messages[i]]
-    for (module, *_), (sums, number, spare, uniforms) in zip(found, messages, strict=True):
-        assert number is not None
-        module._advance(sums, number, spare, uniforms)
+    for (module, *_), (sums, total_counts, rows, uniforms) in zip(statistics, messages, strict=True):
+        assert total_counts is not None
+        module._learning_step(sums, total_counts, rows, uniforms)

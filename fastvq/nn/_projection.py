@@ -1,4 +1,4 @@
-"""What lies around the lookup: the layout of the input, projections to the codes' width, dtypes."""
+"""The steps around the lookup: the layout of the input, projections to the width of the codes, dtypes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Projected"]
 
 
 class Projected(nn.Module):
-    """Mixin of quantizers: [..., dim] or [B, dim, ...] in, vectors of the codes' width out, and back."""
+    """Mixin of quantizers: from the input, [..., dim] or [B, dim, ...], to vectors of the codes' width, and back."""
 
     owner: str
     metric: str
@@ -24,7 +24,7 @@ class Projected(nn.Module):
         self.project_in = nn.Linear(dim, width) if width != dim else nn.Identity()
         self.project_out = nn.Linear(width, dim) if width != dim else nn.Identity()
 
-    def _inward(
+    def _to_codebook_space(
         self,
         x: Tensor,  # [..., dim], or [B, dim, ...] with channel_first
         mask: Tensor | None = None,  # [...] or [B, ...] bool
@@ -40,14 +40,14 @@ class Projected(nn.Module):
         x = x.movedim(1, -1) if self.channel_first else x
         check_mask(self.owner, x, mask)
         if mask is not None and (self.metric == "cosine" or not isinstance(self.project_in, nn.Identity)):
-            # A masked vector that holds NaN has a gradient of zero, and zero times NaN would reach the layer's weights.
+            # A masked vector has a zero gradient, but zero times NaN is NaN: its NaN would reach the layer's weights.
             x = torch.where(mask[..., None], x, 0)
         return _project(self.project_in, x)
 
-    def _outward(
+    def _from_codebook_space(
         self,
         vectors: Tensor,  # [..., width]
-        real: Tensor | None,  # [...] bool; where False the result is zero, as projections have a bias
+        real: Tensor | None,  # [...] bool; the result is zero where False, although a projection has a bias
         dtype: torch.dtype,
     ) -> Tensor:
         if isinstance(self.project_out, nn.Identity):
@@ -62,7 +62,7 @@ class Projected(nn.Module):
 
 
 def _project(layer: nn.Module, vectors: Tensor) -> Tensor:
-    """The layer in its own dtype, or in that of autocast."""
+    """Applies the layer in its own dtype, or in autocast's."""
     if isinstance(layer, nn.Linear) and not torch.is_autocast_enabled(vectors.device.type):
         vectors = vectors.to(layer.weight.dtype)
     return layer(vectors)

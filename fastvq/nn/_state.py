@@ -1,4 +1,4 @@
-"""The state of a learned codebook: its buffers, what keeps them float32, and whether k-means has to start them."""
+"""The state of a learned codebook: its buffers, their dtype (always float32), and whether k-means must start them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fastvq._checks import check_float, check_same_device
 
 __all__ = ["CodebookState"]
 
-UNIT_LENGTH = 1e-6  # how far from 1 a length in float32 may be
+UNIT_TOLERANCE = 1e-6  # a float32 vector counts as unit if its length differs from 1 by less
 
-# Buffers that hold averages or marks. They are float32 whatever the module is cast to: averages in 16 bits would stop
-# moving, and torch averages buffers of models (AveragedModel) only where all of them are floating-point.
-HELD = ("codebook", "embed_sum", "cluster_size", "initialised", "frozen_mask")
+# Buffers that stay float32 when the module is cast. Averages in 16 bits would stop moving. Flags are float32 too, as
+# torch's AveragedModel can average buffers only if all of them are floating-point.
+FLOAT32_BUFFERS = ("codebook", "embed_sum", "cluster_size", "initialised", "frozen_mask")
 
 
 class CodebookState(nn.Module):
-    """Buffers [*lead, K, D] of a quantizer, and every way by which they are set. Not a module to use alone.
+    """Buffers [*lead, K, D] of a quantizer, and all methods that set them. A base class, not a module to use alone.
 
-    The buffers are the whole state that is saved. Statistics of the last step, statistics that wait for
-    ``update_codebooks`` and running totals are plain tensors, not buffers: no loader can leave them undefined, and
-    wrappers that broadcast or average buffers do not touch them.
+    The buffers are the whole saved state. Statistics of the last step, pending statistics for ``update_codebooks`` and
+    running totals are plain tensors, not buffers. So no loader can leave them undefined, and wrappers that broadcast or
+    average buffers do not touch them.
     """
 
     codebook: Tensor
@@ -64,7 +64,7 @@ class CodebookState(nn.Module):
         self.register_buffer("frozen_mask", None)
         self._before_update: Tensor | None = None
         self._total_counts: Tensor | None = None
-        self._forget_answer()
+        self._forget_last_read()
         self._clear_statistics()
         self.reset_parameters()
 
@@ -72,14 +72,14 @@ class CodebookState(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A new random start, as the constructor makes it; defines every buffer after ``to_empty``."""
+        """Makes a new random start, like the constructor. Defines every buffer after ``to_empty``."""
         start = torch.randn(self.codebook.shape, dtype=torch.float32, device=self.codebook.device)
         if self.metric == "cosine":
             start = nn.functional.normalize(start, dim=-1)
-        self._settle()
+        self._restore_float32()
         self._write(start, torch.full_like(self.cluster_size, self._start_size()))
         self.initialised.fill_(not self.kmeans_init)
-        self._forget_answer()
+        self._forget_last_read()
 
     @torch.no_grad()
     def set_codebook(
@@ -87,20 +87,20 @@ class CodebookState(nn.Module):
         codes: Tensor,  # [K, code_dim], or [lead, K, code_dim]: the shape of ``codebook``
         sizes: Tensor | None = None,  # [K] or [lead, K]: the shape of ``cluster_size``
     ) -> None:
-        """Takes ``codes`` as the codebook and goes on learning from there; k-means does not start it again.
+        """Sets the codebook to ``codes``. Learning continues from there, without a k-means start.
 
         ``sizes`` is the weight of each code in the moving average: the number of vectors that it gets in a step. A
         code of size n, given m vectors in the first step, moves by the share (1 - decay) m / (decay n + (1 - decay) m)
         towards their mean. Without ``sizes`` every code has the size of a new module: 1, or the dead-code threshold
-        if that is larger. For cosine the codes are scaled to unit length. Statistics that wait are dropped. With
-        several processes every rank has to set the same codes.
+        if that is larger. For cosine the codes are scaled to unit length. Pending statistics are dropped. With
+        several processes every rank must set the same codes.
 
         Raises:
             ValueError: another shape or device, codes that are not finite, sizes that are not positive and finite.
             TypeError: tensors that are not floating-point.
         """
         name = f"{self.owner}.set_codebook"
-        self._settle()
+        self._restore_float32()
         check_float(name, "codes", codes)
         if codes.shape != self.codebook.shape:
             raise ValueError(f"{name}: codes must be {list(self.codebook.shape)}, got {list(codes.shape)}")
@@ -117,15 +117,15 @@ class CodebookState(nn.Module):
             raise ValueError(f"{name}: sizes must be positive and finite; a code that no vector chose can have size 1")
         codes = codes.float()
         if self.metric == "cosine":
-            # Codes that have unit length to rounding, as those of another module do, keep their last bits.
-            is_unit = (codes.norm(dim=-1, keepdim=True) - 1).abs() < UNIT_LENGTH
+            # Codes that already have unit length to rounding, like those of another module, keep all bits.
+            is_unit = (codes.norm(dim=-1, keepdim=True) - 1).abs() < UNIT_TOLERANCE
             codes = torch.where(is_unit, codes, nn.functional.normalize(codes, dim=-1))
         self._write(codes, sizes.float())
         self.initialised.fill_(1)
-        self._forget_answer()
+        self._forget_last_read()
 
     def freeze(self, frozen: bool = True) -> None:
-        """A frozen quantizer does not learn in training either: no update, no k-means, no gradient to a parameter."""
+        """Stops all learning, also in training mode: no update, no k-means start, no gradient to a parameter."""
         self.frozen = frozen
         if self.learnable:
             self.codebook.requires_grad_(not frozen)
@@ -134,14 +134,14 @@ class CodebookState(nn.Module):
         self,
         mask: Tensor | None,  # bool, [K] or [lead, K]: the shape of ``cluster_size``; None freezes no code
     ) -> None:
-        """Keeps the codes where ``mask`` is True as they are, while the others learn.
+        """Freezes the codes where ``mask`` is True, while the others learn.
 
         Lookups still choose frozen codes. No update, replacement or k-means start changes them, and a learnable
         codebook gets a zero gradient there (an optimizer with momentum or weight decay can still move a parameter).
         The mask is saved in the ``state_dict``.
 
         Raises:
-            ValueError: another shape. TypeError: no bool tensor.
+            ValueError: another shape. TypeError: not a bool tensor.
         """
         name = f"{self.owner}.freeze_codes"
         if mask is None:
@@ -160,7 +160,7 @@ class CodebookState(nn.Module):
         return None if self.frozen_mask is None else self.frozen_mask != 0
 
     def _start_size(self) -> float:
-        """A size that no threshold calls dead, so that the first step does not replace all codes."""
+        """At least the dead-code threshold, so that the first step does not replace all codes."""
         return max(1.0, self.dead_code_threshold or 0.0)
 
     def _write(self, codes: Tensor, sizes: Tensor) -> None:
@@ -170,16 +170,16 @@ class CodebookState(nn.Module):
             self.embed_sum.copy_(codes * sizes[..., None])
         self._clear_statistics()
 
-    # ---- statistics: this object's alone, never loaded
+    # ---- statistics: never saved or loaded
 
     @property
     def counts(self) -> Tensor:
         """[*lead, K] int64: vectors of each code in the last training step."""
-        self._place_statistics()
+        self._move_statistics()
         return self._counts
 
     def _clear_statistics(self) -> None:
-        """No statistics of any step: what a new module holds, on the codebook's device."""
+        """Sets all statistics to those of a new module, on the codebook's device."""
         self._before_update = None
         device = self.codebook.device
         self._counts = torch.zeros(self.cluster_size.shape, dtype=torch.int64, device=device)
@@ -190,8 +190,8 @@ class CodebookState(nn.Module):
         if self._total_counts is not None:
             self._total_counts = torch.zeros_like(self._counts)
 
-    def _place_statistics(self) -> None:
-        """Moves the statistics to the codebook's device; those made on the meta device begin as zeros."""
+    def _move_statistics(self) -> None:
+        """Moves the statistics to the codebook's device; statistics from the meta device become zeros."""
         device = self.codebook.device
         if self._counts.device == device:
             return
@@ -203,15 +203,15 @@ class CodebookState(nn.Module):
             if isinstance(value := self.__dict__.get(name), Tensor):
                 setattr(self, name, value.to(device))
 
-    # ---- float32, by whatever way the buffers came
+    # ---- keeping the buffers float32
 
-    def _settle(self) -> None:
-        """Makes the buffers float32 again where a loader or a wrapper has assigned another type.
+    def _restore_float32(self) -> None:
+        """Converts the buffers back to float32 if a loader or a wrapper has assigned another dtype.
 
         ``from_pretrained(dtype=...)`` assigns tensors, FSDP sets ``.data``: neither goes through ``_apply``.
         """
         buffers = self._buffers
-        for name in HELD:
+        for name in FLOAT32_BUFFERS:
             held = buffers.get(name)
             if held is None or held.dtype == torch.float32:
                 continue
@@ -222,11 +222,11 @@ class CodebookState(nn.Module):
             if torch.compiler.is_compiling():
                 setattr(self, name, held.float())
             else:
-                held.data = held.data.float()  # the same tensor: DistributedDataParallel keeps a list of buffers
-        self._place_statistics()
+                held.data = held.data.float()  # keep the tensor object: DistributedDataParallel has a list of buffers
+        self._move_statistics()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodebookState:
-        """Moves follow; a change of dtype does not reach the buffers, it is kept as the dtype of ``decode``."""
+        """Moves the buffers to another device, but keeps them float32. A new dtype becomes the dtype of ``decode``."""
         held = {name: b for name, b in self._buffers.items() if b is not None and b.is_floating_point()}
         self._module_dtype = fn(torch.empty(0, dtype=self._module_dtype, device=self.codebook.device)).dtype
         super()._apply(fn, recurse)
@@ -234,13 +234,13 @@ class CodebookState(nn.Module):
             after = self._buffers[name]
             if after is not None and after.dtype != before.dtype:
                 self._buffers[name] = before.to(after.device)
-        self._place_statistics()
+        self._move_statistics()
         return self
 
     # ---- copies and loading
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_before_update": None, "_asked": None}
+        return {**self.__dict__, "_before_update": None, "_last_read": None}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
@@ -252,25 +252,24 @@ class CodebookState(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if name in missing_keys:  # a state from before codes were frozen: they stay frozen
+        if name in missing_keys:  # saved before ``freeze_codes`` was called: frozen codes of this module stay frozen
             missing_keys.remove(name)
-        self._settle()
-        self._forget_answer()
-        self._needs_start()
+        self._restore_float32()
+        self._forget_last_read()
+        self._needs_kmeans_start()
 
-    # ---- does k-means have to start the codebook?
+    # ---- whether k-means must start the codebook
 
-    def _forget_answer(self) -> None:
-        # (the buffer that was asked, its address, its version), and whether it said that the codebook is initialised.
-        self._asked: tuple[Tensor, int, int] | None = None
+    def _forget_last_read(self) -> None:
+        # (the buffer ``initialised`` when it was last read, its address, its version), and the value read.
+        self._last_read: tuple[Tensor, int, int] | None = None
         self._known_initialised = not self.kmeans_init
 
-    def _needs_start(self) -> bool:
-        """Whether ``initialised`` is 0. The buffer decides, and is read only when it may have changed.
+    def _needs_kmeans_start(self) -> bool:
+        """Whether the buffer ``initialised`` is 0. It is read only if it may have changed: a read waits for the device.
 
-        Reading waits for the device. Another tensor, another address and, until the answer is yes, a write in place
-        lead to a new reading. On a CPU, where reading is free, every write does. On other devices a buffer that said
-        yes is not read after writes in place: DistributedDataParallel writes to all buffers in every step.
+        A new tensor or a new address leads to a read. So does a write in place: always on a CPU, where reading is free;
+        on other devices until the value read is 1, as DistributedDataParallel writes to all buffers in every step.
         """
         if torch.compiler.is_compiling():
             return not self._known_initialised
@@ -279,11 +278,11 @@ class CodebookState(nn.Module):
             return False
         version = -1 if flag.is_inference() else flag._version
         address = flag.data_ptr()
-        if self._asked is not None:
-            buffer, same_address, same_version = self._asked
-            unchanged = version == same_version or (self._known_initialised and flag.device.type != "cpu")
-            if buffer is flag and address == same_address and unchanged and version >= 0:
+        if self._last_read is not None:
+            buffer, last_address, last_version = self._last_read
+            unchanged = version == last_version or (self._known_initialised and flag.device.type != "cpu")
+            if buffer is flag and address == last_address and unchanged and version >= 0:
                 return not self._known_initialised
         self._known_initialised = bool(flag)
-        self._asked = (flag, address, version)
+        self._last_read = (flag, address, version)
         return not self._known_initialised

@@ -1,4 +1,4 @@
-"""How codes are used: counts of one training step, and counts that add up over many forwards."""
+"""Use of the codes: counts of one training step, and totals over many forwards."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["CodeUsage", "count_codes", "usage_of"]
 
 @serialisable("nn.CodeUsage")
 class CodeUsage(NamedTuple):
-    """How the codes were used: in the last training step, or over all forwards since ``track_usage``."""
+    """Use of the codes in the last training step, or in all forwards since ``track_usage``."""
 
-    perplexity: Tensor  # [...] exp of the entropy of the counts: 1 (one code) ... K (all alike)
+    perplexity: Tensor  # [...] exp of the entropy of the counts: 1 (one code) ... K (all equally often)
     used: Tensor  # [...] int64, codes with at least one vector
     counts: Tensor  # [..., K] int64
 
@@ -30,7 +30,7 @@ def usage_of(
 
 
 def count_codes(
-    indices: Tensor,  # [H, ...] int64, -1 is left out
+    indices: Tensor,  # [H, ...] int64; -1 is not counted
     usable: Tensor,  # [H, ...] bool
     n_codes: int,
 ) -> Tensor:  # [H, K] int64

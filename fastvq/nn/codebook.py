@@ -1,4 +1,4 @@
-"""A codebook that learns: its update, dead codes, the k-means start, several processes."""
+"""A codebook that learns: its update, replacement of dead codes, the k-means start, several processes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastvq import _kmeans, distributed
 from fastvq._checks import check_integer, check_number, check_option
-from fastvq.nn._compiled_start import enrol
-from fastvq.nn._learning import Found, Group, learn
+from fastvq.nn._compiled_start import number_module
+from fastvq.nn._learning import Group, QuantizerStatistics, learn
 from fastvq.nn._state import CodebookState
 from fastvq.nn._usage import CodeUsage, count_codes, usage_of
 from fastvq.ops import ema_update_, nearest
@@ -26,11 +26,11 @@ KMEANS_ITERATIONS = 10
 
 
 class LearnedCodebook(CodebookState):
-    """Buffers [*lead, K, D] of a quantizer and everything that changes them. Not a module to use alone.
+    """Buffers [*lead, K, D] of a quantizer, and how they learn. A base class, not a module to use alone.
 
-    ``lead`` is () or one dimension of heads or levels, each with its own codebook. The buffers are float32 whatever
-    the module is cast to; ``codebook`` is a parameter if ``learnable``. ``initialised`` turns 1 once k-means has run,
-    or at once without it.
+    ``lead`` is () or one dimension of heads or levels, each with its own codebook. The buffers stay float32 when
+    the module is cast. ``codebook`` is a parameter if ``learnable``. ``initialised`` becomes 1 when k-means has run; it
+    is 1 from the start without ``kmeans_init``.
     """
 
     def __init__(
@@ -77,24 +77,25 @@ class LearnedCodebook(CodebookState):
         self.decay, self.eps, self.estimator = decay, eps, estimator
         self.commitment_weight, self.sync, self.precision = commitment_weight, sync, precision
         self.group_of_ranks = Group(owner, group, sync)
-        self._number = enrol(self)
+        self._number = number_module(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if "_counts" not in state:
+        if not {"_counts", "_last_read"} <= state.keys():
             raise ValueError(
                 f"fastvq.nn.{type(self).__name__}: a whole module that was pickled by another version cannot be read; "
                 "save its state_dict() there and use load_state_dict"
             )
         super().__setstate__(state)
-        self._number = enrol(self)
+        self._number = number_module(self)
 
-    # ---- the codebook as lookups see it
+    # ---- the codes that a lookup uses
 
     def _codes(self) -> Tensor:
-        """The codes of this forward: a copy if an update will write to the codebook before the backward."""
-        again = _inside_backward() and self._before_update is not None
+        """The codes of this forward. A copy if this forward updates the codebook in place, so that backward sees
+        the old values."""
+        recomputed = _inside_backward() and self._before_update is not None
         if not self.learnable:
-            if again:
+            if recomputed:
                 assert self._before_update is not None
                 return self._before_update
             if self.training and self.update == "forward" and not self.frozen:
@@ -106,7 +107,7 @@ class LearnedCodebook(CodebookState):
             codes = torch.where(self.frozen_mask[..., None] != 0, codes.detach(), codes)
         if self.training and self.update == "forward" and not self.frozen and self.dead_code_threshold is not None:
             codes = codes.clone()
-            if again:
+            if recomputed:
                 assert self._before_update is not None
                 with torch.no_grad():
                     codes.copy_(self._before_update)
@@ -114,20 +115,20 @@ class LearnedCodebook(CodebookState):
                 self._before_update = codes.detach()
         return nn.functional.normalize(codes, dim=-1) if self.metric == "cosine" else codes
 
-    def _stored(self) -> Tensor:
+    def _inference_codes(self) -> Tensor:
         """The codes for ``encode`` and ``decode``."""
         codes = self.codebook
         if self.learnable:
             return nn.functional.normalize(codes, dim=-1) if self.metric == "cosine" else codes
         if codes.dtype != torch.float32:
-            self._settle()
+            self._restore_float32()
         return self.codebook
 
     def _learns(self) -> bool:
         return self.training and not self.frozen and not _inside_backward()
 
     def _prepare(self, vectors: Tensor) -> Tensor:
-        """Vectors as they are compared: of unit length for cosine."""
+        """The vectors that are looked up: scaled to unit length for cosine."""
         if self.metric != "cosine":
             return vectors
         wide = vectors if vectors.dtype == torch.float64 else vectors.float()
@@ -140,103 +141,106 @@ class LearnedCodebook(CodebookState):
         self,
         sums: Tensor | None,  # [*lead, K, D]
         counts: Tensor,  # [*lead, K]
-        rows: Tensor,  # [*lead, n, D] vectors that replace dead codes
+        rows: Tensor,  # [*lead, n, D] the vectors; some replace dead codes
         mask: Tensor | None,  # [*lead, n] bool
     ) -> None:
-        """Takes in the statistics of a training forward: at once, or for ``update_codebooks``."""
-        spare = None if self.dead_code_threshold is None else self._candidates(rows.detach(), mask)
+        """Learns from the statistics of a training forward at once, or stores them for ``update_codebooks``."""
+        replacements = None if self.dead_code_threshold is None else self._replacements(rows.detach(), mask)
         if self.update == "forward":
-            learn([(self, sums, counts, spare)])
+            learn([(self, sums, counts, replacements)])
             return
         self.pending_counts.add_(counts)
         if sums is not None:
             self.pending_sums.add_(sums)
-        if spare is not None:
-            self.pending_rows.copy_(torch.where(spare.isfinite(), spare, self.pending_rows))
+        if replacements is not None:
+            self.pending_rows.copy_(torch.where(replacements.isfinite(), replacements, self.pending_rows))
 
-    def _candidates(self, rows: Tensor, mask: Tensor | None) -> Tensor:
-        """[*lead, K, D]: random vectors, this rank's share of K, NaN elsewhere and where there are too few."""
+    def _replacements(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """[*lead, K, D]: random rows for dead codes. Slots of other ranks, and slots without a usable row, are NaN."""
         if self.lead:
             masks = [None] * len(rows) if mask is None else mask
-            return torch.stack([self._share(r, m) for r, m in zip(rows, masks, strict=True)])
-        return self._share(rows, mask)
+            return torch.stack([self._replacements_of_head(r, m) for r, m in zip(rows, masks, strict=True)])
+        return self._replacements_of_head(rows, mask)
 
-    def _share(self, rows: Tensor, mask: Tensor | None) -> Tensor:
+    def _replacements_of_head(self, rows: Tensor, mask: Tensor | None) -> Tensor:
         world, me = self.group_of_ranks.world, self.group_of_ranks.rank
         slots = torch.arange(me, self.n_codes, world, device=rows.device)
-        share = torch.full((self.n_codes, self.code_dim), torch.nan, dtype=torch.float32, device=rows.device)
+        replacements = torch.full((self.n_codes, self.code_dim), torch.nan, dtype=torch.float32, device=rows.device)
         if len(rows) == 0:
-            return share
+            return replacements
         usable = torch.ones(len(rows), dtype=torch.bool, device=rows.device) if mask is None else mask
         n_slots = torch.full((), len(slots), dtype=torch.int64, device=rows.device)
         draw = torch.arange(len(slots), device=rows.device)
         uniforms = torch.rand(len(slots), dtype=torch.float32, device=rows.device)
         chosen = choose_rows(usable, draw, n_slots, uniforms)
-        found = torch.where(usable[chosen][:, None], rows[chosen].float(), torch.nan)
-        return share.index_copy(0, slots, found)
+        rows_or_nan = torch.where(usable[chosen][:, None], rows[chosen].float(), torch.nan)
+        return replacements.index_copy(0, slots, rows_or_nan)
 
     @torch.no_grad()
-    def _advance(self, sums: Tensor | None, counts: Tensor, spare: Tensor | None, uniforms: Tensor | None) -> None:
-        """One step of learning, from statistics of all ranks."""
-        # Without a usable vector nothing is learned, and nothing forgotten.
+    def _learning_step(
+        self, sums: Tensor | None, counts: Tensor, replacements: Tensor | None, uniforms: Tensor | None
+    ) -> None:
+        """One learning step, from the statistics of all ranks."""
+        # Without a usable vector the averages do not decay.
         any_vector = counts.sum(dim=-1, keepdim=True) > 0
         self._counts.copy_(torch.where(any_vector, counts, self._counts))
         codebook, buffers = self.codebook.detach(), [self.codebook.detach(), self.cluster_size]
         if not self.learnable:
             buffers.append(self.embed_sum)
-        before = None if self.frozen_mask is None else [b.clone() for b in buffers]
+        old_values = None if self.frozen_mask is None else [b.clone() for b in buffers]
         if self.learnable:
-            # Sizes only: the codes follow their gradient.
+            # Only the sizes: the optimizer updates the codes.
             size = torch.lerp(self.cluster_size, counts.to(self.cluster_size.dtype), 1 - self.decay)
             self.cluster_size.copy_(torch.where(any_vector, size, self.cluster_size))
         else:
             assert sums is not None
             ema_update_(codebook, self.embed_sum, self.cluster_size, sums, counts, decay=self.decay, eps=self.eps)
             if self.metric == "cosine":
-                # Not where nothing was learned: normalising again moves last bits.
+                # Codes that did not learn keep their bits; normalising them again would change the last ones.
                 unit = nn.functional.normalize(codebook, dim=-1)
                 codebook.copy_(torch.where(any_vector[..., None], unit, codebook))
-        if spare is not None and uniforms is not None:
-            self._replace(codebook, spare, uniforms)
-        if before is not None and self.frozen_mask is not None:
-            kept = self.frozen_mask != 0
-            for now, then in zip(buffers, before, strict=True):
-                now.copy_(torch.where(kept if now.dim() == kept.dim() else kept[..., None], then, now))
+        if replacements is not None and uniforms is not None:
+            self._replace_dead(codebook, replacements, uniforms)
+        if old_values is not None and self.frozen_mask is not None:
+            frozen = self.frozen_mask != 0
+            for buffer, old in zip(buffers, old_values, strict=True):
+                buffer.copy_(torch.where(frozen if buffer.dim() == frozen.dim() else frozen[..., None], old, buffer))
 
-    def _replace(self, codebook: Tensor, spare: Tensor, uniforms: Tensor) -> None:
-        """Gives dead codes vectors of the batch."""
+    def _replace_dead(self, codebook: Tensor, replacements: Tensor, uniforms: Tensor) -> None:
+        """Replaces dead codes by rows of the batch."""
         assert self.dead_code_threshold is not None
-        arguments = (self.cluster_size, spare, uniforms, self.dead_code_threshold, None)
+        arguments = (self.cluster_size, replacements, uniforms, self.dead_code_threshold, None)
         if not self.learnable:
             torch.ops.fastvq.replace_dead_codes_(codebook, self.embed_sum, *arguments)
             return
-        # A parameter may have another dtype than the sizes; only elements that changed are written back.
+        # The parameter may have another dtype than float32: write back only the elements that changed.
         codes = codebook.float()
         replaced = codes.clone()
         torch.ops.fastvq.replace_dead_codes_(replaced, torch.zeros_like(codes), *arguments)
         codebook.copy_(torch.where(replaced == codes, codebook, replaced.to(codebook.dtype)))
 
     @torch.no_grad()
-    def _start_from(self, rows: Tensor, mask: Tensor | None, residual: bool = False) -> None:
-        """k-means on the first batch, over all ranks together; ``residual``: each level on what the last left over.
+    def _kmeans_start(self, rows: Tensor, mask: Tensor | None, residual: bool = False) -> None:
+        """Starts the codebook by k-means on the first batch of all ranks. ``residual``: each level on the residuals of
+        the levels before.
 
-        A batch without a usable vector (on any rank, for some head or level) starts nothing: the next batch will.
+        If no rank has a usable vector for some head or level, this batch starts nothing and the next one will.
         """
         embed_sum = None if self.learnable else self.embed_sum
         buffers = self.codebook.detach(), self.cluster_size, embed_sum, self.initialised
         if torch.compiler.is_compiling():
             torch.ops.fastvq.start_codebook_(*buffers, rows, mask, residual, self._number)
-        elif self._fit(*buffers, rows, mask, residual):
+        elif self._fit_kmeans(*buffers, rows, mask, residual):
             self._known_initialised = True
 
     @torch.no_grad()
-    def _fit(
+    def _fit_kmeans(
         self, codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor | None, initialised: Tensor, rows: Tensor,
         mask: Tensor | None, residual: bool,
     ) -> bool:  # fmt: skip
-        """Writes what k-means finds to the buffers given; whether it found anything."""
+        """Runs k-means and writes its result to the buffers. Returns False if some head has no usable vector."""
         if mask is not None:
-            rows = torch.where(mask[..., None], rows.float(), torch.nan)  # k-means leaves such vectors out
+            rows = torch.where(mask[..., None], rows.float(), torch.nan)  # k-means skips vectors with NaN
         group = self.group_of_ranks
         together = group.world > 1
         add = partial(distributed.all_reduce_packed, group=group.group)
@@ -246,25 +250,25 @@ class LearnedCodebook(CodebookState):
         if together:
             seed = add([seed if group.rank == 0 else seed * 0])[0]
         generator = torch.Generator().manual_seed(int(seed))
-        found: list[_kmeans.KMeans] = []
-        left = rows.float()
+        results: list[_kmeans.KMeans] = []
+        rest = rows.float()
         for i in range(self.lead[0] if self.lead else 1):
-            vectors = left if residual or not self.lead else left[i]
+            vectors = rest if residual or not self.lead else rest[i]
             result = _kmeans.fit(
                 partial(_one_batch, vectors.reshape(-1, self.code_dim)), self.n_codes, n_iter=KMEANS_ITERATIONS,
                 metric="cosine" if self.metric == "cosine" else "euclidean", generator=generator, collective=collective,
             )  # fmt: skip
             if result is None:
                 return False
-            found.append(result)
+            results.append(result)
             if residual:
-                left = left - result.codebook[nearest(left, result.codebook, metric=self.metric)]
-        codes = torch.stack([f.codebook for f in found]).view_as(codebook).float()
-        sizes = torch.stack([f.counts for f in found]).view_as(cluster_size).clamp(min=1).float()
+                rest = rest - result.codebook[nearest(rest, result.codebook, metric=self.metric)]
+        codes = torch.stack([r.codebook for r in results]).view_as(codebook).float()
+        sizes = torch.stack([r.counts for r in results]).view_as(cluster_size).clamp(min=1).float()
         if self.frozen_mask is not None:
-            kept = self.frozen_mask != 0
-            codes = torch.where(kept[..., None], codebook.float(), codes)
-            sizes = torch.where(kept, cluster_size, sizes)
+            frozen = self.frozen_mask != 0
+            codes = torch.where(frozen[..., None], codebook.float(), codes)
+            sizes = torch.where(frozen, cluster_size, sizes)
         codebook.copy_(codes)
         cluster_size.copy_(sizes)
         if embed_sum is not None:
@@ -272,16 +276,16 @@ class LearnedCodebook(CodebookState):
         initialised.fill_(1)
         return True
 
-    # ---- how codes are used
+    # ---- use of the codes
 
     def usage(self, *, total: bool = False, all_ranks: bool = False) -> CodeUsage:
-        """How the codes were used; costs no pass over the vectors, only over K counts.
+        """The use of the codes. Costs a pass over K counts, not over the vectors.
 
         Args:
-            total: over all forwards since ``track_usage()`` or ``reset_usage()``, in training and in eval, rather than
-                in the last training step.
-            all_ranks: with ``total``, the counts of all ranks added up; every rank has to call it. The counts of the
-                last training step are those of all ranks anyway, where the module synchronises.
+            total: count all forwards since ``track_usage()`` or ``reset_usage()``, in training and in eval, instead of
+                the last training step.
+            all_ranks: with ``total``, add up the counts of all ranks; every rank must call it. The counts of the last
+                training step are those of all ranks already, if the module synchronises.
 
         Raises:
             ValueError: ``total`` without ``track_usage()`` before, ``all_ranks`` without ``total``.
@@ -293,14 +297,14 @@ class LearnedCodebook(CodebookState):
             return usage_of(self.counts)
         if self._total_counts is None:
             raise ValueError(f"{name}: total=True needs counts; call track_usage() before the forwards to be counted")
-        self._place_statistics()
+        self._move_statistics()
         counts = self._total_counts
         if all_ranks:
             counts = distributed.all_reduce_packed([counts], self.group_of_ranks.group)[0]
         return usage_of(counts)
 
     def track_usage(self, on: bool = True) -> None:
-        """Starts to count the codes of every forward, in training and in eval, from zero; or stops.
+        """Starts counting the codes of every forward, in training and in eval, from zero; ``on=False`` stops it.
 
         Each rank counts its own vectors, so nothing is sent in eval. Counting costs one pass over the indices.
         """
@@ -313,7 +317,7 @@ class LearnedCodebook(CodebookState):
 
     def _count(
         self,
-        counts: Tensor | None,  # [*lead, K] of a forward that learns
+        counts: Tensor | None,  # [*lead, K], known if the forward learns
         indices: Tensor,  # [*lead, ...] int64
         vectors: Tensor,  # [*lead, ..., D], or [..., D] for all levels
     ) -> None:
@@ -334,31 +338,31 @@ def _one_batch(rows: Tensor) -> tuple[Tensor]:
 
 
 def _inside_backward() -> bool:
-    """Is autograd running this forward, as activation checkpointing does to get activations back?"""
-    if torch.compiler.is_compiling():  # there checkpoints are part of the graph, and recompute no side effects
+    """Whether this forward runs inside a backward, as activation checkpointing does to recompute activations."""
+    if torch.compiler.is_compiling():  # checkpoints are part of the graph then, and side effects do not run again
         return False
     return torch._C._current_graph_task_id() != -1
 
 
 @torch.no_grad()
 def update_codebooks(model: nn.Module) -> None:
-    """Lets every quantizer of ``model`` with ``update="manual"`` learn from what its forwards recorded.
+    """Makes every quantizer of ``model`` with ``update="manual"`` learn from the statistics of its forwards.
 
-    Call it after ``optimizer.step()``, once for any number of micro-batches, on every rank: statistics of all
-    quantizers go through one all-reduce (one for each process group). Quantizers in eval mode, frozen, or that
-    recorded nothing stay as they are.
+    Call it after ``optimizer.step()``, once for any number of micro-batches, on every rank. The statistics of all
+    quantizers go through one all-reduce (one for each process group). Quantizers that are in eval mode, frozen, or have
+    no statistics do not change.
     """
     modules = [
         m
         for m in model.modules()
         if isinstance(m, LearnedCodebook) and m.update == "manual" and m.training and not m.frozen
     ]
-    found: list[Found] = []
+    statistics: list[QuantizerStatistics] = []
     for m in modules:
-        m._settle()
-        spare = None if m.dead_code_threshold is None else m.pending_rows
-        found.append((m, None if m.learnable else m.pending_sums, m.pending_counts, spare))
-    learn(found)
+        m._restore_float32()
+        rows = None if m.dead_code_threshold is None else m.pending_rows
+        statistics.append((m, None if m.learnable else m.pending_sums, m.pending_counts, rows))
+    learn(statistics)
     for m in modules:
         m.pending_sums.zero_()
         m.pending_counts.zero_()

@@ -57,7 +57,7 @@ class _MaskedBase(nn.Module):
                 raise ValueError(
                     f"fastvq.nn.{name}: mask must be a bool tensor [{kh}, {kw}], got {mask.dtype} {list(mask.shape)}"
                 )
-        # Like the name it stands for, a mask is part of how the module is made, not of its state.
+        # A mask is an argument of the constructor, as a mask's name is, so it is not saved in the state.
         self.register_buffer("mask_taps", None if isinstance(mask, str) else mask.clone(), persistent=False)
         self.weight = nn.Parameter(torch.empty(n_weights, in_channels, kh, kw, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(n_weights, device=device, dtype=dtype)) if bias else None
@@ -68,7 +68,7 @@ class _MaskedBase(nn.Module):
         return self.mask_name if self.mask_name is not None else self.get_buffer("mask_taps")
 
     def reset_parameters(self) -> None:
-        """torch's bound for convolutions, 1/sqrt(fan_in), with the fan-in of the active taps alone."""
+        """Initialises within torch's bound for convolutions, 1/sqrt(fan_in); only active taps count in fan_in."""
         taps = self._buffers["mask_taps"]
         n_taps = len(active_taps(self.mask_name or "custom", taps, *self.kernel_size, self.colours))
         bound = 1 / math.sqrt(max(1, n_taps * self.in_channels))
@@ -93,12 +93,12 @@ class MaskedConv2d(_MaskedBase):
         colours: 3 for channels in three ordered groups.
 
     Attributes:
-        weight [out_channels, in_channels, kh, kw]: masked elements stay as they are, with a zero gradient. They are
-            initialised like the others, with the fan-in of the active taps.
+        weight [out_channels, in_channels, kh, kw]: masked elements are initialised like the others (within the bound
+            of the active taps' fan-in); their gradient is zero.
         bias [out_channels] or None.
 
     Raises:
-        ValueError: a kernel size that is even, no channels, an unknown mask or one of the wrong shape.
+        ValueError: an even kernel size, channels below 1, an unknown mask or a mask of the wrong shape.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class MaskedConv2d(_MaskedBase):
 class GatedMaskedConv2d(_MaskedBase):
     """tanh(a + condition_a) sigmoid(b + condition_b) of a masked convolution to (a, b), fused.
 
-    As ``MaskedConv2d``, with ``out_channels`` = C and weight [2C, C_in, kh, kw], bias [2C]: a first, b last.
+    As ``MaskedConv2d``, with ``out_channels`` = C, weight [2C, C_in, kh, kw] and bias [2C]; a is the first half.
     ``forward(x, condition)`` takes a condition [B, 2C] or [B, 2C, H, W]; see ``fastvq.ops.gated_masked_conv2d``.
     """
 

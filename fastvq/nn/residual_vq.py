@@ -17,19 +17,20 @@ OP = "fastvq.nn.ResidualVQ"
 
 
 class ResidualVQ(Projected, LearnedCodebook):
-    """Replaces vectors by sums of codes, one of each level (Zeghidour et al. 2021), and learns the codes.
+    """Replaces vectors by sums of codes, one code a level (Zeghidour et al. 2021), and learns the codes.
 
     Learning, ``update``, ``sync``, ``group``, ``dead_code_threshold``, checkpointing, ``freeze()``, ``freeze_codes()``,
-    ``set_codebook()``, ``usage()`` and buffers are as in ``VectorQuantizer``; all levels share one message. Dead codes
-    of a level take what the levels before left of a vector.
+    ``set_codebook()``, ``usage()`` and buffers are as in ``VectorQuantizer``; all levels share one message. A dead
+    code of a level is replaced by a residual that the levels before left.
 
     Args:
         dim, n_codes, n_levels: D, K, Q.
         shared_codebook: one codebook for all levels; statistics of all levels are added up.
-        quantize_dropout: in training use only the first 1 ... Q levels, as many as a random draw says; the others give
+        quantize_dropout: in training use only the first n levels, n drawn from 1 ... Q for each batch. The others give
             index -1 and no loss, and learn nothing from that batch.
-        kmeans_init: level by level, each on what the levels before left over (with a shared codebook, on the vectors).
-        others: as in ``VectorQuantizer``; cosine is left out, as residuals have no common length.
+        kmeans_init: starts each level by k-means on the residuals of the levels before; a shared codebook, on the
+            vectors.
+        others: as in ``VectorQuantizer``; metric "cosine" is refused, as residuals have no common length.
 
     Raises:
         ValueError: sizes or options that do not fit.
@@ -87,13 +88,13 @@ class ResidualVQ(Projected, LearnedCodebook):
     ) -> ResidualQuantized:
         """``ResidualQuantized(quantized, indices [..., Q], commitment_losses [Q], codebook_losses [Q], sums, counts)``.
 
-        The last two are what was learned from, None in eval.
+        ``sums`` and ``counts`` are the statistics that the forward learned from; None in eval.
         """
-        self._settle()
-        vectors = self._inward(x, mask)
+        self._restore_float32()
+        vectors = self._to_codebook_space(x, mask)
         learns = self._learns()
-        if learns and self._needs_start():
-            self._start_from(vectors.detach().reshape(-1, self.code_dim), _flat(mask), residual=True)
+        if learns and self._needs_kmeans_start():
+            self._kmeans_start(vectors.detach().reshape(-1, self.code_dim), _flat(mask), residual=True)
         n_used, used, levels = self.n_levels, None, self._levels(self._codes())
         if self.quantize_dropout and self.training:
             drawn = torch.randint(1, self.n_levels + 1, (), device="cpu")
@@ -119,21 +120,23 @@ class ResidualVQ(Projected, LearnedCodebook):
         )
         if learns:
             self._learn(q, vectors.detach(), mask)
-        return q._replace(quantized=self._outward(q.quantized, mask, x.dtype))
+        return q._replace(quantized=self._from_codebook_space(q.quantized, mask, x.dtype))
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices [..., Q] of all levels, as ``forward`` in eval returns them."""
         with torch.no_grad():
-            levels = self._levels(self._stored())
-            return residual_quantize(self._inward(x), levels, metric=self.metric, precision=self.precision).indices
+            levels = self._levels(self._inference_codes())
+            return residual_quantize(
+                self._to_codebook_space(x), levels, metric=self.metric, precision=self.precision
+            ).indices
 
     def decode(
         self,
-        indices: Tensor,  # [..., Q] or fewer levels, the first ones; any integer dtype
+        indices: Tensor,  # [..., Q], or the first levels only; any integer dtype
     ) -> Tensor:
         """The vectors that ``forward`` gives for these indices; a level with -1 adds nothing.
 
-        They have the dtype of the module: the one it was made or loaded under, or was cast to.
+        Their dtype is the module's: the one it was made, loaded or cast in.
 
         Raises:
             ValueError: an index that is neither -1 nor a code (checked on a CPU, elsewhere under FASTVQ_CHECK=1), more
@@ -146,7 +149,7 @@ class ResidualVQ(Projected, LearnedCodebook):
             raise ValueError(
                 f"{name}: indices must be [..., Q] with Q at most {self.n_levels} levels, got {list(indices.shape)}"
             )
-        levels = self._levels(self._stored())
+        levels = self._levels(self._inference_codes())
         dtype = torch.float64 if torch.float64 in (levels.dtype, self._module_dtype) else torch.float32  # as forward
         total = torch.zeros(*indices.shape[:-1], self.code_dim, device=levels.device, dtype=dtype)
         for q in range(indices.shape[-1]):
@@ -155,7 +158,7 @@ class ResidualVQ(Projected, LearnedCodebook):
                 total = total + levels[q][index]
             else:
                 total = total + torch.where((index >= 0)[..., None], levels[q][index.clamp(min=0)], 0)
-        return self._outward(total, None if all_real else (indices >= 0).any(dim=-1), self._module_dtype)
+        return self._from_codebook_space(total, None if all_real else (indices >= 0).any(dim=-1), self._module_dtype)
 
     def extra_repr(self) -> str:
         shared = ", shared codebook" if self.shared_codebook else ""
@@ -203,16 +206,16 @@ class ResidualVQ(Projected, LearnedCodebook):
             self._record(None if self.learnable else q.sums.sum(dim=0), q.counts.sum(dim=0), rows, flat_mask)
             return
         if self.dead_code_threshold is None:
-            left = rows.expand(self.n_levels, -1, -1)
+            residuals = rows.expand(self.n_levels, -1, -1)  # not read
         else:
-            # What each level saw; only where dead codes may want it, for it is Q times x.
-            residual, seen = rows.float(), []
+            # The residuals that the levels quantized: Q times the memory of x, so only if dead codes may need them.
+            residual, of_levels = rows.float(), []
             for codes, index in zip(self.codebook.detach(), q.indices.reshape(-1, self.n_levels).t(), strict=True):
-                seen.append(residual)
+                of_levels.append(residual)
                 residual = residual - torch.where((index >= 0)[:, None], codes[index.clamp(min=0)], 0)
-            left = torch.stack(seen)
+            residuals = torch.stack(of_levels)
         masks = None if flat_mask is None else flat_mask.expand(self.n_levels, -1)
-        self._record(None if self.learnable else q.sums, q.counts, left, masks)
+        self._record(None if self.learnable else q.sums, q.counts, residuals, masks)
 
 
 def _flat(mask: Tensor | None) -> Tensor | None:

@@ -19,9 +19,9 @@ __all__ = ["GroupedVQ", "VectorQuantizer"]
 class VectorQuantizer(Projected, LearnedCodebook):
     """Replaces vectors by their nearest codes, and learns the codes (van den Oord et al. 2017).
 
-    In training each forward also updates the codebook by the exponential moving average of ``fastvq.ops.ema_update_``,
-    after its outputs are made: what it returns are the codes before the update. With ``learnable=True`` the codebook is
-    a parameter instead, trained by ``codebook_loss``. In eval no buffer changes.
+    In training each forward also updates the codebook, by the exponential moving average of ``fastvq.ops.ema_update_``.
+    The update comes after the outputs: they hold the codes before it. With ``learnable=True`` the codebook is a
+    parameter instead, trained by ``codebook_loss``. In eval no buffer changes.
 
     Args:
         dim: D, width of the input vectors.
@@ -32,32 +32,32 @@ class VectorQuantizer(Projected, LearnedCodebook):
         commitment_weight: beta of the commitment loss.
         learnable: codes are a parameter; add ``codebook_loss`` to the loss.
         kmeans_init: the first training batch with a usable vector starts the codebook by k-means (over all ranks
-            together). The buffer ``initialised`` says whether that has happened, and is saved with the codes.
-        dead_code_threshold: a code whose average number of vectors a step falls below it takes a random vector of the
-            batch.
+            together). The buffer ``initialised`` records that it has happened, and is saved with the codes.
+        dead_code_threshold: a code whose average number of vectors a step falls below it is replaced by a random vector
+            of the batch.
         code_dim: width of the codes, D/heads unless given; where heads * code_dim is not D, linear layers
             ``project_in`` and ``project_out`` lie around the lookup (Yu et al. 2022).
-        heads: each vector is cut into so many parts, quantized apart.
+        heads: number of parts that each vector is cut into; each part is quantized separately.
         separate_codebook_per_head: a codebook for each head, rather than one for all.
         channel_first: input is [B, D, ...] rather than [..., D]; it is read in place.
-        update: "forward" as said, or "manual": statistics add up until ``fastvq.nn.update_codebooks(model)``, so
+        update: "forward": in every forward. "manual": statistics add up until ``fastvq.nn.update_codebooks(model)``, so
             ``decode(indices)`` equals ``quantized`` through a whole step, and micro-batches count as one.
         sync: "auto": statistics are summed over the ranks of ``torch.distributed`` where there are several (one message
-            a forward, or one for the whole model with ``update_codebooks``); "none": each rank learns by itself.
-        group: the processes that hold this quantizer, a group of ``torch.distributed``; None: all of them. Ranks
-            without the quantizer must not be in it, as every rank of the group takes part in each message.
+            a forward, or one for the whole model with ``update_codebooks``); "none": each rank learns separately.
+        group: the processes that hold this quantizer, a group of ``torch.distributed``; None: all processes. Every rank
+            of the group takes part in each message, so ranks without the quantizer must not be in it.
         precision: of the lookup, see ``fastvq.ops.nearest``.
 
-    A forward that runs inside a backward (activation checkpointing) neither updates nor records, and uses the codes of
-    the last training forward. ``freeze()`` stops all learning, ``freeze_codes(mask)`` that of single codes.
-    ``set_codebook(codes, sizes)`` starts from given codes. ``usage()`` tells how many codes are used, with
-    ``track_usage()`` over an epoch or a validation set.
+    A forward that runs inside a backward (activation checkpointing) neither updates nor counts, and uses the codes of
+    the last training forward. ``freeze()`` stops all learning, ``freeze_codes(mask)`` freezes single codes.
+    ``set_codebook(codes, sizes)`` starts from given codes. ``usage()`` returns how many codes are used; with
+    ``track_usage()``, over an epoch or a validation set.
 
     The buffers stay float32 when the module is cast, loaded or wrapped in another dtype. ``codebook`` is [K, code_dim],
-    with separate heads [H, K, code_dim]. docs/what_happens_when.md says what each way of loading does.
+    with separate heads [H, K, code_dim]. docs/what_happens_when.md describes each way of loading.
 
     Raises:
-        ValueError: sizes or options that do not fit, named in the message.
+        ValueError: sizes or options that do not fit; the message names them.
 
     Example:
         >>> vq = VectorQuantizer(64, 512)
@@ -115,14 +115,15 @@ class VectorQuantizer(Projected, LearnedCodebook):
     ) -> Quantized:
         """``Quantized(quantized, indices, commitment_loss, codebook_loss)``.
 
-        quantized has x's shape and dtype; indices [...], with several heads [..., heads]; -1 and zeros where masked.
+        quantized has x's shape and dtype; indices [...], with several heads [..., heads]. A masked vector gives -1 and
+        zeros.
         """
-        self._settle()
+        self._restore_float32()
         vectors = self._vectors(x, mask)
         heads_mask = self._heads_mask(mask)
         learns = self._learns()
-        if learns and self._needs_start():
-            self._start_from(vectors.detach(), heads_mask)
+        if learns and self._needs_kmeans_start():
+            self._kmeans_start(vectors.detach(), heads_mask)
         codes = self._codes()
         options: dict[str, Any] = {
             "metric": self.metric, "estimator": self.estimator, "mask": heads_mask, "beta": self.commitment_weight,
@@ -136,13 +137,13 @@ class VectorQuantizer(Projected, LearnedCodebook):
         else:
             q = quantize(vectors, codes, **options)
             self._count(None, q.indices, vectors)
-        quantized = self._outward(self._heads_joined(q.quantized), mask, x.dtype)
+        quantized = self._from_codebook_space(self._heads_joined(q.quantized), mask, x.dtype)
         return Quantized(quantized, self._heads_last(q.indices), q.commitment_loss, q.codebook_loss)
 
     def encode(self, x: Tensor) -> Tensor:
         """Indices as ``forward`` returns them."""
         with torch.no_grad():
-            codes = self._stored()
+            codes = self._inference_codes()
             indices = nearest(self._vectors(x), codes, metric=self.metric, precision=self.precision)
         return self._heads_last(indices)
 
@@ -152,7 +153,7 @@ class VectorQuantizer(Projected, LearnedCodebook):
     ) -> Tensor:
         """The vectors that ``forward`` gives for these indices, laid out as its input; zeros for -1.
 
-        They have the dtype of the module: the one it was made or loaded under, or was cast to.
+        Their dtype is the module's: the one it was made, loaded or cast in.
 
         Raises:
             ValueError: an index that is neither -1 nor a code (checked on a CPU, elsewhere under FASTVQ_CHECK=1),
@@ -163,7 +164,7 @@ class VectorQuantizer(Projected, LearnedCodebook):
         indices, all_real = check_ids(name, "indices", indices, -1, self.n_codes)
         if self.heads > 1 and (indices.dim() < 1 or indices.shape[-1] != self.heads):
             raise ValueError(f"{name}: indices must be [..., {self.heads}], one a head, got {list(indices.shape)}")
-        codes, real = self._stored(), None
+        codes, real = self._inference_codes(), None
         index = indices if all_real else indices.clamp(min=0)
         chosen = codes[torch.arange(self.heads, device=codes.device), index] if self.lead else codes[index]
         if not all_real:
@@ -172,14 +173,14 @@ class VectorQuantizer(Projected, LearnedCodebook):
             real = real.any(dim=-1) if self.heads > 1 else real
         if self.heads > 1:
             chosen = chosen.flatten(-2)
-        return self._outward(chosen, real, self._module_dtype)
+        return self._from_codebook_space(chosen, real, self._module_dtype)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, n_codes={self.n_codes}, code_dim={self.code_dim}, heads={self.heads}, {self.metric}"
 
     def _vectors(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x as the lookup takes it: [..., c]; [..., H, c] with a shared codebook; [H, ..., c] with separate ones."""
-        vectors = self._inward(x, mask)
+        """x in the lookup's layout: [..., c]; [..., H, c] with a shared codebook; [H, ..., c] with separate ones."""
+        vectors = self._to_codebook_space(x, mask)
         if self.heads > 1:
             vectors = vectors.unflatten(-1, (self.heads, self.code_dim))
             if self.lead:
@@ -206,13 +207,13 @@ class VectorQuantizer(Projected, LearnedCodebook):
 
 
 class GroupedVQ(VectorQuantizer):
-    """Cuts vectors into ``n_groups`` parts, each quantized by a codebook of its own (product quantization).
+    """Cuts vectors into ``n_groups`` parts, each quantized by its own codebook (product quantization).
 
-    A ``VectorQuantizer`` with as many heads as groups and separate codebooks: indices are [..., n_groups], all groups
-    are looked up in one call and synchronised in one message. Further options are those of ``VectorQuantizer``.
+    A ``VectorQuantizer`` with ``n_groups`` heads and separate codebooks: indices are [..., n_groups]; all groups are
+    looked up in one call and synchronised in one message. Further options are those of ``VectorQuantizer``.
 
     Raises:
-        ValueError: dim is no multiple of n_groups.
+        ValueError: dim is not a multiple of n_groups.
     """
 
     def __init__(self, dim: int, n_codes: int, n_groups: int, **options: object) -> None:
