@@ -1,4 +1,4 @@
-"""Archives that are broken in every way: what is whole is read, what is not is named, and the run goes on."""
+"""Broken archives of every kind: whole pictures are read, the others are named, and the run goes on."""
 
 import bz2
 import gzip
@@ -18,7 +18,7 @@ PICTURES = [(f"{i}.png", png(i)) for i in range(6)]
 
 
 def read(path, data=None, **options):
-    """(names of the pictures, {what was left out: why}) of an archive, read within seconds."""
+    """(names of the pictures, {name left out: reason}) of an archive, read within seconds."""
     if data is not None:
         path.write_bytes(data)
     began = time.monotonic()
@@ -181,7 +181,7 @@ def test_compressed_archives_go_by_their_usual_names(tmp_path, name):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    """Time limits of a test."""
+    """Sets time limits short enough for a test."""
     monkeypatch.setattr(http, "TIMEOUT_S", 0.4)
     monkeypatch.setattr(http, "PAUSE_S", 0.01)
 

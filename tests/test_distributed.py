@@ -267,7 +267,7 @@ def test_sharded_lookup_equals_the_whole(ranks):
 
 @job
 def groups(rank, world):
-    """Half of the ranks hold quantizers, the others do not; nobody waits for them."""
+    """Half of the ranks hold quantizers, the others do not; no rank waits for the others."""
     n = max(1, world // 2)
     group = dist.new_group(list(range(n)))
     if rank >= n:

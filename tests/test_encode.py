@@ -1,4 +1,4 @@
-"""``fastvq encode`` and ``decode``: no picture is lost or mixed, whatever the names, archives, faults and resumes."""
+"""``fastvq encode`` and ``decode``: no names, archives, faults or resumed calls lose or mix up pictures."""
 
 import gzip
 import json
@@ -68,7 +68,7 @@ def manifest(tmp_path):
 
 
 def contents(folder):
-    """Of all id shards and the manifest."""
+    """The contents of all id shards and of the manifest."""
     return {p.name: p.read_bytes() for p in [*folder.glob("ids-*"), folder / "manifest.json"]}
 
 

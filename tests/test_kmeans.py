@@ -24,7 +24,7 @@ def test_recovers_known_clusters(k):
     result = kmeans(x, k, generator=generator(0), n_iter=50)
     means = torch.stack([x[owner == i].double().mean(0) for i in range(k)])
     distance = torch.cdist(means, result.codebook.double())
-    # Each mean of the truth is a code, to the rounding of a mean of 64 numbers below 8 k.
+    # Each true mean is a code, to the rounding of a mean of 64 numbers below 8 k.
     assert distance.amin(1).max() < 1e-5 * 8 * k
     assert (result.counts == 64).all() and distance.argmin(1).unique().numel() == k
 
@@ -46,7 +46,7 @@ def test_deterministic_whatever_the_threads(threads):
     for n in (1, 2):
         threads(n)
         results.append(kmeans(x, 65, generator=generator(4), n_iter=5))
-    # The start multiplies matrices, whose last bits may follow the threads; a draw so close is not in this data.
+    # The start weights draws by a matrix product, whose last bits may depend on the threads; no draw here is so close.
     assert torch.equal(results[0].codebook, results[1].codebook) and results[0][1:3][1] == results[1].inertia
 
 
@@ -72,7 +72,7 @@ def test_random_start_takes_distinct_vectors():
 
 
 def test_empty_clusters_are_filled():
-    """All starts lie in one heap; the far heaps are found by the codes that lost every vector."""
+    """All starts lie in one cluster. Codes that lose every vector must move to the far vectors."""
     x = torch.cat([torch.zeros(500, 2), torch.eye(2).repeat(5, 1) * 100 + torch.arange(10)[:, None] * 3.0])
     result = kmeans(x, 11, init="random", generator=generator(8), n_iter=50)
     assert (result.counts > 0).all() and result.inertia == 0
@@ -144,7 +144,7 @@ def test_inertia_of_scikit_learn_on_photographs(monkeypatch):
 
     x = torch.from_numpy(photographs.patches("8x8")[::2])
     ours = sum(kmeans(x, 64, n_iter=25, generator=generator(seed)).inertia for seed in range(3))
-    # scikit-learn's threads and torch's fight over the cores if both keep several.
+    # scikit-learn's threads and torch's compete for the cores, so scikit-learn gets one.
     with pytest.importorskip("threadpoolctl").threadpool_limits(1):
         theirs = sum(
             cluster.KMeans(64, n_init=1, max_iter=25, random_state=seed).fit(x.numpy()).inertia_ for seed in range(3)

@@ -99,7 +99,7 @@ class ResidualVQ(Projected, LearnedCodebook):
         if self.quantize_dropout and self.training:
             drawn = torch.randint(1, self.n_levels + 1, (), device="cpu")
             if torch.compiler.is_compiling():
-                # No shape of a graph may depend on the draw. A level of zeros changes no residual and no sum.
+                # No shape in a graph may depend on the drawn number. A level of zeros changes no residual and no sum.
                 used = (torch.arange(self.n_levels, device="cpu") < drawn).to(levels.device)
                 levels = torch.where(used[:, None, None], levels, 0)
             else:
@@ -185,7 +185,7 @@ class ResidualVQ(Projected, LearnedCodebook):
         q: ResidualQuantized,
         used: Tensor,  # [Q] bool
     ) -> ResidualQuantized:
-        """The result of the levels in use alone, as ``_pad`` gives it."""
+        """Clears the results of unused levels: index -1, zeros elsewhere, as ``_pad`` does."""
 
         def of_used(t: Tensor) -> Tensor:
             return torch.where(used.view(-1, *[1] * (t.dim() - 1)), t, 0)

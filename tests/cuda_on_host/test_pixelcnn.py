@@ -85,7 +85,7 @@ def draw(logits, uniforms, **options):
     return ids.view(n)
 
 
-def test_choice_is_that_of_choose_ids(cuda_on_host):
+def test_choice_is_that_of_sample_ids(cuda_on_host):
     g = generator(6)
     uniforms = torch.cat([torch.rand(6, generator=g, dtype=torch.float64), torch.tensor([0.0, 1 - 2.0**-53]).double()])
     ties = torch.randn(200, generator=g).mul(2).round()

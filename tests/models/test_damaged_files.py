@@ -187,7 +187,7 @@ def test_foreign_metadata_is_one_line(tmp_path, metadata):
 
 
 def test_a_save_that_was_killed_between_its_files_leaves_a_whole_model(tmp_path, monkeypatch):
-    """The old config beside the new weights: the config inside the weights counts."""
+    """The old config.json stands with the new weights: the config inside the weights file is used."""
     small_vqvae().save_pretrained(tmp_path)
     new = small_vqvae2()
 

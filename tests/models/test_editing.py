@@ -12,7 +12,7 @@ BOX = (40, 24, 52, 40)
 
 
 def large(make, **options):
-    """A model whose codes are means of its own vectors, so that different pictures get different ids."""
+    """A model whose codes are means of its vectors, so that different pictures get different ids."""
     model = make(channels=3, kmeans_init=True, **options)
     image = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(1))
     model(image)

@@ -142,12 +142,12 @@ def test_inpainting_keeps_what_it_must(cached):
     # Kept positions do not shift the draws of others: the first sampled position sees only the kept ids before it.
     everything = torch.ones_like(keep)
     assert torch.equal(model.sample((3, 5, 6), known=known, keep=everything, cached=cached), known)
-    # What known holds where it is not kept does not matter.
+    # Where keep is False, the values of known do not matter.
     noise = torch.where(keep, known, -7)
     assert torch.equal(out, model.sample((3, 5, 6), known=noise, keep=keep, generator=generator(11), cached=cached))
 
 
-def test_choose_ids_by_hand():
+def test_sample_ids_by_hand():
     logits = torch.log(torch.tensor([[0.1, 0.5, 0.0, 0.4]])).expand(5, 4)
     u = torch.tensor([0.0, 0.0999, 0.1001, 0.5999, 1 - 2.0**-53], dtype=torch.float64)
     assert sample_ids(logits, u, Choice()).tolist() == [0, 0, 1, 1, 3]

@@ -47,7 +47,7 @@ def test_gradient_learned_codebook_recovers_means():
 
 @pytest.mark.parametrize("update", ["forward", "manual"])
 def test_equals_a_literal_one_hot_quantizer_over_a_hundred_steps(update):
-    """float64 throughout on the other side: one-hot counts, decay, Laplace; a NaN batch in the middle on ours alone."""
+    """Against float64 one-hot counts, decay and Laplace smoothing. Only ours also gets a NaN batch, in the middle."""
     torch.manual_seed(2)
     vq = VectorQuantizer(6, 20, decay=0.9, update=update)
     codebook, total, size = vq.codebook.double(), vq.embed_sum.double().clone(), vq.cluster_size.double()

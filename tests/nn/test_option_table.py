@@ -1,8 +1,8 @@
 """Masks, vectors that are not finite and empty batches, with every option and mode of the quantizers.
 
 The contract is that of the ops. A masked vector gives zeros, index -1, no loss, no gradient and no statistics. A real
-vector that holds NaN or infinity gets index 0, makes the losses NaN and gives no statistics. All others give what they
-give in a batch of their own.
+vector that holds NaN or infinity gets index 0, makes the losses NaN and gives no statistics. Every other vector
+gives the result of a separate batch.
 """
 
 import copy
@@ -89,7 +89,7 @@ def same(a, b):
 
 @functools.cache
 def one_by_one(options):
-    """What each vector gives in a batch of its own: four times, as a picture has four vectors."""
+    """The result of each vector in a separate batch, repeated four times, as a picture has four vectors."""
     return [forward(made(options, "eval"), r.expand(4, D)) for r in torch.randn(N, D, generator=generator(1))]
 
 

@@ -1,4 +1,4 @@
-"""What every quantizer module promises, checked on every variant."""
+"""The contract of the quantizer modules, checked on every variant."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""The state of a quantizer: learnable codebooks with dead codes, dtypes, codes of one's own, frozen codes, totals."""
+"""The state of quantizers: learnable codebooks with dead codes, dtypes, codes set by the user, frozen codes, totals."""
 
 import copy
 import pickle
@@ -39,7 +39,7 @@ def gradients(module, x, run):
 
 @pytest.mark.parametrize("name", LEARNABLE)
 def test_learnable_codebook_with_dead_codes_trains(name):
-    """Gradients are those of a twin whose codes never die, with and without activation checkpointing."""
+    """Gradients equal those of a copy whose codes never die, with and without activation checkpointing."""
     torch.manual_seed(0)
     module = LEARNABLE[name](learnable=True, dead_code_threshold=1.0)
     other = copy.deepcopy(module)

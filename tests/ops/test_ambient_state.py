@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastvq.models import VQVAE, PixelCNN, edit
-from fastvq.models.sampling import start
 from fastvq.ops import (
     code_statistics,
     ema_update_,
@@ -88,7 +87,7 @@ def test_sampler(default, engine, monkeypatch):
 
     def run():
         ids = model.sample((2, 4, 5), generator=source.manual_seed(3), top_p=0.9)
-        state = start(model, (2, 4, 5), None, None)
+        state = model.sampler_state((2, 4, 5), None, None)
         return [ids, *(pixelcnn_step(state, ids, i, j).detach() for i in range(4) for j in range(5))]
 
     expected = run()
@@ -119,7 +118,7 @@ def test_positions_out_of_order_are_defined(engine):
     torch.manual_seed(0)
     model = PixelCNN(7, 8, 3)
     ids = torch.zeros(2, 4, 5, dtype=torch.int64)
-    weights = start(model, (2, 4, 5), None, None)
+    weights = model.sampler_state((2, 4, 5), None, None)
     assert weights.cache.count_nonzero() == 0
 
     def out_of_order():

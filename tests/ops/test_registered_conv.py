@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from fastvq.models import PixelCNN
-from fastvq.models.sampling import start
 from fastvq.ops import gated_masked_conv2d, masked_conv2d, nearest, pack_codebook, pixelcnn_start, pixelcnn_step
 
 OPS = torch.ops.fastvq
@@ -81,7 +80,7 @@ def state():
 )  # fmt: skip
 def test_pixelcnn_step(change):
     model, ids = state()
-    s = start(model, (2, 4, 5), None, None)
+    s = model.sampler_state((2, 4, 5), None, None)
     given = [ids, s.weights, s.cache, s.condition, list(s.kernel_sizes), 0, 0, s.isa, s.backend]
     assert OPS.pixelcnn_step(*given).shape == (2, 7)
     for place, wrong in change.items():
@@ -96,7 +95,7 @@ def test_devices_of_arguments():
         masked_conv2d(X, W, mask=TAPS.to("meta"))
     with pytest.raises(ValueError, match="x and mask must be on one device, got cpu and meta"):
         gated_masked_conv2d(X, W, mask=TAPS.to("meta"))
-    s = start(model, (2, 4, 5), None, None)
+    s = model.sampler_state((2, 4, 5), None, None)
     with pytest.raises(ValueError, match="weights and ids must be on one device, got cpu and meta"):
         pixelcnn_step(s, ids.to("meta"), 0, 0)
     given = [torch.randn(7, 8), *(torch.randn(1) for _ in range(3))]
