@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastvq.ops import nearest, quantize, residual_quantize
+from fastvq.ops.nearest import cpu
 from tests.cases import gaussian, generator
 
 OPS = torch.ops.fastvq
@@ -122,6 +123,14 @@ def test_a_level_without_a_code(use_engine):
     r.indices.numpy()[3, 2] = -1
     with pytest.raises(ValueError, match=r"got -1 at row \(3, 2\)"):
         r.commitment_losses.sum().backward()
+
+
+def test_pack_codebook():
+    refused("pack_codebook", [C, "dot"], 0, C[0])
+    refused("pack_codebook", [C, "dot"], 0, C.long())
+    refused("pack_codebook", [C, "dot"], 1, "l2")
+    with pytest.raises(ValueError, match="fastvq.ops.pack_codebook: codebook must be on the CPU, got meta"):
+        cpu.pack(C.to("meta"), "dot")  # through the op, a codebook on a GPU comes here
 
 
 def test_right_calls_still_run(engine):

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from fastvq import _native
-from fastvq._checks import check_codes
+from fastvq._checks import check_codes, check_option
 from fastvq._native import address
 from fastvq.ops._library import register
 
 __all__ = ["nearest", "pack"]
+
+PACK = "fastvq.ops.pack_codebook"
 
 
 @_native.cpu_call
@@ -38,7 +40,10 @@ def pack(
     metric: str,
 ) -> Tensor:  # [bytes] uint8
     """The codebook as the kernels that will look vectors up in it read it."""
-    check_codes("fastvq.ops.pack_codebook", codebook)
+    check_codes(PACK, codebook)
+    check_option(PACK, "metric", metric, _native.METRICS)
+    if codebook.device.type != "cpu":
+        raise ValueError(f"{PACK}: codebook must be on the CPU, got {codebook.device}; the layout is for CPU kernels")
     view, isa = _native.codes_view(codebook), _native.packing_isa()
     layout = torch.empty(_native._cpu.packed_bytes(view, isa), dtype=torch.uint8, device="cpu")
     _native._cpu.pack_codebook(view, _native.metric_code(metric), isa, torch.get_num_threads(), address(layout))
