@@ -129,7 +129,7 @@ def test_pack_codebook():
     refused("pack_codebook", [C, "dot"], 0, C[0])
     refused("pack_codebook", [C, "dot"], 0, C.long())
     refused("pack_codebook", [C, "dot"], 1, "l2")
-    with pytest.raises(ValueError, match="fastvq.ops.pack_codebook: codebook must be on the CPU, got meta"):
+    with pytest.raises(ValueError, match=r"fastvq.ops.pack_codebook: codebook must be on the CPU, got meta"):
         cpu.pack(C.to("meta"), "dot")  # through the op, a codebook on a GPU comes here
 
 
