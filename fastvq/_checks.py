@@ -18,6 +18,7 @@ __all__ = [
     "check_codes",
     "check_dense",
     "check_float",
+    "check_generator",
     "check_ids",
     "check_indices",
     "check_integer",
@@ -67,6 +68,11 @@ def check_number(op: str, argument: str, value: object) -> None:
         return
     if isinstance(value, (bool, str, bytes, complex)) or not hasattr(value, "__float__"):
         raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__} {value!r}")
+
+
+def check_generator(op: str, value: object) -> None:
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator or None, got {type(value).__name__}")
 
 
 def check_float(op: str, argument: str, value: object) -> None:

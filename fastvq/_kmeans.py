@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq._checks import check_float, check_integer, check_number, check_option
+from fastvq._checks import check_float, check_generator, check_integer, check_number, check_option
 from fastvq.ops.ema import code_statistics
 from fastvq.ops.nearest import nearest
 from fastvq.ops.quantize import quantize
@@ -103,6 +103,7 @@ def kmeans(
     check_integer(OP, "n_codes", n_codes)
     check_integer(OP, "n_iter", n_iter)
     check_number(OP, "tolerance", tolerance)
+    check_generator(OP, generator)
     if n_codes < 1:
         raise ValueError(f"{OP}: n_codes must be at least 1, got {n_codes}")
     if n_iter < 0 or not tolerance >= 0:
@@ -177,7 +178,10 @@ def fit(
 def _prepared(batches: Batches, normalise: bool) -> Iterator[Tensor]:
     """The batches [n, D], checked; scaled to unit length for cosine."""
     width = None
-    for batch in batches():
+    given = batches()
+    if not isinstance(given, Iterable):
+        raise TypeError(f"{OP}: data() must return an iterator over batches [n, D], got {type(given).__name__}")
+    for batch in given:
         check_float(OP, "data", batch)
         if batch.dim() != 2 or batch.shape[1] == 0 or (width is not None and batch.shape[1] != width):
             raise ValueError(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastvq._checks import FLOATS, check_dense, check_indices, check_integer, check_option, check_sizes
+from fastvq._checks import FLOATS, check_dense, check_generator, check_indices, check_integer, check_option, check_sizes
 from fastvq.models.blocks import Decoder, Encoder
 from fastvq.models.checkpoints import Pretrained
 from fastvq.models.prior import as_priors
@@ -207,6 +207,7 @@ class Autoencoder(Pretrained):
         """
         op = f"{self.op}.generate"
         check_integer(op, "n", n)
+        check_generator(op, generator)
         if size is not None:
             check_sizes(op, "size", size)
         found = as_priors(op, priors, self.levels)
@@ -286,6 +287,8 @@ class Autoencoder(Pretrained):
 
     def _checked_maps(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The maps as int64."""
+        if not hasattr(maps, "__len__"):
+            raise TypeError(f"{self.op}: maps must be a sequence, one a level, got {type(maps).__name__}")
         if len(maps) != self.levels:
             raise ValueError(f"{self.op}: maps must be {self.levels}, one a level, top first, got {len(maps)}")
         maps = [

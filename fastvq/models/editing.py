@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastvq._checks import check_generator, check_integer, check_sizes
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.models.blocks import widen
 from fastvq.models.prior import as_priors
@@ -95,6 +96,10 @@ def edit(
             if value is not None]  # fmt: skip
     if len(ways) != 1:
         raise ValueError(f"{OP}: exactly one of codes, source, swap, prior must be given, got {ways or 'none'}")
+    if not isinstance(model, Autoencoder):
+        raise TypeError(f"{OP}: model must be a VQVAE or a VQVAE2, got {type(model).__name__}")
+    check_integer(OP, "n_candidates", n_candidates)
+    check_generator(OP, generator)
     if n_candidates < 1:
         raise ValueError(f"{OP}: n_candidates must be at least 1, got {n_candidates}")
     training = model.training
@@ -144,6 +149,7 @@ def region_mask(
             raise ValueError(f"{OP}: region must hold at least one pixel of every picture, and has none")
         return mask
     box = list(region)
+    check_sizes(OP, "region", box)
     if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
         raise ValueError(
             f"{OP}: region as a box must be (x0, y0, x1, y1) with 0 <= x0 < x1 <= {width} and "

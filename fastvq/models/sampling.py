@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import _triton
-from fastvq._checks import check_indices, check_integer, check_number, check_sizes
+from fastvq._checks import check_generator, check_indices, check_integer, check_number, check_sizes
 from fastvq.ops import DRAWING_BACKENDS, PixelCNNState, PixelCNNSteps, pixelcnn_draw_
 from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
 
@@ -129,6 +129,7 @@ def sample(
 ) -> Tensor:  # [B, h, w] int64
     """See ``PixelCNN.sample``."""
     _check(model, shape, labels, known, keep, choice)
+    check_generator(OP, generator)
     shape = (shape[0], shape[1], shape[2])
     device = model.embedding.weight.device
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)

@@ -352,6 +352,8 @@ def update_codebooks(model: nn.Module) -> None:
     quantizers go through one all-reduce (one for each process group). Quantizers that are in eval mode, frozen, or have
     no statistics do not change.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"fastvq.nn.update_codebooks: model must be a torch.nn.Module, got {type(model).__name__}")
     modules = [
         m
         for m in model.modules()

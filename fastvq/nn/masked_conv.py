@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class _MaskedBase(nn.Module):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        sizes = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        sizes = tuple(kernel_size) if isinstance(kernel_size, Iterable) else (kernel_size, kernel_size)
         if len(sizes) != 2 or not all(isinstance(size, int) for size in sizes):
             raise ValueError(
                 f"fastvq.nn.{name}: kernel_size must be one integer or two (height, width), got {kernel_size}"
@@ -53,6 +54,10 @@ class _MaskedBase(nn.Module):
             check_option(f"fastvq.nn.{name}", "mask", mask, MASKS)
             self.mask_name = mask
         else:
+            if not isinstance(mask, Tensor):
+                raise TypeError(
+                    f"fastvq.nn.{name}: mask must be the name of a mask or a bool tensor, got {type(mask).__name__}"
+                )
             if mask.dtype != torch.bool or mask.shape != (kh, kw):
                 raise ValueError(
                     f"fastvq.nn.{name}: mask must be a bool tensor [{kh}, {kw}], got {mask.dtype} {list(mask.shape)}"

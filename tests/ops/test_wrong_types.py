@@ -9,6 +9,7 @@ from fastvq import models, nn, ops
 X, CODES, IDS = torch.randn(6, 4), torch.randn(5, 4), torch.zeros(6, dtype=torch.int64)
 IMAGE, WEIGHT = torch.randn(1, 2, 4, 4), torch.randn(4, 2, 3, 3)
 SUMS, COUNTS, SIZE = torch.zeros(5, 4), torch.zeros(5, dtype=torch.int64), torch.ones(5)
+VQ, PICTURE, BOX = models.VQVAE(1, 8, 4, 4), torch.randn(1, 1, 16, 16), (0, 0, 8, 8)
 PRIOR = models.PixelCNN(4, 2, 1, first_kernel_size=3)
 WEIGHTS = [torch.zeros(s) for s in ((4, 2), (4, 2, 3, 3), 4, (4, 2, 1, 1), 4, (4, 2, 1, 3), 4, (2, 2, 1, 1), 2,
            (2, 2, 1, 1), 2, (4, 2, 1, 1), 4)]  # fmt: skip
@@ -77,6 +78,8 @@ INTEGERS = {
     "models.VQVAE: n_blocks": lambda n: models.VQVAE(1, 8, 7, 4, n_blocks=n),
     "models.VQVAE2: levels": lambda n: models.VQVAE2(1, 8, 7, 4, levels=n),
     "models.VQVAE2: n_codes\\[1\\]": lambda n: models.VQVAE2(1, 8, [7, n], 4),
+    "models.edit: n_candidates": lambda n: models.edit(VQ, PICTURE, BOX, prior=PRIOR, n_candidates=n),
+    "models.edit: region\\[3\\]": lambda n: models.edit(VQ, PICTURE, (0, 0, 8, n), prior=PRIOR),
     "models.VQVAE.generate: n": lambda n: models.VQVAE(1, 8, 7, 4).generate(n, priors=PRIOR, size=(16, 16)),
 }
 
@@ -145,12 +148,27 @@ def test_sequences_and_tensors():
         (lambda: ops.pack_codebook(NESTED), "ops.pack_codebook: codebook must be a dense tensor, got a nested one"),
         (lambda: fastvq.kmeans(NESTED, 2), "kmeans: data must be a dense tensor, got a nested one"),
         (lambda: fastvq.kmeans([1.0], 2), "kmeans: data must be a tensor"),
+        (lambda: fastvq.kmeans(lambda: 3, 2), r"kmeans: data\(\) must return an iterator over batches"),
+        (lambda: fastvq.kmeans(X, 2, generator=3), "kmeans: generator must be a torch.Generator or None, got int"),
+        (lambda: _replace(generator=3), "ops.replace_dead_codes_: generator must be a torch.Generator or None"),
+        (lambda: PRIOR.sample((1, 2, 2), generator=3), "models.PixelCNN.sample: generator must be a torch.Generator"),
+        (lambda: ops.residual_quantize(X, None), "ops.residual_quantize: codebooks must be a tensor or a sequence"),
+        (lambda: nn.update_codebooks(None), "nn.update_codebooks: model must be a torch.nn.Module, got NoneType"),
+        (lambda: nn.MaskedConv2d(4, 8, 3, mask=3), "nn.MaskedConv2d: mask must be the name of a mask or a bool tensor"),
+        (lambda: models.edit(None, PICTURE, BOX, prior=PRIOR), "models.edit: model must be a VQVAE or a VQVAE2"),
+        (lambda: VQ.decode_maps(None), "models.VQVAE: maps must be a sequence, one a level, got NoneType"),
         (lambda: models.VQVAE(1, 8, None, 4), "models.VQVAE: n_codes must be an integer, got NoneType"),
         (lambda: models.VQVAE(1, 8, 7, 4)(NESTED), "models.VQVAE: image must be a dense tensor, got a nested one"),
         (lambda: PRIOR(NESTED), "models.PixelCNN: ids must be a dense tensor, got a nested one"),
     ):
         with pytest.raises(TypeError, match="fastvq." + message):
             call()
+
+
+def test_kernel_sizes_of_modules():
+    for make, wrong in ((nn.MaskedConv2d, "x"), (nn.MaskedConv2d, (3.0, 3)), (nn.GatedMaskedConv2d, 3.0)):
+        with pytest.raises(ValueError, match=f"{make.__name__}: kernel_size must be one integer or two .* got "):
+            make(4, 8, wrong)
 
 
 def test_what_was_allowed_still_is():

@@ -11,6 +11,7 @@ from fastvq._checks import (
     FLOATS,
     check_backend_name,
     check_float,
+    check_generator,
     check_integer,
     check_mask,
     check_number,
@@ -222,6 +223,7 @@ def replace_dead_codes_(
     """
     check_backend_name(REPLACE, backend)
     check_number(REPLACE, "threshold", threshold)
+    check_generator(REPLACE, generator)
     _check_buffers(REPLACE, codebook, embed_sum, cluster_size)
     _check_candidates(codebook, x)
     if not threshold >= 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -147,6 +147,8 @@ def residual_quantize(
         (torch.Size([4, 100, 32]), torch.Size([4, 100, 8]), torch.Size([8]))
     """
     if not isinstance(codebooks, Tensor):
+        if not isinstance(codebooks, Iterable):
+            raise TypeError(f"{OP}: codebooks must be a tensor or a sequence of them, got {type(codebooks).__name__}")
         codebooks = list(codebooks)
         for level in codebooks:
             check_codebook(OP, x, level)
