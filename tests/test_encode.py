@@ -160,6 +160,12 @@ def test_no_command_writes_into_the_pictures_it_reads(encode, model, pictures, t
     assert {p.name: p.read_bytes() for p in pictures.iterdir()} == before
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(encode, pictures, tmp_path):
+    (tmp_path / "file").write_bytes(b"mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "ids"):
+        assert "file is a file: take another --out" in said(encode(pictures, "--out", out, status=2))
+
+
 def test_one_folder_has_many_paths(encode, pictures, tmp_path, monkeypatch):
     encode(pictures)
     monkeypatch.chdir(tmp_path)

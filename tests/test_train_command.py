@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from fastvq.cli import train as module
-from fastvq.models import VQVAE
+from fastvq.models import VQVAE, Prior
 
 from .archives import png
 from .test_cli import fastvq
@@ -96,6 +96,15 @@ def test_a_prior_that_fails_at_once_leaves_no_folder(train, tmp_path):
     (tmp_path / "set.tar").write_bytes(b"")
     assert "no picture of shards" in fastvq(*command, "--data", tmp_path / "set.tar", status=2).output
     assert not (tmp_path / "prior").exists()
+
+
+def test_a_prior_of_pictures_with_and_without_a_class_knows_none(train, tmp_path):
+    (tmp_path / "pictures" / "cats").mkdir(parents=True)
+    (tmp_path / "pictures" / "cats" / "a.png").write_bytes(png(7))
+    train(3)
+    options = ["--steps", 2, "--channels", 8, "--layers", 1, "--batch-size", 4]
+    fastvq("train", "prior", "--model", tmp_path / "run", "--out", tmp_path / "prior", *options)
+    assert Prior.from_pretrained(tmp_path / "prior" / "level0").n_classes is None
 
 
 def test_a_model_that_must_not_be_read_says_so(train, tmp_path, monkeypatch):

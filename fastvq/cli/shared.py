@@ -129,8 +129,10 @@ def output_folder(folder: Path, data: str | None = None) -> Iterator[None]:
     """At the end of the block, removes ``folder`` and its parents if the block created them and they are empty.
 
     Raises:
-        ValueError: ``folder`` lies in the folder ``data``.
+        ValueError: ``folder`` is no folder, or lies in the folder ``data``.
     """
+    if blocking := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise ValueError(f"--out must be a folder, got {folder}, and {blocking} is a file: take another --out")
     if data is not None:
         check_outside(folder, data)
     made = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -125,7 +125,8 @@ class Photographs(Source):
 
 class ImageFolder(Source):
     """The pictures in a folder and its subfolders, sorted by path; every tenth is held out. The class of a picture is
-    the first subfolder on its path, if there is one."""
+    the first subfolder on its path, if there is one. A set in which some pictures have no class has no classes, so that
+    no prior is conditioned on labels that some pictures lack."""
 
     def __init__(self, folder: Path | str, split: str = "train", size: int = 64, channels: int = 3, odd: str = "skip"):
         super().__init__(split)
@@ -134,7 +135,7 @@ class ImageFolder(Source):
         found = self._find()
         classes = {p.relative_to(self.folder).parts[0] for p in found if p.parent != self.folder}
         self.classes = sorted(classes)
-        self.n_classes = len(classes) or None
+        self.n_classes = None if any(p.parent == self.folder for p in found) else len(classes) or None
         self.paths: list[Path] = self._split(found)
         if not self.paths:
             why = next((f"; {name}: {reason}" for name, reason in self.skipped.items()), "")
