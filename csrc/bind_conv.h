@@ -16,8 +16,15 @@ using WeightTuple = std::tuple<uintptr_t, int, std::array<int64_t, 4>, std::vect
 
 inline MaskedWeight to_weight(const WeightTuple& given) {
   const auto& [address, dtype, shape, taps, colours, own_colour] = given;
-  MaskedWeight w{reinterpret_cast<const void*>(address), static_cast<DType>(dtype), shape[0], shape[1],
-                 shape[2] * shape[3], {}, (shape[2] / 2) * shape[3] + shape[3] / 2, colours, own_colour};
+  MaskedWeight w{reinterpret_cast<const void*>(address),
+                 static_cast<DType>(dtype),
+                 shape[0],
+                 shape[1],
+                 shape[2] * shape[3],
+                 {},
+                 (shape[2] / 2) * shape[3] + shape[3] / 2,
+                 colours,
+                 own_colour};
   for (int64_t t : taps) w.taps.push_back({t, t / shape[3] - shape[2] / 2, t % shape[3] - shape[3] / 2});
   return w;
 }
@@ -38,29 +45,36 @@ inline void bind_pixelcnn(py::module_& m) {
     const PixelCNNSizes sizes = pixelcnn_sizes(to_shape(shape), static_cast<Isa>(isa));
     return std::make_pair(sizes.weights, sizes.cache);
   });
-  m.def("pixelcnn_pack", [](const PixelCNNTuple& shape, const std::vector<uintptr_t>& weights, uintptr_t packed,
-                            int isa) {
-    std::vector<const float*> pointers;
-    for (uintptr_t address : weights) pointers.push_back(const_floats(address));
-    const PixelCNNShape shape_ = to_shape(shape);
-    py::gil_scoped_release release;
-    pixelcnn_pack(shape_, pointers, floats(packed), static_cast<Isa>(isa));
-  });
+  m.def("pixelcnn_pack",
+        [](const PixelCNNTuple& shape, const std::vector<uintptr_t>& weights, uintptr_t packed, int isa) {
+          std::vector<const float*> pointers;
+          for (uintptr_t address : weights) pointers.push_back(const_floats(address));
+          const PixelCNNShape shape_ = to_shape(shape);
+          py::gil_scoped_release release;
+          pixelcnn_pack(shape_, pointers, floats(packed), static_cast<Isa>(isa));
+        });
   m.def("pixelcnn_step", [](const PixelCNNTuple& shape, uintptr_t ids, uintptr_t weights, uintptr_t embedding,
                             uintptr_t cache, uintptr_t condition, int64_t condition_height, int64_t condition_width,
                             uintptr_t logits, int64_t row, int64_t column, int isa, int n_threads) {
     const PixelCNNShape shape_ = to_shape(shape);
-    const PixelCNNCall call{reinterpret_cast<const int64_t*>(ids), const_floats(weights), const_floats(embedding),
-                            floats(cache), const_floats(condition), condition_height, condition_width, floats(logits),
-                            row, column};
+    const PixelCNNCall call{reinterpret_cast<const int64_t*>(ids),
+                            const_floats(weights),
+                            const_floats(embedding),
+                            floats(cache),
+                            const_floats(condition),
+                            condition_height,
+                            condition_width,
+                            floats(logits),
+                            row,
+                            column};
     py::gil_scoped_release release;
     pixelcnn_step(shape_, call, static_cast<Isa>(isa), n_threads);
   });
 }
 
 inline void bind_masked_conv(py::module_& m) {
-  m.def("masked_conv_forward", [](const ImageTuple& x, const WeightTuple& weight, uintptr_t bias,
-                                  const ImageTuple& out, int isa, int n_threads) {
+  m.def("masked_conv_forward", [](const ImageTuple& x, const WeightTuple& weight, uintptr_t bias, const ImageTuple& out,
+                                  int isa, int n_threads) {
     const Image x_ = to_image(x), out_ = to_image(out);
     const MaskedWeight w = to_weight(weight);
     py::gil_scoped_release release;
@@ -76,20 +90,19 @@ inline void bind_masked_conv(py::module_& m) {
           py::gil_scoped_release release;
           gated_masked_conv_forward(x_, w, const_floats(bias), gate, out_, static_cast<Isa>(isa), n_threads);
         });
-  m.def("masked_conv_input_grad", [](const ImageTuple& grad_out, const WeightTuple& weight, const ImageTuple& grad_x,
-                                     int isa, int n_threads) {
-    const Image grad_out_ = to_image(grad_out), grad_x_ = to_image(grad_x);
-    const MaskedWeight w = to_weight(weight);
-    py::gil_scoped_release release;
-    masked_conv_input_grad(grad_out_, w, grad_x_, static_cast<Isa>(isa), n_threads);
-  });
+  m.def("masked_conv_input_grad",
+        [](const ImageTuple& grad_out, const WeightTuple& weight, const ImageTuple& grad_x, int isa, int n_threads) {
+          const Image grad_out_ = to_image(grad_out), grad_x_ = to_image(grad_x);
+          const MaskedWeight w = to_weight(weight);
+          py::gil_scoped_release release;
+          masked_conv_input_grad(grad_out_, w, grad_x_, static_cast<Isa>(isa), n_threads);
+        });
   m.def("masked_conv_weight_grad", [](const ImageTuple& x, const ImageTuple& grad_out, const WeightTuple& weight,
                                       uintptr_t grad_weight, uintptr_t grad_bias, int isa, int n_threads) {
     const Image x_ = to_image(x), grad_out_ = to_image(grad_out);
     const MaskedWeight w = to_weight(weight);
     py::gil_scoped_release release;
-    masked_conv_weight_grad(x_, grad_out_, w, floats(grad_weight), floats(grad_bias), static_cast<Isa>(isa),
-                            n_threads);
+    masked_conv_weight_grad(x_, grad_out_, w, floats(grad_weight), floats(grad_bias), static_cast<Isa>(isa), n_threads);
   });
   m.def("gate_backward", [](uintptr_t grad, uintptr_t tanh_a, uintptr_t sigmoid_b, uintptr_t grad_ab, int64_t n_outer,
                             int64_t n_inner, int isa, int n_threads) {

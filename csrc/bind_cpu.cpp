@@ -47,33 +47,33 @@ PYBIND11_MODULE(_cpu, m) {
     py::gil_scoped_release release;
     pack_codebook(codes(c), static_cast<Metric>(metric), static_cast<Isa>(isa), n_threads, pointer<void>(kept));
   });
-  m.def("quantize_forward", [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t mask,
-                               const RowsTuple& quantized, int64_t indices, int isa, int n_threads, int64_t kept,
-                               const std::optional<StatisticsTuple>& statistics) {
-    const StatisticsOut out = statistics_out(statistics.value_or(StatisticsTuple{}));
-    QuantizeSums sums;
-    {
-      py::gil_scoped_release release;
-      sums = quantize_forward(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask),
-                              rows(quantized), pointer<int64_t>(indices), static_cast<Isa>(isa), n_threads,
-                              pointer<void>(kept), statistics ? &out : nullptr);
-    }
-    return py::make_tuple(sums.squares, sums.n_rows);
-  });
-  m.def("quantize_backward", [](const RowsTuple& x, const CodesTuple& c, int64_t indices,
-                                const std::optional<RowsTuple>& grad_quantized, double scale, bool rotation,
-                                const RowsTuple& grad_x, int isa, int n_threads) {
-    py::gil_scoped_release release;
-    const Rows g = rows(grad_quantized.value_or(RowsTuple{}));
-    quantize_backward(rows(x), codes(c), pointer<const int64_t>(indices), grad_quantized ? &g : nullptr, scale,
-                      rotation, rows(grad_x), static_cast<Isa>(isa), n_threads);
-  });
-  m.def("code_statistics", [](const RowsTuple& x, int64_t indices, int64_t n_codes, const StatisticsTuple& out, int isa,
-                              int n_threads) {
-    py::gil_scoped_release release;
-    return code_statistics(rows(x), pointer<const int64_t>(indices), n_codes, statistics_out(out),
-                           static_cast<Isa>(isa), n_threads);
-  });
+  m.def("quantize_forward",
+        [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t mask, const RowsTuple& quantized,
+           int64_t indices, int isa, int n_threads, int64_t kept, const std::optional<StatisticsTuple>& statistics) {
+          const StatisticsOut out = statistics_out(statistics.value_or(StatisticsTuple{}));
+          QuantizeSums sums;
+          {
+            py::gil_scoped_release release;
+            sums = quantize_forward(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask),
+                                    rows(quantized), pointer<int64_t>(indices), static_cast<Isa>(isa), n_threads,
+                                    pointer<void>(kept), statistics ? &out : nullptr);
+          }
+          return py::make_tuple(sums.squares, sums.n_rows);
+        });
+  m.def("quantize_backward",
+        [](const RowsTuple& x, const CodesTuple& c, int64_t indices, const std::optional<RowsTuple>& grad_quantized,
+           double scale, bool rotation, const RowsTuple& grad_x, int isa, int n_threads) {
+          py::gil_scoped_release release;
+          const Rows g = rows(grad_quantized.value_or(RowsTuple{}));
+          quantize_backward(rows(x), codes(c), pointer<const int64_t>(indices), grad_quantized ? &g : nullptr, scale,
+                            rotation, rows(grad_x), static_cast<Isa>(isa), n_threads);
+        });
+  m.def("code_statistics",
+        [](const RowsTuple& x, int64_t indices, int64_t n_codes, const StatisticsTuple& out, int isa, int n_threads) {
+          py::gil_scoped_release release;
+          return code_statistics(rows(x), pointer<const int64_t>(indices), n_codes, statistics_out(out),
+                                 static_cast<Isa>(isa), n_threads);
+        });
   m.def("count_indices", [](int64_t indices, int64_t n_rows, int64_t n_levels, int64_t n_codes) {
     IndexCount count;
     {
@@ -82,8 +82,8 @@ PYBIND11_MODULE(_cpu, m) {
     }
     return py::make_tuple(count.first_bad, count.n_real);
   });
-  m.def("ema_update", [](const EmaTuple& b, int64_t sums, bool sums_double, int64_t counts,
-                         double decay, double eps, bool laplace, bool debias, int n_threads) {
+  m.def("ema_update", [](const EmaTuple& b, int64_t sums, bool sums_double, int64_t counts, double decay, double eps,
+                         bool laplace, bool debias, int n_threads) {
     py::gil_scoped_release release;
     ema_update(ema_buffers(b), pointer<const void>(sums), sums_double, pointer<const int64_t>(counts),
                {decay, eps, laplace, debias}, n_threads);
@@ -107,14 +107,14 @@ PYBIND11_MODULE(_cpu, m) {
     residual_statistics(rows(x), codes(levels), pointer<const int64_t>(indices), pointer<const int32_t>(finite_levels),
                         pointer<void>(sums), sums_double, pointer<int64_t>(counts), n_threads);
   });
-  m.def("residual_backward", [](const RowsTuple& x, const CodesTuple& levels, int64_t indices,
-                                const std::optional<RowsTuple>& grad_quantized, int64_t scales,
-                                const RowsTuple& grad_x, int n_threads) {
-    py::gil_scoped_release release;
-    const Rows g = rows(grad_quantized.value_or(RowsTuple{}));
-    residual_backward(rows(x), codes(levels), pointer<const int64_t>(indices), grad_quantized ? &g : nullptr,
-                      pointer<const double>(scales), rows(grad_x), n_threads);
-  });
+  m.def("residual_backward",
+        [](const RowsTuple& x, const CodesTuple& levels, int64_t indices,
+           const std::optional<RowsTuple>& grad_quantized, int64_t scales, const RowsTuple& grad_x, int n_threads) {
+          py::gil_scoped_release release;
+          const Rows g = rows(grad_quantized.value_or(RowsTuple{}));
+          residual_backward(rows(x), codes(levels), pointer<const int64_t>(indices), grad_quantized ? &g : nullptr,
+                            pointer<const double>(scales), rows(grad_x), n_threads);
+        });
   m.def("fma_peak", [](int isa, double milliseconds) {
     py::gil_scoped_release release;
     return fma_peak(static_cast<Isa>(isa), milliseconds);

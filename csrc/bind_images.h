@@ -17,8 +17,16 @@ using ImageTuple = std::tuple<uintptr_t, int, std::array<int64_t, 4>, std::array
 inline Image to_image(const std::optional<ImageTuple>& given) {
   if (!given) return {};
   const auto& [address, dtype, shape, strides] = *given;
-  return {reinterpret_cast<void*>(address), static_cast<DType>(dtype), shape[0],   shape[1],   shape[2], shape[3],
-          strides[0],                       strides[1],                strides[2], strides[3]};
+  return {reinterpret_cast<void*>(address),
+          static_cast<DType>(dtype),
+          shape[0],
+          shape[1],
+          shape[2],
+          shape[3],
+          strides[0],
+          strides[1],
+          strides[2],
+          strides[3]};
 }
 
 }  // namespace fastvq

@@ -26,8 +26,21 @@ inline StatisticsOut statistics_out(const StatisticsTuple& t) {
   return {pointer<void>(t[0]), t[1] != 0, pointer<int64_t>(t[2])};
 }
 inline EmaBuffers ema_buffers(const EmaTuple& t) {
-  return {static_cast<DType>(t[0]), t[1], t[2], t[3],  pointer<void>(t[4]), pointer<void>(t[5]), pointer<void>(t[6]), t[7],
-          t[8],                     t[9], t[10], t[11], t[12],               t[13],               t[14]};
+  return {static_cast<DType>(t[0]),
+          t[1],
+          t[2],
+          t[3],
+          pointer<void>(t[4]),
+          pointer<void>(t[5]),
+          pointer<void>(t[6]),
+          t[7],
+          t[8],
+          t[9],
+          t[10],
+          t[11],
+          t[12],
+          t[13],
+          t[14]};
 }
 
 }  // namespace fastvq

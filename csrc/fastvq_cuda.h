@@ -39,7 +39,7 @@ struct QuantizeOutputs {
   Rows quantized;  // x's shape and dtype
   int64_t* indices;
   void *commitment_loss, *codebook_loss;
-  void* sums;       // [H, K, D] or null: no statistics
+  void* sums;  // [H, K, D] or null: no statistics
   int64_t* counts;  // [H, K]
 };
 // statistics: whether deterministic ones are wanted, of at most kMostStatisticsRows rows and codes.
@@ -63,7 +63,7 @@ struct RowsGradient {
 };
 struct CodesGradient {
   Codes codes, grad_codes;
-  const double* sums;     // [H, K, D]
+  const double* sums;  // [H, K, D]
   const int64_t* counts;  // [H, K]
   LossWeight loss;
 };
@@ -106,9 +106,9 @@ int ema_update(const EmaBuffers& buffers, const void* sums, bool sums_double, co
 // Dead codes and what they draw from (cuda/replace.cu). All are contiguous: rows up to each row that are usable, dead codes
 // up to each code, both counting it.
 struct Replacement {
-  const int64_t* rank;     // [H, N]
-  const uint8_t* dead;     // [H, K]
-  const int64_t* slots;    // [H, K]
+  const int64_t* rank;  // [H, N]
+  const uint8_t* dead;  // [H, K]
+  const int64_t* slots;  // [H, K]
   const double* uniforms;  // [H, K]
   double threshold;
 };
@@ -162,15 +162,15 @@ struct SamplerCall {
   const float* weights;  // packed
   const int64_t* table;  // on the device, as weights and all else
   int64_t n_layers;
-  float* cache;              // aligned to 8 bytes
-  int64_t cache_per_image;   // floats, an even number
-  const float* condition;    // [n_layers, B, h, w, 4C] or null
+  float* cache;  // aligned to 8 bytes
+  int64_t cache_per_image;  // floats, an even number
+  const float* condition;  // [n_layers, B, h, w, 4C] or null
   int64_t condition_height, condition_width;
   int64_t first, n_positions;  // row * W + column
-  unsigned* arrived;           // [B], zero
-  float* logits;               // [B, K], for one position, and no id is drawn; or null, and then:
-  const double* uniforms;      // [B, H, W]
-  const uint8_t* wanted;       // [B, H, W]: where an id is drawn
+  unsigned* arrived;  // [B], zero
+  float* logits;  // [B, K], for one position, and no id is drawn; or null, and then:
+  const double* uniforms;  // [B, H, W]
+  const uint8_t* wanted;  // [B, H, W]: where an id is drawn
   SamplerChoice choice;
   unsigned team_size;  // set by the launcher
 };

@@ -17,8 +17,8 @@ struct PixelCNNSizes {
 };
 
 struct PixelCNNCall {
-  const int64_t* ids;      // [B, H, W]; those before (row, column) are read
-  const float* weights;    // packed
+  const int64_t* ids;  // [B, H, W]; those before (row, column) are read
+  const float* weights;  // packed
   const float* embedding;  // [K, C]
   float* cache;
   const float* condition;  // [layers, B, h, w, (vertical a, vertical b, horizontal a, horizontal b), C], or null

@@ -8,7 +8,8 @@ namespace fastvq::cuda {
 
 // Runs the search of all warps: rows are placed, `stream` has its first kStages - 1 stages under way.
 template <class S>
-__device__ __forceinline__ void search_codes(const PackedHead& head, const SearchMemory<S>& m, Stream<S>& stream, bool fast) {
+__device__ __forceinline__ void search_codes(const PackedHead& head, const SearchMemory<S>& m, Stream<S>& stream,
+                                             bool fast) {
   WarpSearch<S> search(head, m, fast);
   const int64_t columns = (head.n_tiles + S::kCodeWarps - 1) / S::kCodeWarps * head.n_steps;
   const int64_t n_stages = (columns + kStageSlabs - 1) / kStageSlabs;
@@ -38,7 +39,8 @@ __device__ __forceinline__ void search_codes(const PackedHead& head, const Searc
 // Leaves in m.chosen of each row its code, -1 where masked, 0 where not finite, kUnresolved where the exhaustive scan must
 // decide. `score_of(i, k)` is the definition's d_k of row i of the block.
 template <class S, class Score>
-__device__ __forceinline__ void choose_codes(const PackedHead& head, const SearchMemory<S>& m, bool fast, const Score& score_of) {
+__device__ __forceinline__ void choose_codes(const PackedHead& head, const SearchMemory<S>& m, bool fast,
+                                             const Score& score_of) {
   const int tid = threadIdx.x;
   if (tid < S::kRows) {
     const int state = m.state[tid];

@@ -103,8 +103,8 @@ __device__ void keep_largest(double* w, int64_t first, int64_t last, double targ
 }
 
 // The same to every thread of the block. w [K] is workspace. 0 where a logit is NaN or none is finite.
-__device__ inline int64_t choose_id(const float* logits, int64_t n_codes, double u, const SamplerChoice& choice, double* w,
-                                    void* shared) {
+__device__ inline int64_t choose_id(const float* logits, int64_t n_codes, double u, const SamplerChoice& choice,
+                                    double* w, void* shared) {
   const int64_t first = n_codes * threadIdx.x / blockDim.x, last = n_codes * (threadIdx.x + 1) / blockDim.x;
   float most = -INFINITY;
   for (int64_t k = first; k < last; ++k) most = fmaxf(most, logits[k]);

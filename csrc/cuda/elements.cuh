@@ -21,10 +21,14 @@ __device__ __forceinline__ float bits_as_float(uint32_t bits) { return __uint_as
 // Exact for f32, f16 and bf16; f64 is rounded.
 __device__ __forceinline__ float load_float(const void* data, DType dtype, int64_t at) {
   switch (dtype) {
-    case DType::f32: return static_cast<const float*>(data)[at];
-    case DType::f64: return static_cast<float>(static_cast<const double*>(data)[at]);
-    case DType::f16: return half_to_float(static_cast<const uint16_t*>(data)[at]);
-    default: return bits_as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at]) << 16);
+    case DType::f32:
+      return static_cast<const float*>(data)[at];
+    case DType::f64:
+      return static_cast<float>(static_cast<const double*>(data)[at]);
+    case DType::f16:
+      return half_to_float(static_cast<const uint16_t*>(data)[at]);
+    default:
+      return bits_as_float(static_cast<uint32_t>(static_cast<const uint16_t*>(data)[at]) << 16);
   }
 }
 __device__ __forceinline__ double load_double(const void* data, DType dtype, int64_t at) {
@@ -34,9 +38,15 @@ __device__ __forceinline__ double load_double(const void* data, DType dtype, int
 // Rounded once.
 __device__ __forceinline__ void store_float(void* data, DType dtype, int64_t at, float v) {
   switch (dtype) {
-    case DType::f32: static_cast<float*>(data)[at] = v; break;
-    case DType::f64: static_cast<double*>(data)[at] = v; break;
-    case DType::f16: static_cast<uint16_t*>(data)[at] = float_to_half(v); break;
+    case DType::f32:
+      static_cast<float*>(data)[at] = v;
+      break;
+    case DType::f64:
+      static_cast<double*>(data)[at] = v;
+      break;
+    case DType::f16:
+      static_cast<uint16_t*>(data)[at] = float_to_half(v);
+      break;
     default: {
       const uint32_t bits = __float_as_uint(v), even = bits >> 16 & 1;
       static_cast<uint16_t*>(data)[at] = static_cast<uint16_t>(v == v ? (bits + 0x7fff + even) >> 16 : 0x7fc0);

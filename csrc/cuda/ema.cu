@@ -31,7 +31,8 @@ __device__ __forceinline__ double new_size(Real old, int64_t count, double decay
 }
 
 template <class Real>
-__global__ void __launch_bounds__(kThreads) sizes_kernel(EmaBuffers b, const int64_t* counts, EmaOptions o, double* plan) {
+__global__ void __launch_bounds__(kThreads)
+    sizes_kernel(EmaBuffers b, const int64_t* counts, EmaOptions o, double* plan) {
   SizesShared& m = *reinterpret_cast<SizesShared*>(shared_memory());
   const int64_t h = blockIdx.x, K = b.n_codes, n_plan = b.n_heads * K;
   Real* sizes = static_cast<Real*>(b.cluster_size) + h * b.cluster_size_head;
@@ -89,8 +90,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Real, class Sum>
-int update(const EmaBuffers& b, const void* sums, const int64_t* counts, const EmaOptions& o, double* plan, void* stream) {
-  if (const int error = launch(sizes_kernel<Real>, b.n_heads, kThreads, sizeof(SizesShared), stream, b, counts, o, plan))
+int update(const EmaBuffers& b, const void* sums, const int64_t* counts, const EmaOptions& o, double* plan,
+           void* stream) {
+  if (const int error =
+          launch(sizes_kernel<Real>, b.n_heads, kThreads, sizeof(SizesShared), stream, b, counts, o, plan))
     return error;
   return launch(elements_kernel<Real, Sum>, (b.n_heads * b.n_codes + kWarps - 1) / kWarps, kThreads, 0, stream, b,
                 static_cast<const Sum*>(sums), 1 - o.decay, static_cast<const double*>(plan));

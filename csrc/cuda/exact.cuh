@@ -25,9 +25,12 @@ __device__ __forceinline__ double exact_sum(int64_t dim, const LoadX& x, const L
 template <class LoadX, class LoadC>
 __device__ __forceinline__ double exact_score(Metric metric, int64_t dim, const LoadX& x, const LoadC& c) {
   switch (metric) {
-    case Metric::euclidean: return exact_sum<Metric::euclidean>(dim, x, c);
-    case Metric::cosine: return exact_sum<Metric::cosine>(dim, x, c);
-    default: return exact_sum<Metric::dot>(dim, x, c);
+    case Metric::euclidean:
+      return exact_sum<Metric::euclidean>(dim, x, c);
+    case Metric::cosine:
+      return exact_sum<Metric::cosine>(dim, x, c);
+    default:
+      return exact_sum<Metric::dot>(dim, x, c);
   }
 }
 

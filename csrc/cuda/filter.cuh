@@ -53,8 +53,8 @@ namespace fastvq::cuda {
 constexpr int kTileCodes = 64;
 constexpr int kSlabBytes = 2048;
 constexpr float kUnreachable = -0x1p120f;  // bias of a code that cannot win
-constexpr float kLowestScore = -0x1p90f;   // below the score of any winner: see largest_code in pack.cu
-constexpr int kRowExponent = 14;     // rows are lifted so that their largest element has this exponent
+constexpr float kLowestScore = -0x1p90f;  // below the score of any winner: see largest_code in pack.cu
+constexpr int kRowExponent = 14;  // rows are lifted so that their largest element has this exponent
 // Rows further than this above the codes (in powers of two) are left to the exhaustive scan, euclidean only.
 constexpr int kMaxRowExponent = 36, kMinRowExponent = -60;
 // Operands of two parts have bits to spare: codes and rows are lifted less, so that bias and w fit fp16 for all rows.
@@ -65,10 +65,10 @@ constexpr float kSubnormal = 0x1p-7f;  // 2 x 2^-14 sqrt(kMaxFilterDim); twice, 
 
 // Written by the survey of a head's codes.
 struct HeadInfo {
-  int lift;           // log2 of what codes are multiplied by
-  int centred;        // whether a mean was subtracted
-  int skip_filter;    // no code could be sampled: every row goes to the exhaustive scan
-  float mean_norm;    // |m| 2^lift, rounded up
+  int lift;  // log2 of what codes are multiplied by
+  int centred;  // whether a mean was subtracted
+  int skip_filter;  // no code could be sampled: every row goes to the exhaustive scan
+  float mean_norm;  // |m| 2^lift, rounded up
 };
 
 // A code's part of the bound.
@@ -81,20 +81,21 @@ struct TileInfo {
   int flags;
 };
 constexpr int kIrregular = 1;  // error bounds vary too much inside this tile: test each code with its own bound
-constexpr int kSeparateBias = 2;     // split operands: the bias of some code does not fit the operand columns and is added separately
+constexpr int kSeparateBias =
+    2;  // split operands: the bias of some code does not fit the operand columns and is added separately
 
 // The packed codebook of all heads: pointers into the workspace.
 struct PackedCodebook {
   int64_t n_heads, n_codes, n_tiles;
   int dim, n_steps;  // steps of 16 dims, a multiple of `unit`
-  int unit;          // steps multiplied between two checks for the end of a tile: 1, 2 or 4
-  int part;          // dims of a part where operands have two, 4 or 8; else 0
-  HeadInfo* heads;       // [H]
-  float* means;          // [H, n_steps * 16]
+  int unit;  // steps multiplied between two checks for the end of a tile: 1, 2 or 4
+  int part;  // dims of a part where operands have two, 4 or 8; else 0
+  HeadInfo* heads;  // [H]
+  float* means;  // [H, n_steps * 16]
   unsigned char* slabs;  // [H, n_tiles, n_steps] slabs
-  float* bias;           // [H, n_tiles * 64]
-  CodeBound* bounds;     // [H, n_tiles * 64]
-  TileInfo* tiles;       // [H, n_tiles]
+  float* bias;  // [H, n_tiles * 64]
+  CodeBound* bounds;  // [H, n_tiles * 64]
+  TileInfo* tiles;  // [H, n_tiles]
 };
 
 // base null: the number of bytes alone.
@@ -112,7 +113,8 @@ __device__ __forceinline__ float lifted(float v, int exponent) {
   return v * power_of_two(half) * power_of_two(exponent - half);
 }
 __device__ __forceinline__ double lifted(double v, int exponent) {
-  return v * static_cast<double>(power_of_two(exponent / 2)) * static_cast<double>(power_of_two(exponent - exponent / 2));
+  return v * static_cast<double>(power_of_two(exponent / 2)) *
+         static_cast<double>(power_of_two(exponent - exponent / 2));
 }
 // The exponent that the typical code is lifted to: the middle of fp16's range.
 __device__ __forceinline__ int typical_exponent(int part) { return part ? 4 : 8; }

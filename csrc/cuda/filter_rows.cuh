@@ -16,8 +16,8 @@ struct __align__(16) RowInfo {
 // d + 3, zero beyond the last. kPart: dims of a part where operands have two, else 0.
 template <int kPart, class Load>
 __device__ __forceinline__ RowStatus place_row(const Load& load, bool there, Metric metric, bool fast,
-                                              const HeadInfo& head, const float* mean, int dim, int width, int i,
-                                              unsigned char* operand, RowInfo& info) {
+                                               const HeadInfo& head, const float* mean, int dim, int width, int i,
+                                               unsigned char* operand, RowInfo& info) {
   const int lane = threadIdx.x % 32;
   const bool shifted = metric == Metric::euclidean && head.centred;
   float largest = 0;
@@ -36,7 +36,8 @@ __device__ __forceinline__ RowStatus place_row(const Load& load, bool there, Met
   largest = warp_max(largest);
   odd = __any_sync(kWarp, odd);
   RowStatus state = !there ? absent : odd ? not_finite : head.skip_filter ? unresolved : searched;
-  const int typical = metric == Metric::euclidean ? typical_exponent(kPart) - head.lift : -300;  // dot, cosine: a row's size is free
+  const int typical =
+      metric == Metric::euclidean ? typical_exponent(kPart) - head.lift : -300;  // dot, cosine: a row's size is free
   int exponent = largest > 0 ? exponent_of(largest) : -300;
   constexpr int kNear = kPart ? kMaxSplitRowExponent : kMinRowExponent;
   const int least = metric == Metric::euclidean && typical + kNear > -130 ? typical + kNear : -130;

@@ -104,8 +104,7 @@ __device__ __forceinline__ double gather_rows(const Gather& g, const Rows& x, co
       if (lane != 0 || code[a] == kUnresolved) continue;
       const int64_t key = h * codes.n_codes + code[a];
       if (g.keys)
-        g.keys[h * x.n_outer * x.n_inner + r] =
-            static_cast<uint32_t>(counts[a] ? key : codes.n_heads * codes.n_codes);
+        g.keys[h * x.n_outer * x.n_inner + r] = static_cast<uint32_t>(counts[a] ? key : codes.n_heads * codes.n_codes);
       if (g.sums && counts[a]) atomicAdd(reinterpret_cast<unsigned long long*>(g.counts) + key, 1ull);
     }
     for (int d = 4 * lane; d < D; d += 4 * lanes) {

@@ -16,7 +16,8 @@ namespace {
 constexpr int kGatherRows = 4;  // rows that a lane has under way
 
 template <class S>
-__global__ void __launch_bounds__(kSearchThreads, S::kBlocks) lookup_kernel(LookupCall a, PackedCodebook p, int64_t n_blocks) {
+__global__ void __launch_bounds__(kSearchThreads, S::kBlocks)
+    lookup_kernel(LookupCall a, PackedCodebook p, int64_t n_blocks) {
   const int64_t h = blockIdx.x / n_blocks, first = blockIdx.x % n_blocks * S::kRows, N = a.x.n_outer * a.x.n_inner;
   const int tid = threadIdx.x, width = p.n_steps * 16;
   const SearchMemory<S> m(shared_memory(), width);
@@ -32,21 +33,21 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) lookup_kernel(Look
     const bool real = r < N, skipped = real && a.mask && !a.mask[h * N + r];
     const int64_t at = row_offset(a.x, h, real ? r : 0);
     const RowStatus state = place_row<S::kPart>(
-        [&](int d, float(&v)[4]) { load_four(a.x.data, a.x.dtype, at, a.x.stride_d, d, p.dim, v); }, real && !skipped,
-        a.metric, a.fast, info, p.means + h * width, p.dim, width, i % 16,
-        m.operand + i / 16 * p.n_steps * 512, m.info[i]);
+        [&](int d, float (&v)[4]) { load_four(a.x.data, a.x.dtype, at, a.x.stride_d, d, p.dim, v); }, real && !skipped,
+        a.metric, a.fast, info, p.means + h * width, p.dim, width, i % 16, m.operand + i / 16 * p.n_steps * 512,
+        m.info[i]);
     if (tid % 32 == 0) m.state[i] = skipped ? masked : state;
   }
   __syncthreads();
   search_codes(head, m, stream, a.fast);
-  choose_codes(head, m, a.fast,
-               [&](int i, int64_t k) { return exact_score(a.x, a.codes, a.metric, h, first + i, k); });
+  choose_codes(head, m, a.fast, [&](int i, int64_t k) { return exact_score(a.x, a.codes, a.metric, h, first + i, k); });
   __syncthreads();
   if (tid < S::kRows && first + tid < N) a.indices[h * N + first + tid] = m.chosen[tid];
   if (!a.gather.partial) return;
   const int n = static_cast<int>(N - first < S::kRows ? N - first : S::kRows);
   const double squares = gather_rows<kSearchThreads, kGatherRows, float>(
-      a.gather, a.x, a.codes, h, n, m.chosen, [&](int i) { return first + i; }, [&](int i) { return m.state[i] != -not_finite; });
+      a.gather, a.x, a.codes, h, n, m.chosen, [&](int i) { return first + i; },
+      [&](int i) { return m.state[i] != -not_finite; });
   // The stages are free: every copy has arrived and been read.
   finish_gather<kSearchThreads>(a.gather, squares, tid < n && m.chosen[tid] != -1, reinterpret_cast<double*>(m.stages));
 }
@@ -54,8 +55,8 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) lookup_kernel(Look
 template <class S>
 int launch_shape(const LookupCall& a, const PackedCodebook& p, void* stream) {
   const int64_t n_blocks = (a.x.n_rows() + S::kRows - 1) / S::kRows;
-  return launch(lookup_kernel<S>, a.x.n_heads * n_blocks, kSearchThreads, SearchMemory<S>::bytes(p.n_steps * 16), stream,
-                a, p, n_blocks);
+  return launch(lookup_kernel<S>, a.x.n_heads * n_blocks, kSearchThreads, SearchMemory<S>::bytes(p.n_steps * 16),
+                stream, a, p, n_blocks);
 }
 
 template <class F>

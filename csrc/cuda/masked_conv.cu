@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads) convolution_kernel(Convolution c, Ga
       if (inside && c.whole_chunks)
         next_a[i] = *reinterpret_cast<const uint4*>(x + at);
       else
-        next_a[i] = make_chunk<Element>(
-            [&](int e) { return inside && e < left ? x[at + e * c.x.stride_c] : Element(0); });
+        next_a[i] =
+            make_chunk<Element>([&](int e) { return inside && e < left ? x[at + e * c.x.stride_c] : Element(0); });
     }
     if (++step == n_steps) {
       step = 0;
@@ -196,8 +196,19 @@ int convolve(const Image& x, const ConvWeight& w, const void* bias, const Gate* 
   if (const int error = launch(pack_kernel<kType>, packing.n_tiles * w.n_taps * packing.n_steps, kThreads, 0, stream, w,
                                packing, static_cast<typename Tile::Element*>(workspace)))
     return error;
-  const Convolution c{x, out, packing, workspace, bias, w.kw, w.first_tap, w.n_taps, w.kh / 2, w.kw / 2,
-                      swapped ? -1 : 1, x.stride_c == 1, multiple_of_chunks(x)};
+  const Convolution c{x,
+                      out,
+                      packing,
+                      workspace,
+                      bias,
+                      w.kw,
+                      w.first_tap,
+                      w.n_taps,
+                      w.kh / 2,
+                      w.kw / 2,
+                      swapped ? -1 : 1,
+                      x.stride_c == 1,
+                      multiple_of_chunks(x)};
   const auto kernel = gate ? convolution_kernel<kType, true> : convolution_kernel<kType, false>;
   return launch(kernel, (positions(x) + kConvRows - 1) / kConvRows * packing.n_tiles, kThreads, Tile::kBytes, stream, c,
                 gate ? *gate : Gate{});
@@ -228,7 +239,8 @@ int gated_masked_conv_forward(const Image& x, const ConvWeight& w, const void* b
   return run(x, w, bias, &gate, out, false, workspace, stream);
 }
 
-int masked_conv_input_grad(const Image& grad_out, const ConvWeight& w, const Image& grad_x, void* workspace, void* stream) {
+int masked_conv_input_grad(const Image& grad_out, const ConvWeight& w, const Image& grad_x, void* workspace,
+                           void* stream) {
   return run(grad_out, w, nullptr, nullptr, grad_x, true, workspace, stream);
 }
 

@@ -28,7 +28,9 @@ struct ConvTile {
       : a(reinterpret_cast<Element*>(memory)), b(a + kPitch * kConvRows) {}
 
   // Chunk `part` of a row of a, of a column of b.
-  __device__ void store_a(int row, int part, const uint4& v) { *reinterpret_cast<uint4*>(a + row * kPitch + part * kPerChunk) = v; }
+  __device__ void store_a(int row, int part, const uint4& v) {
+    *reinterpret_cast<uint4*>(a + row * kPitch + part * kPerChunk) = v;
+  }
   __device__ void store_b(int column, int part, const uint4& v) {
     *reinterpret_cast<uint4*>(b + column * kPitch + part * kPerChunk) = v;
   }
@@ -42,11 +44,12 @@ struct ConvTile {
     const Element* columns = b + lane / 4 * kPitch + 2 * (lane % 4);
 #pragma unroll
     for (int k = 0; k < kDepth; k += 16) {
-      const uint32_t of_a[4] = {pair(rows + k), pair(rows + 8 * kPitch + k), pair(rows + k + 8), pair(rows + 8 * kPitch + k + 8)};
+      const uint32_t of_a[4] = {pair(rows + k), pair(rows + 8 * kPitch + k), pair(rows + k + 8),
+                                pair(rows + 8 * kPitch + k + 8)};
 #pragma unroll
       for (int j = 0; j < kConvColumns / 8; ++j) {
         const uint32_t b0 = pair(columns + 8 * j * kPitch + k), b1 = pair(columns + 8 * j * kPitch + k + 8);
-        float(&d)[4] = *reinterpret_cast<float(*)[4]>(sums + 4 * j);
+        float (&d)[4] = *reinterpret_cast<float (*)[4]>(sums + 4 * j);
         if (kType == DType::bf16)
           multiply_add_tile_bf16(d, of_a, b0, b1);
         else
@@ -73,7 +76,9 @@ struct ConvTile<DType::f32> {
   float* b;
   __device__ explicit ConvTile(unsigned char* memory) : a(reinterpret_cast<float*>(memory)), b(a + kPitch * kDepth) {}
 
-  __device__ void store_a(int row, int part, const uint4& v) { store_turned(a + part * kPerChunk * kPitch + row, kPitch, v); }
+  __device__ void store_a(int row, int part, const uint4& v) {
+    store_turned(a + part * kPerChunk * kPitch + row, kPitch, v);
+  }
   __device__ void store_b(int column, int part, const uint4& v) {
     store_turned(b + part * kPerChunk * kConvColumns + column, kConvColumns, v);
   }

@@ -22,8 +22,8 @@ struct WeightGradient {
   ConvWeight weight;
   int64_t n_spans;
   bool x_side_by_side, grad_side_by_side;  // a pixel's channels
-  float* partial;                          // [n_spans, n_taps, C_out, C_in]
-  float* partial_bias;                     // [n_spans, C_out]
+  float* partial;  // [n_spans, n_taps, C_out, C_in]
+  float* partial_bias;  // [n_spans, C_out]
 };
 
 int64_t spans_of(const Image& x) {
@@ -33,8 +33,8 @@ int64_t spans_of(const Image& x) {
 
 // Elements of one channel at neighbouring pixels from `pixel` on, dy and dx away; zero outside the image or the span.
 template <class Tile>
-__device__ __forceinline__ uint4 load_pixels(const Image& image, int64_t channel, int64_t pixel, int64_t end, int64_t dy,
-                                             int64_t dx) {
+__device__ __forceinline__ uint4 load_pixels(const Image& image, int64_t channel, int64_t pixel, int64_t end,
+                                             int64_t dy, int64_t dx) {
   using Element = typename Tile::Element;
   const Element* data = static_cast<const Element*>(image.data) + channel * image.stride_c;
   data += dy * image.stride_h + dx * image.stride_w;
@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads) weight_kernel(WeightGradient g, int6
   const ConvWeight& w = g.weight;
   const int tid = threadIdx.x;
   const int64_t out = blockIdx.x % tiles_out * kConvRows, in = blockIdx.x / tiles_out % tiles_in * kConvColumns;
-  const int64_t place = blockIdx.x / tiles_out / tiles_in % w.n_taps, span = blockIdx.x / tiles_out / tiles_in / w.n_taps;
+  const int64_t place = blockIdx.x / tiles_out / tiles_in % w.n_taps,
+                span = blockIdx.x / tiles_out / tiles_in / w.n_taps;
   const int64_t dy = (w.first_tap + place) / w.kw - w.kh / 2, dx = (w.first_tap + place) % w.kw - w.kw / 2;
   const int64_t n_pixels = positions(g.x), first = n_pixels * span / g.n_spans, end = n_pixels * (span + 1) / g.n_spans;
 
@@ -112,8 +113,8 @@ __global__ void __launch_bounds__(kThreads, 4) bias_kernel(WeightGradient g, int
   float sum = 0;
   if (channel < g.grad.channels)
     for (int64_t p = first + turn; p < end; p += kEvery)
-      sum += load_float(g.grad.data, g.grad.dtype,
-                        image_offset(g.grad, Position(g.grad, p)) + channel * g.grad.stride_c);
+      sum +=
+          load_float(g.grad.data, g.grad.dtype, image_offset(g.grad, Position(g.grad, p)) + channel * g.grad.stride_c);
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (turn != 0 || channel >= g.grad.channels) return;
@@ -164,15 +165,18 @@ size_t masked_conv_weight_grad_workspace(const Image& x, const ConvWeight& w) {
   return sizeof(float) * static_cast<size_t>(spans_of(x) * w.c_out * (w.n_taps * w.c_in + 1));
 }
 
-int masked_conv_weight_grad(const Image& x, const Image& grad_out, const ConvWeight& w, void* grad_weight, void* grad_bias,
-                            void* workspace, void* stream) {
-  WeightGradient g{x, grad_out, w, spans_of(x), x.stride_c == 1, grad_out.stride_c == 1,
-                   static_cast<float*>(workspace), nullptr};
+int masked_conv_weight_grad(const Image& x, const Image& grad_out, const ConvWeight& w, void* grad_weight,
+                            void* grad_bias, void* workspace, void* stream) {
+  WeightGradient g{
+      x, grad_out, w, spans_of(x), x.stride_c == 1, grad_out.stride_c == 1, static_cast<float*>(workspace), nullptr};
   g.partial_bias = g.partial + g.n_spans * w.n_taps * w.c_out * w.c_in;
-  const int64_t tiles_out = (w.c_out + kConvRows - 1) / kConvRows, tiles_in = (w.c_in + kConvColumns - 1) / kConvColumns;
+  const int64_t tiles_out = (w.c_out + kConvRows - 1) / kConvRows,
+                tiles_in = (w.c_in + kConvColumns - 1) / kConvColumns;
   if (grad_weight) {
     const bool full = w.dtype == DType::f32, brain = w.dtype == DType::bf16;
-    const auto kernel = full ? weight_kernel<DType::f32> : brain ? weight_kernel<DType::bf16> : weight_kernel<DType::f16>;
+    const auto kernel = full    ? weight_kernel<DType::f32>
+                        : brain ? weight_kernel<DType::bf16>
+                                : weight_kernel<DType::f16>;
     const size_t shared = full ? ConvTile<DType::f32>::kBytes : ConvTile<DType::f16>::kBytes;
     if (const int error = launch(kernel, g.n_spans * w.n_taps * tiles_in * tiles_out, kThreads, shared, stream, g,
                                  tiles_out, tiles_in))
@@ -180,7 +184,8 @@ int masked_conv_weight_grad(const Image& x, const Image& grad_out, const ConvWei
   }
   if (grad_bias) {
     const int64_t n_tiles = (w.c_out + 31) / 32;
-    if (const int error = launch(bias_kernel, n_tiles * g.n_spans, kThreads, sizeof(float) * kThreads, stream, g, n_tiles))
+    if (const int error =
+            launch(bias_kernel, n_tiles * g.n_spans, kThreads, sizeof(float) * kThreads, stream, g, n_tiles))
       return error;
   }
   const int64_t n = (grad_weight ? w.c_out * w.c_in * w.kh * w.kw : 0) + (grad_bias ? w.c_out : 0);

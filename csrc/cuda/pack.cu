@@ -39,7 +39,8 @@ __device__ void measure_samples(const Codes& codes, int64_t h, int64_t stride, i
     float largest = 0;
     bool finite = true;
     for (int64_t d = lane; d < codes.dim; d += 32) {
-      const double v = load_double(codes.data, codes.dtype, at + d * codes.stride_d) - (mean ? static_cast<double>(mean[d]) : 0);
+      const double v =
+          load_double(codes.data, codes.dtype, at + d * codes.stride_d) - (mean ? static_cast<double>(mean[d]) : 0);
       finite &= is_finite(v);
       square += v * v;
       largest = fmaxf(largest, static_cast<float>(fabs(v)));
@@ -106,10 +107,11 @@ __global__ void __launch_bounds__(kSurveyThreads, 2) survey_kernel(Codes codes, 
       }
     // Euclidean: the typical code to 2^typical, room above and below. Dot: the largest wins, so it is the measure.
     const int typical = typical_exponent(p.part);
-    int lift = some == 0 ? 0 : metric == Metric::euclidean ? typical - (sum >= 0 ? sum / some : -((some - 1 - sum) / some)) : 12 - top;
+    int lift = some == 0                     ? 0
+               : metric == Metric::euclidean ? typical - (sum >= 0 ? sum / some : -((some - 1 - sum) / some))
+                                             : 12 - top;
     if (metric == Metric::cosine) lift = 14;
-    p.heads[h] = {lift, centred, counted == 0,
-                  centred ? static_cast<float>(lifted(root(square), lift) * kSlack) : 0};
+    p.heads[h] = {lift, centred, counted == 0, centred ? static_cast<float>(lifted(root(square), lift) * kSlack) : 0};
   }
 }
 
@@ -129,8 +131,8 @@ __device__ __forceinline__ double split_bias(double v, float (&out)[4]) {
 }
 
 // Code j of a tile as the filter holds it, and its part of the bound.
-__device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metric, bool fast, const PackedCodebook& p, int j,
-                          unsigned char* slabs, Tile& tile) {
+__device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metric, bool fast, const PackedCodebook& p,
+                          int j, unsigned char* slabs, Tile& tile) {
   const int lane = threadIdx.x % 32, dim = p.dim, width = p.n_steps * 16;
   const int lift = p.heads[h].lift;
   const float mean_norm = p.heads[h].mean_norm;
@@ -192,7 +194,8 @@ __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metri
       out[3] = 0;
       split_bias(piece, out);
     }
-    unsigned char* to = slabs + static_cast<int64_t>(at_half / 16) * kSlabBytes + j / 16 * 512 + code_operand(j % 16, at_half % 16 / 4);
+    unsigned char* to =
+        slabs + static_cast<int64_t>(at_half / 16) * kSlabBytes + j / 16 * 512 + code_operand(j % 16, at_half % 16 / 4);
     *reinterpret_cast<uint2*>(to) = as_halves(out);
   }
   const double kept = root(warp_sum(kept_square)), norm = root(square);
@@ -209,17 +212,22 @@ __device__ void pack_code(const Codes& codes, int64_t h, int64_t k, Metric metri
   if (p.part && fits) {
     float b[4];
     const double held = split_bias(piece, b), scale = 1 << kBiasExponent;
-    const double size = fabs(static_cast<double>(b[0])) + fabs(static_cast<double>(b[1])) + fabs(static_cast<double>(b[2]));
+    const double size =
+        fabs(static_cast<double>(b[0])) + fabs(static_cast<double>(b[1])) + fabs(static_cast<double>(b[2]));
     bias_error += scale * (gamma * (size + 3 * 0x1p-14) + fabs(piece - held));
   }
   const bool bounded = usable && !fast;
   tile.bias[j] = !usable ? kUnreachable : p.part && fits ? 0 : static_cast<float>(bias);
   tile.reach[j] = bounded ? static_cast<float>(kSlack * (kept + low)) : 0;
-  tile.slope[j] = bounded ? static_cast<float>(kSlack * (lost + (gamma + 4 * u) * (kept + low + static_cast<double>(kSubnormal)) + 0x1p-10 * low + rounding)) : 0;
+  tile.slope[j] =
+      bounded ? static_cast<float>(kSlack * (lost + (gamma + 4 * u) * (kept + low + static_cast<double>(kSubnormal)) +
+                                             0x1p-10 * low + rounding))
+              : 0;
   tile.offset[j] = bounded ? static_cast<float>(kSlack * (bias_error + rounding_square) + 0x1p-100) : 0;
 }
 
-__global__ void __launch_bounds__(kPackThreads, 4) pack_kernel(Codes codes, Metric metric, bool fast, PackedCodebook p) {
+__global__ void __launch_bounds__(kPackThreads, 4)
+    pack_kernel(Codes codes, Metric metric, bool fast, PackedCodebook p) {
   Tile& tile = *reinterpret_cast<Tile*>(shared_memory());
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int64_t h = blockIdx.x / p.n_tiles, index = blockIdx.x;  // of the tile, over all heads
@@ -284,7 +292,8 @@ size_t packed_layout(const Codes& codes, unsigned char* base, PackedCodebook* pa
 }
 
 int pack_codes(const Codes& codes, Metric metric, bool fast, const PackedCodebook& p, void* stream) {
-  if (const int error = launch(survey_kernel, p.n_heads, kSurveyThreads, sizeof(Survey), stream, codes, metric, p)) return error;
+  if (const int error = launch(survey_kernel, p.n_heads, kSurveyThreads, sizeof(Survey), stream, codes, metric, p))
+    return error;
   return launch(pack_kernel, p.n_heads * p.n_tiles, kPackThreads, sizeof(Tile), stream, codes, metric, fast, p);
 }
 

@@ -45,7 +45,7 @@ static_assert(sizeof(Layer) == kEntries * sizeof(int64_t) && sizeof(Ends) == siz
 
 struct Team {
   int64_t first, n_images;  // images
-  unsigned rank, size;      // blocks
+  unsigned rank, size;  // blocks
   unsigned* arrived;
   unsigned target;
 
@@ -102,7 +102,7 @@ struct Stage {
   Layer layer;
   int64_t n_out;
   int n_segments;
-  const float *w, *bias;   // bias: or null
+  const float *w, *bias;  // bias: or null
   int64_t from, to, skip;  // in the cache
 
   __device__ bool of_row() const { return kind == vertical_gate || kind == link; }
@@ -193,13 +193,15 @@ struct Vectors {
     if (stage.kind == link) return cache(p) + stage.from + column(p) * c.channels;
     if (stage.kind != vertical_gate && stage.kind != horizontal_gate) return cache(p) + stage.from;
     const int size = static_cast<int>(stage.layer.size), reach = size / 2;
-    return source(p, stage.kind == vertical_gate ? stage.row - reach + s / size : stage.row, column(p) + s % size - reach);
+    return source(p, stage.kind == vertical_gate ? stage.row - reach + s / size : stage.row,
+                  column(p) + s % size - reach);
   }
   // c^v, and 2C further c^h; null where there is no condition.
   __device__ const float* condition(int p) const {
     if (!c.condition) return nullptr;
     const int64_t y = stage.row / (c.height / c.condition_height), x = column(p) / (c.width / c.condition_width);
-    return c.condition + (((stage.l * c.batch + image(p)) * c.condition_height + y) * c.condition_width + x) * 4 * c.channels;
+    return c.condition +
+           (((stage.l * c.batch + image(p)) * c.condition_height + y) * c.condition_width + x) * 4 * c.channels;
   }
   // Output o, and the one after it: a gate's b where o is its a.
   __device__ void use(int p, int64_t o, float y, float next) const {

@@ -23,11 +23,12 @@ int launch(void (*kernel)(P...), int64_t grid, int block, size_t shared, void* s
   if (grid <= 0) return 0;
   if (grid > 0x7fffffff) return cudaErrorInvalidConfiguration;
   if (shared > (48 << 10)) {
-    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    const cudaError_t error = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<static_cast<unsigned>(grid), static_cast<unsigned>(block), shared, static_cast<cudaStream_t>(stream)>>>(args...);
+  kernel<<<static_cast<unsigned>(grid), static_cast<unsigned>(block), shared, static_cast<cudaStream_t>(stream)>>>(
+      args...);
   return cudaGetLastError();
 }
 
@@ -105,7 +106,8 @@ __device__ __forceinline__ void multiply_add_tile(float (&d)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void multiply_add_tile_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__device__ __forceinline__ void multiply_add_tile_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                       uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));

@@ -50,7 +50,7 @@ constexpr size_t round_up(size_t n) { return (n + 255) / 256 * 256; }
 struct Room {
   PackedCodebook packed;
   bool filter;
-  int64_t n_filter, n_scan;      // blocks
+  int64_t n_filter, n_scan;  // blocks
   size_t packed_bytes, partial_bytes;
 };
 Room room_of(const Rows& x, const Codes& codes, unsigned char* base) {
@@ -92,7 +92,8 @@ int quantize_forward(const Rows& x, const Codes& codes, const QuantizeOptions& o
   }
   if (room.filter) {
     if (const int error = pack_codes(codes, o.metric, o.fast, room.packed, stream)) return error;
-    if (const int error = filtered_lookup({x, codes, o.metric, o.fast, o.mask, out.indices, gather}, room.packed, stream))
+    if (const int error =
+            filtered_lookup({x, codes, o.metric, o.fast, o.mask, out.indices, gather}, room.packed, stream))
       return error;
     gather.partial += 2 * room.n_filter;
   }

@@ -23,7 +23,8 @@ constexpr double kOpposite = 1e-6;  // reference.py: DEGENERATE
 // 2 weight factor / (D n_real)
 __device__ __forceinline__ double loss_weight(const LossWeight& w, int64_t dim) {
   const int64_t n = *w.n_real;
-  return load_double(w.weight, w.dtype, 0) * (2 * w.factor) / (static_cast<double>(dim) * static_cast<double>(n < 1 ? 1 : n));
+  return load_double(w.weight, w.dtype, 0) * (2 * w.factor) /
+         (static_cast<double>(dim) * static_cast<double>(n < 1 ? 1 : n));
 }
 
 __device__ __forceinline__ double row_sum(double v, int lanes) {
@@ -39,11 +40,12 @@ __global__ void __launch_bounds__(kThreads, 3)  // else the compiler aims at mor
   const int64_t index = row < total ? a.indices[row] : -1;
   const bool real = index >= 0 && index < a.codes.n_codes;  // one that was changed since is left out
   const int64_t h = row < total ? row / N : 0, r = row < total ? row % N : 0;
-  const int64_t from = row_offset(a.x, h, r), to = row_offset(a.grad_x, h, r), code = code_offset(a.codes, h, real ? index : 0);
+  const int64_t from = row_offset(a.x, h, r), to = row_offset(a.grad_x, h, r),
+                code = code_offset(a.codes, h, real ? index : 0);
   const int64_t from_g = a.g.data ? row_offset(a.g, h, r) : 0;
   const double pull = a.loss.weight ? loss_weight(a.loss, a.x.dim) : 0;
   const bool differs = a.loss.weight || a.rotation;
-  const auto load = [&](int d, double(&v)[4], double(&c)[4], double(&g)[4]) {
+  const auto load = [&](int d, double (&v)[4], double (&c)[4], double (&g)[4]) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) v[e] = c[e] = g[e] = 0;
     if (!real) return;

@@ -17,7 +17,8 @@ constexpr int kThreads = 256, kWarps = kThreads / 32;
 
 __global__ void __launch_bounds__(kThreads) usable_kernel(Rows x, uint8_t* usable) {
   const int lanes = lanes_of_row(x), lane = static_cast<int>(threadIdx.x) % lanes, D = static_cast<int>(x.dim);
-  const int64_t N = x.n_outer * x.n_inner, row = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
+  const int64_t N = x.n_outer * x.n_inner,
+                row = static_cast<int64_t>(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
   const bool here = row < x.n_heads * N;
   const int64_t at = here ? row_offset(x, row / N, row % N) : 0;
   int odd = 0;

@@ -19,7 +19,7 @@ namespace fastvq::cuda {
 namespace {
 
 constexpr int kWarps = kSearchThreads / 32;
-constexpr int kRowsInFlight = 4;               // rows of a warp whose codes are under way at a time
+constexpr int kRowsInFlight = 4;  // rows of a warp whose codes are under way at a time
 constexpr size_t kResidualBytes = sizeof(float);  // of each element, beside the search
 
 struct Residual {
@@ -30,7 +30,7 @@ struct Residual {
   const uint8_t* mask;  // [N] or null
   Rows quantized;
   int64_t* indices;  // [N, Q]
-  double* squares;   // [Q, n_blocks, kWarps]
+  double* squares;  // [Q, n_blocks, kWarps]
 };
 
 __device__ __forceinline__ const float* code_of(const Residual& a, int64_t q, int64_t k) {
@@ -64,7 +64,8 @@ __device__ __forceinline__ int64_t scan_row(int64_t n_codes, const Score& score_
 
 // Takes the codes of level q off a warp's rows. Returns the lane's part of the squares of what is left.
 template <class S>
-__device__ __forceinline__ double advance(const Residual& a, int64_t q, const SearchMemory<S>& m, float* residual, int width) {
+__device__ __forceinline__ double advance(const Residual& a, int64_t q, const SearchMemory<S>& m, float* residual,
+                                          int width) {
   const int lane = threadIdx.x % 32, dim = static_cast<int>(a.x.dim);
   double square = 0;
 #pragma unroll 1
@@ -114,7 +115,8 @@ __device__ __forceinline__ void write_sum(const Residual& a, int64_t r) {
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if (d + e < dim)
-        store_float(const_cast<void*>(a.quantized.data), a.quantized.dtype, to + (d + e) * a.quantized.stride_d, sum[e]);
+        store_float(const_cast<void*>(a.quantized.data), a.quantized.dtype, to + (d + e) * a.quantized.stride_d,
+                    sum[e]);
   }
 }
 
@@ -145,7 +147,7 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) residual_kernel(Re
       const int64_t r = first + i;
       const bool real = r < N, skipped = real && a.mask && !a.mask[r];
       const RowStatus state = place_row<S::kPart>(
-          [&](int d, float(&v)[4]) {
+          [&](int d, float (&v)[4]) {
             const float4 held = *reinterpret_cast<const float4*>(residual + i * width + d);
             v[0] = held.x;
             v[1] = held.y;
@@ -189,7 +191,8 @@ __global__ void __launch_bounds__(kSearchThreads, S::kBlocks) residual_kernel(Re
 template <class F>
 auto with_residual_shape(const PackedCodebook& p, const F& f) {
   const size_t limit = shared_limit(), half = limit / 2;
-  return with_shape<Rows32>(p, block_bytes<Rows64>(p.n_steps * 16, kResidualBytes) <= half ? half : limit, kResidualBytes, f);
+  return with_shape<Rows32>(p, block_bytes<Rows64>(p.n_steps * 16, kResidualBytes) <= half ? half : limit,
+                            kResidualBytes, f);
 }
 
 }  // namespace

@@ -12,8 +12,9 @@ namespace {
 constexpr int kThreads = 256;
 
 template <class Work>
-__global__ void __launch_bounds__(kThreads) residual_backward_kernel(Rows x, Codes levels, const int64_t* indices,
-                                                                    const Work* weights, Rows g, Rows grad_x, Work* total) {
+__global__ void __launch_bounds__(kThreads)
+    residual_backward_kernel(Rows x, Codes levels, const int64_t* indices, const Work* weights, Rows g, Rows grad_x,
+                             Work* total) {
   const int64_t e = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, D = x.dim, Q = levels.n_heads;
   const int64_t r = e / D, d = e % D;
   if (r >= x.n_outer * x.n_inner) return;

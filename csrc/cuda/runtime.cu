@@ -11,7 +11,8 @@ int device_error() {
 }
 
 std::string error_text(int error) {
-  return std::string(cudaGetErrorString(static_cast<cudaError_t>(error))) + " (CUDA error " + std::to_string(error) + ")";
+  return std::string(cudaGetErrorString(static_cast<cudaError_t>(error))) + " (CUDA error " + std::to_string(error) +
+         ")";
 }
 
 std::string compiler() {

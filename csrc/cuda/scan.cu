@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(kCodes) scan_kernel(Scan s, int span, int64_t 
         for (int e = tid; e < kCodes * kDims; e += kCodes) {
           const int d = e % kDims, j = e / kDims;
           if (d < n_dims && k0 + j < K)
-            m.codes[d * kCodesPitch + j] = load_double(
-                s.codes.data, s.codes.dtype, code_offset(s.codes, h, k0 + j) + (d0 + d) * s.codes.stride_d);
+            m.codes[d * kCodesPitch + j] =
+                load_double(s.codes.data, s.codes.dtype, code_offset(s.codes, h, k0 + j) + (d0 + d) * s.codes.stride_d);
         }
         for (int e = tid; e < kRows * kDims; e += kCodes) {
           const int d = e % kDims, i = e / kDims;

@@ -10,10 +10,10 @@ constexpr int64_t kUnresolved = -2;
 
 // Outputs of quantization besides the index: see gather.cuh.
 struct Gather {
-  Rows quantized;   // as x
+  Rows quantized;  // as x
   double* partial;  // [blocks, 2] squared distances and real rows; null: the indices alone are wanted
-  uint32_t* keys;   // [H, N] or null: what statistics.cuh adds rows by
-  void* sums;       // [H, K, D] or null: rows are added with atomics; double where sums_double, else float
+  uint32_t* keys;  // [H, N] or null: what statistics.cuh adds rows by
+  void* sums;  // [H, K, D] or null: rows are added with atomics; double where sums_double, else float
   bool sums_double;
   int64_t* counts;  // [H, K]
 };
@@ -23,7 +23,7 @@ struct Scan {
   Codes codes;
   Metric metric;
   const uint8_t* mask;  // [H, N] or null
-  int64_t* indices;     // [H, N]
+  int64_t* indices;  // [H, N]
   bool unresolved_only;
   Gather gather = {};
 };

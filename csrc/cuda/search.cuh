@@ -27,7 +27,7 @@ namespace fastvq::cuda {
 
 constexpr int kSearchThreads = 128, kStageSlabs = 4;
 constexpr int kStagedSlab = kSlabBytes + kTileCodes * 4;  // behind a tile's last slab, the bias of its codes
-constexpr int kListed = 8;                                // length of a row's list; kListed + 1 marks a closed row
+constexpr int kListed = 8;  // length of a row's list; kListed + 1 marks a closed row
 
 struct Candidate {
   uint32_t code;
@@ -47,17 +47,19 @@ struct Shape {
 template <class S>
 struct SearchMemory {
   unsigned char *operand, *stages;
-  RowInfo* info;         // [kRows]
-  int64_t* chosen;       // [kRows]
-  Candidate* listed;     // [kRows][kCodeWarps * kListed]
-  float* limit;          // [kCodeWarps][kRows]
-  int* count;            // [kCodeWarps][kRows]
-  int* state;            // [kRows] RowStatus during the search; then the number of candidates, or minus the status of a row not searched
+  RowInfo* info;  // [kRows]
+  int64_t* chosen;  // [kRows]
+  Candidate* listed;  // [kRows][kCodeWarps * kListed]
+  float* limit;  // [kCodeWarps][kRows]
+  int* count;  // [kCodeWarps][kRows]
+  int*
+      state;  // [kRows] RowStatus during the search; then the number of candidates, or minus the status of a row not searched
 
-  static constexpr size_t kRowBytes =
-      sizeof(RowInfo) + sizeof(int64_t) + sizeof(int) + S::kCodeWarps * (kListed * sizeof(Candidate) + sizeof(float) + sizeof(int));
+  static constexpr size_t kRowBytes = sizeof(RowInfo) + sizeof(int64_t) + sizeof(int) +
+                                      S::kCodeWarps * (kListed * sizeof(Candidate) + sizeof(float) + sizeof(int));
   static size_t bytes(int width) {
-    return static_cast<size_t>(S::kRows) * (2 * static_cast<size_t>(width) + kRowBytes) + S::kStages * static_cast<size_t>(S::kStageBytes);
+    return static_cast<size_t>(S::kRows) * (2 * static_cast<size_t>(width) + kRowBytes) +
+           S::kStages * static_cast<size_t>(S::kStageBytes);
   }
   __device__ __forceinline__ SearchMemory(unsigned char* base, int width) {
     operand = base;
@@ -132,7 +134,7 @@ struct WarpSearch {
   const SearchMemory<S>& m;
   bool fast;
   int lane, group, first;  // group: which codes; first: of the warp's rows in the block
-  bool active;             // whether any of its rows is searched
+  bool active;  // whether any of its rows is searched
   float score[S::kRowTiles][8][4];
 
   __device__ __forceinline__ WarpSearch(const PackedHead& h, const SearchMemory<S>& memory, bool is_fast)
@@ -190,7 +192,8 @@ struct WarpSearch {
   __device__ __forceinline__ void finish_tile(int64_t tile, const unsigned char* last) {
     const TileInfo info = head.tiles[tile];
     const float* bias = reinterpret_cast<const float*>(last + kSlabBytes) + lane % 4 * 2;
-    const bool complete = S::kPart && !(info.flags & kSeparateBias);  // the product holds the bias; only the row's lift is missing
+    const bool complete =
+        S::kPart && !(info.flags & kSeparateBias);  // the product holds the bias; only the row's lift is missing
     unsigned near = 0;
 #pragma unroll
     for (int s = 0; s < S::kSlots; ++s) {
@@ -233,7 +236,8 @@ struct WarpSearch {
     for (int s = 0; s < S::kSlots; ++s)
       if (s == slot)
 #pragma unroll
-        for (int i = 0; i < 16; ++i) v[i] = S::kPart ? score[s / 2][i / 2][s % 2 * 2 + i % 2] * factor : score[s / 2][i / 2][s % 2 * 2 + i % 2];
+        for (int i = 0; i < 16; ++i)
+          v[i] = S::kPart ? score[s / 2][i / 2][s % 2 * 2 + i % 2] * factor : score[s / 2][i / 2][s % 2 * 2 + i % 2];
   }
 
   // Rotates the next score to the front. A loop that is not unrolled (to save registers) can only read a fixed register.

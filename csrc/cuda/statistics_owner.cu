@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(kThreads, 1)  // shared memory lets no second 
   uint32_t* counts = reinterpret_cast<uint32_t*>(tile + kTile * kColumns);
   uint32_t* codes = counts + K;
   const int tid = threadIdx.x, lane = tid % 32, column = tid % kColumns, group = tid / kColumns;
-  const int64_t slice = blockIdx.x % n_slices, span = blockIdx.x / n_slices % n_spans, h = blockIdx.x / n_slices / n_spans;
+  const int64_t slice = blockIdx.x % n_slices, span = blockIdx.x / n_slices % n_spans,
+                h = blockIdx.x / n_slices / n_spans;
   const int64_t first = s.n_rows * span / n_spans, last = s.n_rows * (span + 1) / n_spans;
   const int64_t d = slice * kColumns + column;
 
@@ -54,8 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1)  // shared memory lets no second 
 #pragma unroll
     for (int i = group; i < kTile; i += kGroups)
       if (i < n && d < D)
-        tile[i * kColumns + column] =
-            load_double(s.x.data, s.x.dtype, row_offset(s.x, h, base + i) + d * s.x.stride_d);
+        tile[i * kColumns + column] = load_double(s.x.data, s.x.dtype, row_offset(s.x, h, base + i) + d * s.x.stride_d);
     __syncthreads();
     for (int half = 0; half < kTile; half += 32) {
       const uint32_t code = codes[half + lane];
@@ -108,8 +108,8 @@ int owners_add(const Statistics& s, const uint32_t* keys, void* workspace, void*
   const int64_t n_slices = slices_of(s), n_spans = spans_of(s), elements = s.n_keys * s.x.dim;
   double* partial = static_cast<double*>(workspace);
   uint32_t* partial_counts = reinterpret_cast<uint32_t*>(partial + elements * n_spans);
-  if (const int error = launch(owners_kernel, s.x.n_heads * n_spans * n_slices, kThreads, shared_bytes(s.n_codes), stream,
-                               s, keys, n_slices, n_spans, partial, partial_counts))
+  if (const int error = launch(owners_kernel, s.x.n_heads * n_spans * n_slices, kThreads, shared_bytes(s.n_codes),
+                               stream, s, keys, n_slices, n_spans, partial, partial_counts))
     return error;
   return launch(spans_kernel, (elements + kThreads - 1) / kThreads, kThreads, 0, stream, s, n_spans, partial,
                 partial_counts);

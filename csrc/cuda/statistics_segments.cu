@@ -18,7 +18,7 @@ constexpr int kThreads = kStatisticsThreads, kWarps = kThreads / 32;
 constexpr int kPiece = 128, kRowsInFlight = 4, kWidest = 128;
 
 struct Partial {
-  double* sums;      // [n_pieces, 2, D]
+  double* sums;  // [n_pieces, 2, D]
   uint32_t* counts;  // [n_pieces, 2]
 };
 

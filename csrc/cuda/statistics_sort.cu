@@ -42,7 +42,8 @@ __device__ __forceinline__ uint32_t sum_before(uint32_t v, uint32_t* warp_sums) 
   return before;
 }
 
-__global__ void __launch_bounds__(kThreads) counts_kernel(const uint32_t* keys, int64_t n, int shift, uint32_t* counts) {
+__global__ void __launch_bounds__(kThreads)
+    counts_kernel(const uint32_t* keys, int64_t n, int shift, uint32_t* counts) {
   int* digits = reinterpret_cast<int*>(shared_memory());
   digits[threadIdx.x] = 0;
   __syncthreads();
@@ -136,11 +137,12 @@ int sort_keys(uint32_t* pairs, int64_t n_total, int64_t n_keys, void* workspace,
     uint32_t* to = pairs + 2 * n_total * ((pass + 1) % 2);
     if (const int error = launch(counts_kernel, n_blocks, kThreads, digits, stream, from, n_total, 8 * pass, counts))
       return error;
-    if (const int error = launch(offsets_kernel, kDigits / kWarps, kThreads, 0, stream, counts, n_blocks, totals)) return error;
-    if (const int error = launch(scatter_kernel, n_blocks, kThreads, kWarps * digits + sums, stream, from,
-                                 pass == 0 ? static_cast<const uint32_t*>(nullptr) : from + n_total, n_total, 8 * pass,
-                                 static_cast<const uint32_t*>(counts), static_cast<const uint32_t*>(totals), to,
-                                 to + n_total))
+    if (const int error = launch(offsets_kernel, kDigits / kWarps, kThreads, 0, stream, counts, n_blocks, totals))
+      return error;
+    if (const int error =
+            launch(scatter_kernel, n_blocks, kThreads, kWarps * digits + sums, stream, from,
+                   pass == 0 ? static_cast<const uint32_t*>(nullptr) : from + n_total, n_total, 8 * pass,
+                   static_cast<const uint32_t*>(counts), static_cast<const uint32_t*>(totals), to, to + n_total))
       return error;
   }
   return 0;

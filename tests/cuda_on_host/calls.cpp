@@ -55,8 +55,9 @@ struct Arguments {
   }
   cuda::ConvWeight conv_weight() {
     const auto t = numbers<11>();
-    return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7], pointer<uint8_t>(t[8]),
-            t[9], t[10] != 0};
+    return {
+        pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7], pointer<uint8_t>(t[8]), t[9],
+        t[10] != 0};
   }
   EmaBuffers ema() { return ema_buffers(numbers<15>()); }
   Metric metric() { return static_cast<Metric>(integer()); }
@@ -72,8 +73,8 @@ struct NearestCall {
   int64_t *indices, *workspace;
 };
 NearestCall nearest_call(Arguments& a) {
-  return {a.vectors(), a.codebook(), a.metric(), a.integer(), a.address<uint8_t>(), a.address<int64_t>(),
-          a.address<int64_t>()};
+  return {a.vectors(),          a.codebook(),         a.metric(),          a.integer(),
+          a.address<uint8_t>(), a.address<int64_t>(), a.address<int64_t>()};
 }
 
 struct QuantizeCall {
@@ -88,7 +89,7 @@ cuda::LossWeight loss_weight(Arguments& a) {
 }
 // Both gradients, at a loss of the rows and the same of the codes.
 int quantize_backward(Arguments& a) {
-  const cuda::RowsGradient to_rows{a.vectors(),          a.vectors(),        a.vectors(),    a.codebook(),
+  const cuda::RowsGradient to_rows{a.vectors(),          a.vectors(),      a.vectors(),   a.codebook(),
                                    a.address<int64_t>(), a.integer() != 0, loss_weight(a)};
   if (const int error = cuda::quantize_rows_gradient(to_rows, nullptr)) return error;
   return cuda::quantize_codes_gradient(
@@ -153,10 +154,29 @@ struct GateGradCall {
 };
 // A map: its ids drawn in one launch, or a launch a position, logits [H, W, B, K].
 int pixelcnn_map(Arguments& a) {
-  cuda::SamplerCall c{a.address<int64_t>(), a.integer(), a.integer(), a.integer(), a.address<float>(), a.integer(),
-                      a.integer(), a.address<float>(), a.address<int64_t>(), a.integer(), a.address<float>(),
-                      a.integer(), a.address<float>(), a.integer(), a.integer(), 0, 0, nullptr, a.address<float>(),
-                      a.address<double>(), a.address<uint8_t>(), {a.real(), a.integer(), a.real()}, 0};
+  cuda::SamplerCall c{a.address<int64_t>(),
+                      a.integer(),
+                      a.integer(),
+                      a.integer(),
+                      a.address<float>(),
+                      a.integer(),
+                      a.integer(),
+                      a.address<float>(),
+                      a.address<int64_t>(),
+                      a.integer(),
+                      a.address<float>(),
+                      a.integer(),
+                      a.address<float>(),
+                      a.integer(),
+                      a.integer(),
+                      0,
+                      0,
+                      nullptr,
+                      a.address<float>(),
+                      a.address<double>(),
+                      a.address<uint8_t>(),
+                      {a.real(), a.integer(), a.real()},
+                      0};
   const int64_t n_positions = c.height * c.width, n_launches = c.logits ? n_positions : 1;
   for (c.n_positions = n_positions / n_launches; c.first < n_positions; c.first += c.n_positions) {
     std::vector<unsigned> arrived(static_cast<size_t>(c.batch));
@@ -184,7 +204,8 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
      }},
     {"quantize_forward",
      [](Arguments& a) {
-       const QuantizeCall c{a.vectors(), a.codebook(),
+       const QuantizeCall c{a.vectors(),
+                            a.codebook(),
                             {a.metric(), a.integer() != 0, a.address<uint8_t>(), a.real(), a.integer() != 0},
                             {a.vectors(), a.address<int64_t>(), a.address<void>(), a.address<void>(), a.address<void>(),
                              a.address<int64_t>()},
@@ -194,9 +215,10 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
     {"quantize_backward", quantize_backward},
     {"filter_scores",
      [](Arguments& a) {
-       const ScoresCall c{a.codebook(),
-                          {a.vectors(), a.metric(), a.address<float>(), a.address<float>(), a.address<int>(), a.address<float>()},
-                          a.address<void>()};
+       const ScoresCall c{
+           a.codebook(),
+           {a.vectors(), a.metric(), a.address<float>(), a.address<float>(), a.address<int>(), a.address<float>()},
+           a.address<void>()};
        return cuda::filter_scores(c.codes, c.scores, c.workspace);
      }},
     {"shared_limit",
@@ -206,8 +228,8 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
      }},
     {"residual_quantize",
      [](Arguments& a) {
-       const ResidualCall c{a.vectors(), a.codebook(), a.metric(), a.address<uint8_t>(), a.vectors(),
-                            a.address<int64_t>(), a.address<double>(), a.address<void>()};
+       const ResidualCall c{a.vectors(), a.codebook(),         a.metric(),          a.address<uint8_t>(),
+                            a.vectors(), a.address<int64_t>(), a.address<double>(), a.address<void>()};
        return cuda::residual_quantize(c.x, c.levels, c.metric, false, c.mask, c.quantized, c.indices, c.squares,
                                       c.workspace, nullptr);
      }},
@@ -218,10 +240,10 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
      }},
     {"code_statistics",
      [](Arguments& a) {
-       const StatisticsCall c{a.vectors(), a.address<int64_t>(), a.integer(), a.integer(), a.address<void>(), a.integer(),
-                              a.address<int64_t>(), a.address<int64_t>()};
-       return cuda::code_statistics(c.x, c.indices, c.n_codes, c.deterministic != 0, c.sums, c.sums_double != 0, c.counts,
-                                    c.workspace, nullptr);
+       const StatisticsCall c{a.vectors(),       a.address<int64_t>(), a.integer(),          a.integer(),
+                              a.address<void>(), a.integer(),          a.address<int64_t>(), a.address<int64_t>()};
+       return cuda::code_statistics(c.x, c.indices, c.n_codes, c.deterministic != 0, c.sums, c.sums_double != 0,
+                                    c.counts, c.workspace, nullptr);
      }},
     {"masked_conv_forward",
      [](Arguments& a) {
@@ -230,18 +252,19 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
      }},
     {"gated_masked_conv_forward",
      [](Arguments& a) {
-       const GatedConvCall c{a.image(), a.conv_weight(), a.address<void>(), Gate{a.image(), a.image(), a.image(), true},
-                             a.image(), a.address<void>()};
+       const GatedConvCall c{a.image(),         a.conv_weight(),
+                             a.address<void>(), Gate{a.image(), a.image(), a.image(), true},
+                             a.image(),         a.address<void>()};
        return cuda::gated_masked_conv_forward(c.x, c.weight, c.bias, c.gate, c.out, c.workspace, nullptr);
      }},
     {"masked_conv_backward",
      [](Arguments& a) {
-       const ConvGradCall c{a.image(), a.image(), a.conv_weight(), a.image(), a.address<void>(), a.address<void>(),
-                            a.address<void>(), a.address<void>()};
+       const ConvGradCall c{a.image(),         a.image(),         a.conv_weight(),   a.image(),
+                            a.address<void>(), a.address<void>(), a.address<void>(), a.address<void>()};
        const int error = cuda::masked_conv_input_grad(c.grad_out, c.weight, c.grad_x, c.room_x, nullptr);
        return error ? error
-                    : cuda::masked_conv_weight_grad(c.x, c.grad_out, c.weight, c.grad_weight, c.grad_bias, c.room_weight,
-                                                    nullptr);
+                    : cuda::masked_conv_weight_grad(c.x, c.grad_out, c.weight, c.grad_weight, c.grad_bias,
+                                                    c.room_weight, nullptr);
      }},
     {"gate_backward",
      [](Arguments& a) {
@@ -260,8 +283,8 @@ const std::map<std::string, std::function<int(Arguments&)>> kLaunchers = {
     {"pixelcnn_map", pixelcnn_map},
     {"ema_update",
      [](Arguments& a) {
-       const EmaCall c{a.ema(), a.address<void>(), a.integer(), a.address<int64_t>(), a.real(), a.real(), a.integer(),
-                       a.integer(), a.address<void>()};
+       const EmaCall c{a.ema(),  a.address<void>(), a.integer(), a.address<int64_t>(), a.real(),
+                       a.real(), a.integer(),       a.integer(), a.address<void>()};
        return cuda::ema_update(c.buffers, c.sums, c.sums_double != 0, c.counts,
                                {c.decay, c.eps, c.laplace != 0, c.debias != 0}, c.workspace, nullptr);
      }},
@@ -294,8 +317,9 @@ int main(int argc, char** argv) {
     Arguments arguments;
     for (int64_t n = read_number(file); n > 0; --n) {
       const int64_t kind = read_number(file), value = read_number(file);
-      arguments.values.push_back(kind != 2 || value < 0 ? (kind == 2 ? 0 : value)
-                                                        : reinterpret_cast<int64_t>(buffers.at(static_cast<size_t>(value)).first));
+      arguments.values.push_back(kind != 2 || value < 0
+                                     ? (kind == 2 ? 0 : value)
+                                     : reinterpret_cast<int64_t>(buffers.at(static_cast<size_t>(value)).first));
     }
     if (const int error = kLaunchers.at(name)(arguments)) {
       std::fprintf(stderr, "%s: error %d\n", name.c_str(), error);

@@ -94,17 +94,19 @@ inline void __syncthreads() { on_host::meet(0, "__syncthreads"); }
 inline void __syncwarp() { on_host::hand_over(0, on_host::kAll, "__syncwarp"); }
 template <class T>
 T __shfl_sync(unsigned mask, T v, int source) {
-  return on_host::from_bits<T>(on_host::lane_value(on_host::as_bits(v), mask, static_cast<unsigned>(source), "__shfl_sync"));
+  return on_host::from_bits<T>(
+      on_host::lane_value(on_host::as_bits(v), mask, static_cast<unsigned>(source), "__shfl_sync"));
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T v, int lanes) {
-  return on_host::from_bits<T>(
-      on_host::lane_value(on_host::as_bits(v), mask, on_host::lane() ^ static_cast<unsigned>(lanes), "__shfl_xor_sync"));
+  return on_host::from_bits<T>(on_host::lane_value(on_host::as_bits(v), mask,
+                                                   on_host::lane() ^ static_cast<unsigned>(lanes), "__shfl_xor_sync"));
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T v, unsigned lanes) {
   const unsigned me = on_host::lane();
-  return on_host::from_bits<T>(on_host::lane_value(on_host::as_bits(v), mask, me >= lanes ? me - lanes : me, "__shfl_up_sync"));
+  return on_host::from_bits<T>(
+      on_host::lane_value(on_host::as_bits(v), mask, me >= lanes ? me - lanes : me, "__shfl_up_sync"));
 }
 ON_HOST_HIDDEN inline unsigned __ballot_sync(unsigned mask, int predicate) {
   const uint64_t* votes = on_host::hand_over(predicate != 0, mask, "__ballot_sync");
@@ -175,8 +177,9 @@ int launch_as(bool together, void (*kernel)(P...), int64_t grid, int block, size
   if (grid > 0x7fffffff || shared > shared_limit() || (together && grid > resident_here))
     on_host::fail("a launch beyond the limits of the card");
   auto call = [&] { kernel(args...); };
-  on_host::run_grid(static_cast<unsigned>(grid), static_cast<unsigned>(block), shared, together,
-                    [](void* p) { (*static_cast<decltype(call)*>(p))(); }, &call);
+  on_host::run_grid(
+      static_cast<unsigned>(grid), static_cast<unsigned>(block), shared, together,
+      [](void* p) { (*static_cast<decltype(call)*>(p))(); }, &call);
   return 0;
 }
 template <class... P, class... A>
@@ -242,7 +245,8 @@ ON_HOST_HIDDEN void multiply_add(float (&d)[4], const uint32_t (&a)[4], const ui
   for (unsigned i = 0; i < 2; ++i)
     for (unsigned k = 0; k < 2; ++k)
       for (unsigned half = 0; half < 2; ++half)
-        mine.a[row + 8 * i][2 * pair + 8 * k + half] = fastvq::Element<kType>::get(static_cast<uint16_t>(a[2 * k + i] >> (16 * half)));
+        mine.a[row + 8 * i][2 * pair + 8 * k + half] =
+            fastvq::Element<kType>::get(static_cast<uint16_t>(a[2 * k + i] >> (16 * half)));
   for (unsigned k = 0; k < 2; ++k)
     for (unsigned half = 0; half < 2; ++half)
       mine.b[row][2 * pair + 8 * k + half] = fastvq::Element<kType>::get(static_cast<uint16_t>(b[k] >> (16 * half)));

@@ -26,7 +26,8 @@
 // The scheduler's own memory is no thread's: its accesses must neither be reported nor order anything.
 #define ON_HOST_HIDDEN __attribute__((no_sanitize("thread", "address", "undefined"), noinline))
 #else
-#define ON_HOST_HIDDEN __attribute__((no_sanitize("address", "undefined"), noinline))  // setjmp and getcontext return twice
+#define ON_HOST_HIDDEN \
+  __attribute__((no_sanitize("address", "undefined"), noinline))  // setjmp and getcontext return twice
 #endif
 
 namespace on_host {
@@ -52,7 +53,7 @@ struct Fiber {
   State state;
   unsigned thread;
   unsigned meetings[2];  // of the block, of the warp
-  void* sanitizer;       // the fake stack, or the fiber, of whichever sanitizer there is
+  void* sanitizer;  // the fake stack, or the fiber, of whichever sanitizer there is
   unsigned copy_group, n_copies;
   PendingCopy copies[kMostCopies];
 };
@@ -258,8 +259,8 @@ ON_HOST_HIDDEN inline void run_fibers() {
 
 // Runs `body` as every thread of every block. Shared memory has exactly the size asked for and is full of NaN; it is
 // kept until the end of the launch, so that the memory of one block is never that of another.
-ON_HOST_HIDDEN inline void run_grid(unsigned n_blocks, unsigned n_threads, size_t shared, bool together, void (*body)(void*),
-                                    void* arguments) {
+ON_HOST_HIDDEN inline void run_grid(unsigned n_blocks, unsigned n_threads, size_t shared, bool together,
+                                    void (*body)(void*), void* arguments) {
   if (n_threads == 0 || n_threads > kMostThreads) fail("a block must have 1 to 256 threads");
   machine.n_threads = n_threads;
   machine.n_blocks = n_blocks;

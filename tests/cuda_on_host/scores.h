@@ -23,7 +23,7 @@ __global__ void scores_kernel(Scores a, PackedCodebook p) {
   for (int i = tid / 32; i < S::kRows; i += kSearchThreads / 32) {
     const int64_t at = row_offset(a.x, 0, i < N ? i : 0);
     const RowStatus state = place_row<S::kPart>(
-        [&](int d, float(&v)[4]) { load_four(a.x.data, a.x.dtype, at, a.x.stride_d, d, p.dim, v); }, i < N, a.metric,
+        [&](int d, float (&v)[4]) { load_four(a.x.data, a.x.dtype, at, a.x.stride_d, d, p.dim, v); }, i < N, a.metric,
         false, p.heads[0], p.means, p.dim, width, i % 16, m.operand + i / 16 * p.n_steps * 512, m.info[i]);
     if (tid % 32 == 0) m.state[i] = state;
   }

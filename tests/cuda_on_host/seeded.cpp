@@ -9,7 +9,16 @@
 
 using namespace fastvq::cuda;
 
-enum Bug { none, missing_tail_mask, unwritten_shared, missing_barrier, barrier_after_return, plain_counter, missing_wait, missing_arrival };
+enum Bug {
+  none,
+  missing_tail_mask,
+  unwritten_shared,
+  missing_barrier,
+  barrier_after_return,
+  plain_counter,
+  missing_wait,
+  missing_arrival
+};
 
 constexpr int kThreads = 64;
 
@@ -40,10 +49,14 @@ __global__ void sum_above_zero(const float* x, int n, float* sums, int* count, u
 
 int main(int argc, char** argv) {
   if (argc != 3) return 2;
-  void (*const variants[])(const float*, int, float*, int*, unsigned*) = {
-      sum_above_zero<none>,           sum_above_zero<missing_tail_mask>,    sum_above_zero<unwritten_shared>,
-      sum_above_zero<missing_barrier>, sum_above_zero<barrier_after_return>, sum_above_zero<plain_counter>,
-      sum_above_zero<missing_wait>,   sum_above_zero<missing_arrival>};
+  void (*const variants[])(const float*, int, float*, int*, unsigned*) = {sum_above_zero<none>,
+                                                                          sum_above_zero<missing_tail_mask>,
+                                                                          sum_above_zero<unwritten_shared>,
+                                                                          sum_above_zero<missing_barrier>,
+                                                                          sum_above_zero<barrier_after_return>,
+                                                                          sum_above_zero<plain_counter>,
+                                                                          sum_above_zero<missing_wait>,
+                                                                          sum_above_zero<missing_arrival>};
   const int n = std::atoi(argv[2]), n_blocks = (n + kThreads - 1) / kThreads;
   float* x = static_cast<float*>(std::malloc(sizeof(float) * static_cast<size_t>(n)));
   float* sums = static_cast<float*>(std::malloc(sizeof(float) * static_cast<size_t>(n_blocks)));

@@ -82,10 +82,14 @@ struct Element<DType::bf16> {
 template <class F>
 inline auto with_element(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::f64: return f(Element<DType::f64>{});
-    case DType::f16: return f(Element<DType::f16>{});
-    case DType::bf16: return f(Element<DType::bf16>{});
-    default: return f(Element<DType::f32>{});
+    case DType::f64:
+      return f(Element<DType::f64>{});
+    case DType::f16:
+      return f(Element<DType::f16>{});
+    case DType::bf16:
+      return f(Element<DType::bf16>{});
+    default:
+      return f(Element<DType::f32>{});
   }
 }
 

@@ -13,8 +13,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "lookup.h"
 #include "../simd/vectors.h"
+#include "lookup.h"
 
 namespace fastvq {
 namespace {

@@ -6,8 +6,8 @@
 #include <optional>
 #include <vector>
 
-#include "driver.h"
 #include "../statistics/table.h"
+#include "driver.h"
 
 namespace fastvq {
 
@@ -33,7 +33,9 @@ const NearestKernels& nearest_kernels(Isa isa, int64_t dim) {
   return nearest_generic;
 }
 
-int64_t packed_bytes(const Codes& codes, Isa isa) { return PackedHeads::kept_bytes(nearest_kernels(isa, codes.dim), codes); }
+int64_t packed_bytes(const Codes& codes, Isa isa) {
+  return PackedHeads::kept_bytes(nearest_kernels(isa, codes.dim), codes);
+}
 
 int64_t said_bytes(const void* kept) { return PackedHeads::said_bytes(kept); }
 
@@ -126,12 +128,12 @@ void quantize_backward(const Rows& x, const Codes& codes, const int64_t* indices
   if (grad_quantized) check_output(x, *grad_quantized);
   const NearestKernels& kernels = nearest_kernels(isa, x.dim);
   // Memory sets the pace here: about as long per element as 16 multiply-adds.
-  n_threads = useful_threads(16.0 * static_cast<double>(x.n_heads * x.n_rows()) * static_cast<double>(x.dim), n_threads);
-  for_blocks(x, n_threads, padded(4 * 8 * x.dim),
-             [&](int64_t h, int64_t first, int64_t n, int64_t, char* scratch) {
-               kernels.backward(x, codes, indices, grad_quantized, scale, rotation, grad_x, h, first, n,
-                                reinterpret_cast<double*>(scratch));
-             });
+  n_threads =
+      useful_threads(16.0 * static_cast<double>(x.n_heads * x.n_rows()) * static_cast<double>(x.dim), n_threads);
+  for_blocks(x, n_threads, padded(4 * 8 * x.dim), [&](int64_t h, int64_t first, int64_t n, int64_t, char* scratch) {
+    kernels.backward(x, codes, indices, grad_quantized, scale, rotation, grad_x, h, first, n,
+                     reinterpret_cast<double*>(scratch));
+  });
 }
 
 }  // namespace fastvq

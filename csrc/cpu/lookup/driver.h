@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "../common/fp_environment.h"
-#include "packed_codebook.h"
 #include "../common/parallel.h"
+#include "packed_codebook.h"
 
 namespace fastvq {
 
@@ -43,8 +43,7 @@ inline void check_output(const Rows& x, const Rows& out) {
 }
 
 inline double filter_work(const Rows& x, const Codes& codes) {
-  return static_cast<double>(x.n_heads * x.n_rows()) * static_cast<double>(codes.n_codes) *
-         static_cast<double>(x.dim);
+  return static_cast<double>(x.n_heads * x.n_rows()) * static_cast<double>(codes.n_codes) * static_cast<double>(x.dim);
 }
 
 }  // namespace fastvq

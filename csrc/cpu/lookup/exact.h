@@ -8,8 +8,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "lookup.h"
 #include "../simd/vectors.h"
+#include "lookup.h"
 
 namespace fastvq {
 namespace {
@@ -127,7 +127,8 @@ void gather_codes(const Codes& codes, int64_t h, int64_t k0, int64_t d0, int64_t
   for (int j = 0; j < kExactCodes; ++j) {
     const bool there = k0 + j < codes.n_codes;
     const auto* p = code_at<E>(codes, h, there ? k0 + j : 0) + d0 * codes.stride_d;
-    for (int64_t d = 0; d < n; ++d) out[d * Stride + j] = there ? static_cast<double>(E::get(p[d * codes.stride_d])) : 0;
+    for (int64_t d = 0; d < n; ++d)
+      out[d * Stride + j] = there ? static_cast<double>(E::get(p[d * codes.stride_d])) : 0;
   }
 }
 
@@ -141,9 +142,8 @@ void scan_rows(const Lookup& lookup, int64_t h, int64_t first, int64_t n_pending
   for (int64_t i = 0; i < n_pending; ++i) {
     const int64_t r = s.pending[i];
     indices[r] = 0;
-    const bool finite = with_element(x.dtype, [&](auto e) {
-      return all_finite<decltype(e)>(row_at<decltype(e)>(x, h, first + r), x.stride_d, D);
-    });
+    const bool finite = with_element(
+        x.dtype, [&](auto e) { return all_finite<decltype(e)>(row_at<decltype(e)>(x, h, first + r), x.stride_d, D); });
     if (!finite) continue;
     s.best[n] = HUGE_VAL;
     s.pending[n++] = r;

@@ -40,7 +40,7 @@ void score_panels(const float* tiles, int n_tiles, const PackedCodes& packed, in
   const float* panel = panel_at(packed, first);
   const float* bias = packed.bias + first * kWidth;
   for (int p = 0; p < n_panels; ++p, panel += panel_floats(D), bias += kWidth) {
-    const auto score = p < n_panels - partial                    ? score_tile<kTileVectors, KeepScores>
+    const auto score = p < n_panels - partial                 ? score_tile<kTileVectors, KeepScores>
                        : empty >= (kTileVectors - 1) * kLanes ? score_tile<1, KeepScores>
                                                               : score_tile<kTileVectors - 1, KeepScores>;
     for (int t = 0; t < n_tiles; ++t)
@@ -67,7 +67,7 @@ FilterScratch filter_scratch(int64_t D, const Take& take) {
 
 // Step 1 for a block of rows.
 inline void pack_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
-                         FilterScratch& s, RowState* rows) {
+                       FilterScratch& s, RowState* rows) {
   const int64_t D = packed.dim, n_tiles = (n + kTileRows - 1) / kTileRows;
   for (int64_t t = 0; t < n_tiles; ++t) {
     const int64_t row = t * kTileRows, here = n - row < kTileRows ? n - row : kTileRows;
@@ -84,8 +84,8 @@ inline void pack_block(const Lookup& lookup, const PackedCodes& packed, int64_t 
 
 // All scores of a block of rows: visit(row, first code of a panel, its scores).
 template <class Visit>
-void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
-                 FilterScratch& s, RowState* rows, const Visit& visit) {
+void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n, FilterScratch& s,
+                 RowState* rows, const Visit& visit) {
   pack_block(lookup, packed, h, first, n, s, rows);
   for (int64_t i0 = 0; i0 < n; i0 += kTileRows)
     for (int64_t p = 0; p < packed.n_panels; ++p) {

@@ -119,8 +119,8 @@ inline Measured round_row(const float* x, const float* mean, int64_t D, uint16_t
 
 // Step 1 for up to 16 rows of one group.
 template <class E>
-void pack_rows(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean, const float* zeros,
-               uint16_t* to, FilterScratch& s, Measured* measured) {
+void pack_rows(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean, const float* zeros, uint16_t* to,
+               FilterScratch& s, Measured* measured) {
   const int64_t D = x.dim;
   if (std::is_same<E, Element<DType::f32>>::value && x.stride_d == 1) {
     for (int64_t i = 0; i < n; ++i)
@@ -190,7 +190,8 @@ __attribute__((noinline)) void score_panels(const uint16_t* rows, const PackedCo
   const int64_t n_steps = steps(packed.dim), bytes = panel_bytes(packed.dim);
   for (int p = 0; p <= chunk.n; ++p) {
     const int64_t panel = chunk.first + p;
-    if (p < chunk.n) multiply_panel<Halves>(rows, reinterpret_cast<const uint16_t*>(packed.panels + panel * bytes), n_steps);
+    if (p < chunk.n)
+      multiply_panel<Halves>(rows, reinterpret_cast<const uint16_t*>(packed.panels + panel * bytes), n_steps);
     if (p > 0)
       panel_maxima(sums + (p - 1) * kWidth, packed.bias + (panel - 1) * kWidth, 16 * Halves, maxima + (p - 1) * kLanes);
     if (p < chunk.n) keep_panel<Halves>(sums + p * kWidth);
@@ -198,7 +199,8 @@ __attribute__((noinline)) void score_panels(const uint16_t* rows, const PackedCo
 }
 
 inline void add_bias(const float* sums, const float* bias, float* scores) {
-  for (int v = 0; v < kTileVectors; ++v) store(scores + v * kLanes, add(load(sums + v * kLanes), load(bias + v * kLanes)));
+  for (int v = 0; v < kTileVectors; ++v)
+    store(scores + v * kLanes, add(load(sums + v * kLanes), load(bias + v * kLanes)));
 }
 
 // Step 1 for a block of rows.
@@ -211,8 +213,8 @@ inline void pack_block(const Lookup& lookup, const PackedCodes& packed, int64_t 
     Measured measured[16];
     uint16_t* to = s.rows + i0 / kGroup * group_elements + i0 % kGroup * kStep;
     with_element(lookup.x->dtype, [&](auto e) {
-      pack_rows<decltype(e)>(*lookup.x, h, first + i0, here,
-                             lookup.metric == Metric::euclidean ? packed.mean : zeros, zeros, to, s, measured);
+      pack_rows<decltype(e)>(*lookup.x, h, first + i0, here, lookup.metric == Metric::euclidean ? packed.mean : zeros,
+                             zeros, to, s, measured);
     });
     for (int64_t i = here; i < 16; ++i)  // rows that are not there: finite, or their sums would take an age
       for (int64_t step = 0; step < steps(D); ++step)
@@ -224,8 +226,8 @@ inline void pack_block(const Lookup& lookup, const PackedCodes& packed, int64_t 
 
 // All scores of a block of rows: visit(row, first code of a panel, its scores).
 template <class Visit>
-void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
-                 FilterScratch& s, RowState* rows, const Visit& visit) {
+void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n, FilterScratch& s,
+                 RowState* rows, const Visit& visit) {
   const tile::Scope tiles;
   pack_block(lookup, packed, h, first, n, s, rows);
   for (int64_t i0 = 0; i0 < n; i0 += kGroup)

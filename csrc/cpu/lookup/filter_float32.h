@@ -34,8 +34,8 @@ struct CodeLayout {
 
 // Step 2 for one tile and the first `Vectors` vectors of one panel. tile [D][kTileRows], panel [D][kWidth].
 template <int Vectors, bool KeepScores>
-__attribute__((noinline)) void score_tile(const float* tile, const float* panel, const float* bias, int64_t D, float* scores,
-                       float* maxima) {
+__attribute__((noinline)) void score_tile(const float* tile, const float* panel, const float* bias, int64_t D,
+                                          float* scores, float* maxima) {
   V sums[kTileRows][Vectors];
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i)
@@ -78,8 +78,8 @@ inline void score_row(const float* tile, int64_t i, const float* panel, const fl
 
 // Step 1 for one tile: rows [first, first + n) into out [D][kTileRows], room for 8 floats behind it.
 template <class E>
-__attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean, float* out, float* eight,
-               void* room, Measured* measured) {
+__attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean,
+                                         float* out, float* eight, void* room, Measured* measured) {
   using Real = typename E::Real;
   const int64_t D = x.dim;
   if (x.stride_d != 1 && x.stride_inner == 1 && n == kTileRows && first / x.n_inner == (first + n - 1) / x.n_inner) {

@@ -34,7 +34,7 @@ inline float* panel_at(const PackedCodes& packed, int64_t panel) {
 }
 
 struct Held {
-  float unit;   // the vector is unit times its integers
+  float unit;  // the vector is unit times its integers
   double lost;  // square of what rounding took
 };
 
@@ -146,7 +146,8 @@ inline void score_row(const float* tile, int64_t i, const float* panel, const fl
   for (int v = 0; v < kTileVectors; ++v) sums[v] = _mm512_setzero_si512();
   for (int64_t w = 0; w < W; ++w)
     for (int v = 0; v < kTileVectors; ++v)
-      sums[v] = multiply_pairs(sums[v], spread_pair(tile + w * kTileRows + i), load_pairs(panel + w * kWidth + v * kLanes));
+      sums[v] =
+          multiply_pairs(sums[v], spread_pair(tile + w * kTileRows + i), load_pairs(panel + w * kWidth + v * kLanes));
   for (int v = 0; v < kTileVectors; ++v) {
     const V product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[v]), spread(tile[W * kTileRows + i]));
     store(scores + v * kLanes, mul_add(product, load(panel + W * kWidth + v * kLanes), load(bias + v * kLanes)));
@@ -171,8 +172,8 @@ __attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first
       }
   } else {
     for (int64_t i = 0; i < n; ++i)
-      measured[i].square = place_code<E>(contiguous(row_at<E>(x, h, first + i), x.stride_d, D, room), D, mean, 0,
-                                         eight + i * D);
+      measured[i].square =
+          place_code<E>(contiguous(row_at<E>(x, h, first + i), x.stride_d, D, room), D, mean, 0, eight + i * D);
   }
   float* units = out + W * kTileRows;
   for (int64_t i = 0; i < kTileRows; ++i) {

@@ -14,9 +14,9 @@
 #include <vector>
 
 #include "../common/buffer.h"
+#include "../common/parallel.h"
 #include "duplicate_codes.h"
 #include "lookup.h"
-#include "../common/parallel.h"
 
 namespace fastvq {
 
@@ -94,8 +94,8 @@ class PackedHeads {
   explicit PackedHeads(std::vector<PackedCodes> heads) : heads_(std::move(heads)), memory_(0, Buffer::no_slot) {}
 
   static PackedHeader header_of(const NearestKernels& kernels, const Codes& codes, Isa isa, Metric metric) {
-    return {kPackedMark,  static_cast<int64_t>(isa), static_cast<int64_t>(metric),   codes.n_heads,
-            codes.n_codes, codes.dim,                kept_bytes(kernels, codes)};
+    return {kPackedMark, static_cast<int64_t>(isa), static_cast<int64_t>(metric), codes.n_heads, codes.n_codes,
+            codes.dim,   kept_bytes(kernels, codes)};
   }
 
   static std::vector<PackedCodes> describe(const NearestKernels& kernels, const Codes& codes) {
@@ -157,8 +157,8 @@ class PackedHeads {
     parallel_chunks(H * n_chunks, n_threads, [&](int64_t i, int thread) {
       PackedCodes& p = heads_[static_cast<size_t>(i / n_chunks)];
       const int64_t first = i % n_chunks * per_chunk;
-      found[static_cast<size_t>(i)] = kernels.pack(codes, i / n_chunks, metric, first,
-                                                   std::min(first + per_chunk, p.n_panels), room(thread), p);
+      found[static_cast<size_t>(i)] =
+          kernels.pack(codes, i / n_chunks, metric, first, std::min(first + per_chunk, p.n_panels), room(thread), p);
     });
     parallel_chunks(H, n_threads, [&](int64_t h, int) {
       PackedCodes& p = heads_[static_cast<size_t>(h)];

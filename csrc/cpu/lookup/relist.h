@@ -67,8 +67,7 @@ int64_t look_again(const Lookup& lookup, const PackedCodes& packed, int64_t h, i
     for (; i < n_pending && pending[i] < group + kAgainRows; ++i) {
       const int64_t r = pending[i] - group;
       if (n[r] > 0)
-        indices[pending[i]] =
-            best_of(lookup, h, first + pending[i], s.codes + r * kMaxExact, n[r], filter.room);
+        indices[pending[i]] = best_of(lookup, h, first + pending[i], s.codes + r * kMaxExact, n[r], filter.room);
       else
         pending[left++] = pending[i];
     }

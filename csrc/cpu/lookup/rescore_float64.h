@@ -10,8 +10,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "exact.h"
 #include "candidates.h"
+#include "exact.h"
 
 namespace fastvq {
 namespace {
@@ -90,7 +90,8 @@ int64_t quick_scan(const Lookup& lookup, const PackedCodes& packed, int64_t h, i
     return magnitudes == 0 || (square > 0x1p-900 && square < 0x1p900);
   };
   const auto fetch = [&](int64_t r, double* to) {
-    with_element(x.dtype, [&](auto e) { to_double<decltype(e)>(row_at<decltype(e)>(x, h, first + r), x.stride_d, D, to); });
+    with_element(x.dtype,
+                 [&](auto e) { to_double<decltype(e)>(row_at<decltype(e)>(x, h, first + r), x.stride_d, D, to); });
   };
   for (int64_t i = 0; i < n_pending; ++i) {
     fetch(pending[i], s.rows);
@@ -106,9 +107,8 @@ int64_t quick_scan(const Lookup& lookup, const PackedCodes& packed, int64_t h, i
   for (int64_t k0 = 0; k0 < K; k0 += kQuickCodes) {
     if (k0 % (4 * kQuickCodes) == 0) checkpoint();
     for (int64_t part = 0; part < kQuickCodes; part += kExactCodes)
-      with_element(codes.dtype, [&](auto e) {
-        gather_codes<decltype(e), kQuickCodes>(codes, h, k0 + part, 0, D, s.codes + part);
-      });
+      with_element(codes.dtype,
+                   [&](auto e) { gather_codes<decltype(e), kQuickCodes>(codes, h, k0 + part, 0, D, s.codes + part); });
     double bias[kQuickCodes], scale[kQuickCodes], norms[kQuickCodes];
     for (int j = 0; j < kQuickCodes; ++j) {
       double square = 0, magnitudes = 0;
@@ -116,7 +116,8 @@ int64_t quick_scan(const Lookup& lookup, const PackedCodes& packed, int64_t h, i
         square += s.codes[d * kQuickCodes + j] * s.codes[d * kQuickCodes + j];
         magnitudes += std::fabs(s.codes[d * kQuickCodes + j]);
       }
-      bool candidate = k0 + j < K && packed.bias[k0 + j] != kRepeated && !(lookup.metric == Metric::cosine && square == 0);
+      bool candidate =
+          k0 + j < K && packed.bias[k0 + j] != kRepeated && !(lookup.metric == Metric::cosine && square == 0);
       if (candidate && !in_range(square, magnitudes)) {
         with_element(codes.dtype, [&](auto e) {
           candidate = all_finite<decltype(e)>(code_at<decltype(e)>(codes, h, k0 + j), codes.stride_d, D);

@@ -59,7 +59,7 @@ template <class Real>
 struct Block {
   Real *residual, *chosen, *total;
   int64_t* indices;  // of one level and block
-  double* room;      // [3 D]
+  double* room;  // [3 D]
   char* search;
 };
 
@@ -87,11 +87,11 @@ size_t block_layout(int64_t D, size_t search_bytes, char* base, Block<Real>* out
 // Returns how many of the rows are real; square is the sum of (residual - code)^2 over them.
 template <class Real>
 int64_t quantize_level(const NearestKernels& kernels, const PackedCodes& packed, const Codes& level,
-                       const ResidualOptions& options, int64_t q, int64_t first, int64_t n, Real* residual,
-                       Real* total, const Block<Real>& b, const ResidualOutputs& out, int64_t Q, double& square) {
+                       const ResidualOptions& options, int64_t q, int64_t first, int64_t n, Real* residual, Real* total,
+                       const Block<Real>& b, const ResidualOutputs& out, int64_t Q, double& square) {
   const int64_t D = level.dim;
   const Rows rows = block_view(residual, n, D), chosen = block_view(b.chosen, n, D);
-  const Lookup lookup{&rows, &level, options.metric, options.fast, options.mask ? options.mask + first : nullptr,
+  const Lookup lookup{&rows,    &level, options.metric, options.fast, options.mask ? options.mask + first : nullptr,
                       b.indices};
   LookupCounts counts;
   kernels.search(lookup, packed, 0, 0, n, b.search, counts);
@@ -118,41 +118,44 @@ void forward(const Rows& x, const Codes& levels, const ResidualOptions& options,
   std::atomic<int64_t> n_real{0};
   const size_t search_bytes = kernels.search_bytes(D);
   n_threads = useful_threads(filter_work(x, levels) * static_cast<double>(Q), n_threads);
-  for_blocks(x, n_threads, block_layout<Real>(D, search_bytes, nullptr, nullptr),
-             [&](int64_t, int64_t first, int64_t n, int64_t, char* scratch) {
-    Block<Real> b;
-    block_layout<Real>(D, search_bytes, scratch, &b);
-    with_element(x.dtype, [&](auto e) {
-      using E = decltype(e);
-      for (int64_t i = 0; i < n; ++i) {
-        const auto* row = row_at<E>(x, 0, first + i);
-        for (int64_t d = 0; d < D; ++d) b.residual[i * D + d] = static_cast<Real>(E::get(row[d * x.stride_d]));
-      }
-    });
-    std::fill(b.total, b.total + n * D, Real(0));
-    for (int64_t q = 0; q < Q; ++q) {
-      int64_t here = 0;
-      for (int64_t i = 0; i < n; i += rows) {
-        const int64_t in_block = std::min(rows, n - i);
-        here += quantize_level<Real>(kernels, packed[q], level_of(levels, q), options, q, first + i, in_block,
-                                     b.residual + i * D, b.total + i * D, b, out, Q,
-                                     squares[static_cast<size_t>(q * n_blocks + (first + i) / rows)]);
-      }
-      if (q == 0) n_real += here;
-    }
-    with_element(quantized.dtype, [&](auto e) {
-      using E = decltype(e);
-      auto* to = static_cast<typename E::Stored*>(const_cast<void*>(quantized.data));
-      for (int64_t i = 0; i < n; ++i) {
-        auto* row = to + quantized.offset(0, first + i);
-        for (int64_t d = 0; d < D; ++d) row[d * quantized.stride_d] = E::put(b.total[i * D + d]);
-      }
-    });
-  }, kBlocks * rows);
+  for_blocks(
+      x, n_threads, block_layout<Real>(D, search_bytes, nullptr, nullptr),
+      [&](int64_t, int64_t first, int64_t n, int64_t, char* scratch) {
+        Block<Real> b;
+        block_layout<Real>(D, search_bytes, scratch, &b);
+        with_element(x.dtype, [&](auto e) {
+          using E = decltype(e);
+          for (int64_t i = 0; i < n; ++i) {
+            const auto* row = row_at<E>(x, 0, first + i);
+            for (int64_t d = 0; d < D; ++d) b.residual[i * D + d] = static_cast<Real>(E::get(row[d * x.stride_d]));
+          }
+        });
+        std::fill(b.total, b.total + n * D, Real(0));
+        for (int64_t q = 0; q < Q; ++q) {
+          int64_t here = 0;
+          for (int64_t i = 0; i < n; i += rows) {
+            const int64_t in_block = std::min(rows, n - i);
+            here += quantize_level<Real>(kernels, packed[q], level_of(levels, q), options, q, first + i, in_block,
+                                         b.residual + i * D, b.total + i * D, b, out, Q,
+                                         squares[static_cast<size_t>(q * n_blocks + (first + i) / rows)]);
+          }
+          if (q == 0) n_real += here;
+        }
+        with_element(quantized.dtype, [&](auto e) {
+          using E = decltype(e);
+          auto* to = static_cast<typename E::Stored*>(const_cast<void*>(quantized.data));
+          for (int64_t i = 0; i < n; ++i) {
+            auto* row = to + quantized.offset(0, first + i);
+            for (int64_t d = 0; d < D; ++d) row[d * quantized.stride_d] = E::put(b.total[i * D + d]);
+          }
+        });
+      },
+      kBlocks * rows);
   const DefaultFloatingPoint environment;
   for (int64_t q = 0; q < Q; ++q) {
     out.squares[q] = 0;
-    for (int64_t block = 0; block < n_blocks; ++block) out.squares[q] += squares[static_cast<size_t>(q * n_blocks + block)];
+    for (int64_t block = 0; block < n_blocks; ++block)
+      out.squares[q] += squares[static_cast<size_t>(q * n_blocks + block)];
   }
   *out.n_rows = n_real;
 }
@@ -180,7 +183,8 @@ void add_columns(const Rows& x, const Codes& levels, const int64_t* indices, con
     }
   }
   for (int64_t i = 0; i < Q * K; ++i)
-    for (int64_t d = 0; d < width; ++d) sums[i * D + d0 + d] = saturated<Sum>(table[static_cast<size_t>(i * width + d)]);
+    for (int64_t d = 0; d < width; ++d)
+      sums[i * D + d0 + d] = saturated<Sum>(table[static_cast<size_t>(i * width + d)]);
 }
 
 template <class Real, class Sum>

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "lookup.h"
 #include "candidates.h"
+#include "lookup.h"
 
 namespace fastvq {
 namespace {
@@ -96,8 +96,8 @@ __attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& pa
   for (int p = 0; p < chunk.n; ++p) {
     if (p % 4 == 0 && p + 4 <= chunk.n) {  // most panels hold no winner: four at a time
       const float* four = maxima + p * kLanes;
-      const V top_of_four = larger(larger(load(four), load(four + kLanes)),
-                                   larger(load(four + 2 * kLanes), load(four + 3 * kLanes)));
+      const V top_of_four =
+          larger(larger(load(four), load(four + kLanes)), larger(load(four + 2 * kLanes), load(four + 3 * kLanes)));
       if (!at_least(add(top_of_four, bound), limit)) {
         p += 3;
         continue;

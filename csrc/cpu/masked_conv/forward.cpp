@@ -63,7 +63,7 @@ std::vector<Block> split_channels(int64_t n_channels, const ConvKernels& kernels
 
 namespace {
 
-constexpr int64_t kBandBytes = 512 << 10;     // of scratch a band's input may take
+constexpr int64_t kBandBytes = 512 << 10;  // of scratch a band's input may take
 float weight_at(const MaskedWeight& w, int64_t i) {
   return w.dtype == DType::bf16 ? Bf16::get(static_cast<const uint16_t*>(w.data)[i])
                                 : static_cast<const float*>(w.data)[i];
@@ -105,14 +105,15 @@ void pack_pairs(const MaskedWeight& w, bool swapped, const Block& block, uint16_
   std::memset(dst, 0, static_cast<size_t>(tap_size) * w.taps.size() * sizeof(uint16_t));
   const uint16_t* data = static_cast<const uint16_t*>(w.data);
   each_weight(w, swapped, block.first, block.n_channels, [&](int64_t tap, int64_t d, int64_t lane, int64_t at) {
-    dst[tap * tap_size + d / 32 * step + lane / 16 * kTileElements + d % 32 / 2 * 32 + lane % 16 * 2 + d % 2] = data[at];
+    dst[tap * tap_size + d / 32 * step + lane / 16 * kTileElements + d % 32 / 2 * 32 + lane % 16 * 2 + d % 2] =
+        data[at];
   });
 }
 
 struct Packed {
   std::vector<Block> blocks;
   std::vector<int64_t> start;  // of each block's weights, in elements
-  Floats weights;              // for tiles they hold bfloat16
+  Floats weights;  // for tiles they hold bfloat16
   const uint16_t* narrow() const { return reinterpret_cast<const uint16_t*>(weights.get()); }
 };
 
@@ -126,7 +127,8 @@ std::unique_ptr<Packed> pack(const MaskedWeight& w, bool swapped, int64_t parts,
   int64_t size = 0;
   for (const Block& block : packed->blocks) {
     packed->start.push_back(size);
-    const int64_t of_a_tap = e.tiles ? tile_steps(depth) * block.n_vectors * kTileElements : depth * lanes_of(block, e.k);
+    const int64_t of_a_tap =
+        e.tiles ? tile_steps(depth) * block.n_vectors * kTileElements : depth * lanes_of(block, e.k);
     size += static_cast<int64_t>(w.taps.size()) * of_a_tap;
   }
   packed->weights.resize(std::max<int64_t>(e.tiles ? size / 2 : size, 1));

@@ -26,8 +26,12 @@ struct WeightGrad {
   std::vector<double> bias;
 
   WeightGrad(const MaskedWeight& w, const ConvEngine& engine)
-      : k(engine.k), tiles(engine.tiles), weight(w), depth(tiles ? tile_steps(w.c_in) * 32 : w.c_in),
-        blocks(split_channels(w.c_out, k)), bias(static_cast<size_t>(w.c_out), 0.0) {
+      : k(engine.k),
+        tiles(engine.tiles),
+        weight(w),
+        depth(tiles ? tile_steps(w.c_in) * 32 : w.c_in),
+        blocks(split_channels(w.c_out, k)),
+        bias(static_cast<size_t>(w.c_out), 0.0) {
     int64_t size = 0;
     for (const Block& block : blocks) {
       start.push_back(size);
@@ -85,10 +89,19 @@ struct WeightGrad {
           if (with_bias && slice == 0) add_bias(blocks[i], grad_at, n_rows * x.width);
           for (size_t t = 0; t < weight.taps.size(); ++t) {
             const Tap& tap = weight.taps[t];
-            k.product({slice_input + n * image + (y0 + reach.top + tap.dy) * row + (reach.left + tap.dx) * kSlice, 1,
-                       kSlice, segments.data(), n_rows, x.width, grad_at,
-                       sums.get() + start[i] + (static_cast<int64_t>(t) * x.channels + first) * lanes, lanes, nullptr,
-                       std::min(kSlice, x.channels - first), blocks[i].n_vectors, {}});
+            k.product({slice_input + n * image + (y0 + reach.top + tap.dy) * row + (reach.left + tap.dx) * kSlice,
+                       1,
+                       kSlice,
+                       segments.data(),
+                       n_rows,
+                       x.width,
+                       grad_at,
+                       sums.get() + start[i] + (static_cast<int64_t>(t) * x.channels + first) * lanes,
+                       lanes,
+                       nullptr,
+                       std::min(kSlice, x.channels - first),
+                       blocks[i].n_vectors,
+                       {}});
           }
         }
     });
@@ -109,7 +122,9 @@ struct WeightGrad {
     const Reach reach;
     const int64_t steps, size, n;  // registers across the width; pixels of a line; lines
     Lines(const Image& x, const std::vector<Tap>& taps)
-        : reach(taps), steps(tile_steps(x.width)), size(reach.left + steps * 32 + reach.right),
+        : reach(taps),
+          steps(tile_steps(x.width)),
+          size(reach.left + steps * 32 + reach.right),
           n(reach.top + x.height + reach.bottom) {}
   };
 
@@ -126,7 +141,7 @@ struct WeightGrad {
     uint16_t* const pairs = grads.resize_narrow(n_images * n_vectors * vector);
     parallel_chunks(n_images, n_threads, [&](int64_t i, int) {
       // Channels and pixels change places: a "pixel" of this view is a channel.
-      const Image turned{x.data,  x.dtype,    x.batch,    x.width,    x.height,
+      const Image turned{x.data,     x.dtype,    x.batch,    x.width,    x.height,
                          x.channels, x.stride_b, x.stride_w, x.stride_h, x.stride_c};
       uint16_t* const inside = inputs + i * image + lines.reach.top * lines.size + lines.reach.left;
       for (int64_t y = 0; y < x.height; ++y)

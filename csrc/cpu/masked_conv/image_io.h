@@ -138,7 +138,9 @@ struct Reach {
 
 // Elements from one pixel of the scratch to the next, `line` of them a cache line: an odd number of lines, so that the
 // same channel of neighbouring pixels spreads over all sets of the first-level cache.
-inline int64_t pixel_stride(int64_t n_channels, int64_t line = 16) { return ((n_channels + line - 1) / line | 1) * line; }
+inline int64_t pixel_stride(int64_t n_channels, int64_t line = 16) {
+  return ((n_channels + line - 1) / line | 1) * line;
+}
 
 // Rows of one image, dst[(y - y0) * dst_row + p * dst_pixel + c]. A contiguous image is read a few channels at a time
 // over all rows, so that memory sees long streams and not two lines a page.

@@ -18,8 +18,8 @@
 #include <string>
 #include <vector>
 
-#include "image_io.h"
 #include "../common/parallel.h"
+#include "image_io.h"
 
 namespace fastvq {
 namespace {
@@ -171,8 +171,9 @@ struct Run {
     if (call.row > 0 && first.reach > 0)
       for (int64_t b = b0; b < b1; ++b)
         for (int64_t x = 0; x < s.width; ++x)
-          embed(b, call.row - 1, x, call.cache + first.v_in + b * first.v_image + (first.reach - 1) * first.v_row +
-                                        (first.reach + x) * plan.pixel);
+          embed(b, call.row - 1, x,
+                call.cache + first.v_in + b * first.v_image + (first.reach - 1) * first.v_row +
+                    (first.reach + x) * plan.pixel);
   }
 
   // Row `call.row` of the vertical stack, all layers.
@@ -199,8 +200,19 @@ struct Run {
         float* parts[2] = {a.get(), b_.get()};
         for (int64_t b = b0; b < b1; ++b) {
           for (int64_t part = 0; part < 2; ++part) {
-            k.product({here(b), pixel, 1, segments.data(), y.v.segments, s.channels, w + part * step, parts[part],
-                       lanes, bias + part * step, s.width, block.n_vectors, {}});
+            k.product({here(b),
+                       pixel,
+                       1,
+                       segments.data(),
+                       y.v.segments,
+                       s.channels,
+                       w + part * step,
+                       parts[part],
+                       lanes,
+                       bias + part * step,
+                       s.width,
+                       block.n_vectors,
+                       {}});
             if (call.condition)
               for (int64_t x = 0; x < s.width; ++x) {
                 const float* c = condition(static_cast<int64_t>(l), b, call.row, x, part) + block.first;
@@ -222,8 +234,19 @@ struct Run {
         for (int64_t b = b0; b < b1; ++b)
           for (int64_t part = 0; part < 2; ++part) {
             float* out = call.cache + y.link_out + b * s.width * 2 * plan.lanes_c + 2 * block.first + part * lanes;
-            k.product({next(b), pixel, 1, &none, 1, s.channels, w + part * step, out, 2 * plan.lanes_c,
-                       bias + part * step, s.width, block.n_vectors, {}});
+            k.product({next(b),
+                       pixel,
+                       1,
+                       &none,
+                       1,
+                       s.channels,
+                       w + part * step,
+                       out,
+                       2 * plan.lanes_c,
+                       bias + part * step,
+                       s.width,
+                       block.n_vectors,
+                       {}});
             if (call.condition)
               for (int64_t x = 0; x < s.width; ++x) {
                 const float* c = condition(static_cast<int64_t>(l), b, call.row, x, 2 + part) + block.first;
@@ -246,8 +269,8 @@ struct Run {
     };
     // n rows of a map applied to [n, pixel], block by block, into block_out.
     const auto apply = [&](const float* rows, const Block& block, const float* bias, const float* w) {
-      k.product({rows, pixel, 1, &none, 1, s.channels, w, block_out.get(), plan.width(block), bias, n,
-                 block.n_vectors, {}});
+      k.product(
+          {rows, pixel, 1, &none, 1, s.channels, w, block_out.get(), plan.width(block), bias, n, block.n_vectors, {}});
       return block_out.get();
     };
     if (j > 0)
@@ -261,12 +284,23 @@ struct Run {
         float* parts[2] = {a.get(), b_.get()};
         for (int64_t part = 0; part < 2; ++part) {
           for (int64_t i = 0; i < n; ++i)
-            std::memcpy(parts[part] + i * lanes,
-                        call.cache + y.link_out + ((b0 + i) * s.width + j) * 2 * plan.lanes_c + 2 * block.first +
-                            part * lanes,
-                        static_cast<size_t>(lanes) * sizeof(float));
-          k.product({at(y, b0, j), y.h_image, 1, segments.data(), y.h.segments, s.channels, w + part * step,
-                     parts[part], lanes, nullptr, n, block.n_vectors, {}});
+            std::memcpy(
+                parts[part] + i * lanes,
+                call.cache + y.link_out + ((b0 + i) * s.width + j) * 2 * plan.lanes_c + 2 * block.first + part * lanes,
+                static_cast<size_t>(lanes) * sizeof(float));
+          k.product({at(y, b0, j),
+                     y.h_image,
+                     1,
+                     segments.data(),
+                     y.h.segments,
+                     s.channels,
+                     w + part * step,
+                     parts[part],
+                     lanes,
+                     nullptr,
+                     n,
+                     block.n_vectors,
+                     {}});
         }
         k.gate(a.get(), b_.get(), block_out.get(), n * lanes);
         for (int64_t i = 0; i < n; ++i)
@@ -285,8 +319,19 @@ struct Run {
           bias += step;
           w += step;
         }
-        k.product({gated.get(), pixel, 1, &none, 1, s.channels, w, skip.get() + block.first, plan.lanes_c,
-                   l == 0 ? bias : nullptr, n, block.n_vectors, {}});
+        k.product({gated.get(),
+                   pixel,
+                   1,
+                   &none,
+                   1,
+                   s.channels,
+                   w,
+                   skip.get() + block.first,
+                   plan.lanes_c,
+                   l == 0 ? bias : nullptr,
+                   n,
+                   block.n_vectors,
+                   {}});
       });
     }
     if (call.logits == nullptr) return;

@@ -63,7 +63,8 @@ void update(const EmaBuffers& b, const Sum* sums, const int64_t* counts, const E
         for (int64_t d = 0; d < b.dim; ++d) {
           // The product with 0 would keep a NaN.
           const double old = keep == 0 ? 0.0 : keep * average[d * b.embed_sum_d];
-          const Real now = saturated<Real>(old + take * static_cast<double>(saturated<Sum>(static_cast<double>(sum[d]))));
+          const Real now =
+              saturated<Real>(old + take * static_cast<double>(saturated<Sum>(static_cast<double>(sum[d]))));
           average[d * b.embed_sum_d] = now;
           if (divisor >= 0) code[d * b.codebook_d] = saturated<Real>(static_cast<double>(now) / divisor);
         }
@@ -74,8 +75,8 @@ void update(const EmaBuffers& b, const Sum* sums, const int64_t* counts, const E
 
 }  // namespace
 
-void ema_update(const EmaBuffers& b, const void* sums, bool sums_double, const int64_t* counts,
-                const EmaOptions& o, int n_threads) {
+void ema_update(const EmaBuffers& b, const void* sums, bool sums_double, const int64_t* counts, const EmaOptions& o,
+                int n_threads) {
   const DefaultFloatingPoint environment;
   const Uninterrupted whole;  // half an update would leave buffers that do not fit each other
   if (b.dtype == DType::f64 && sums_double)

@@ -16,9 +16,15 @@ struct StatisticsKernels {
                 void* out);
 };
 
-namespace statistics_generic { extern const StatisticsKernels kernels; }
-namespace statistics_avx2 { extern const StatisticsKernels kernels; }
-namespace statistics_avx512 { extern const StatisticsKernels kernels; }
+namespace statistics_generic {
+extern const StatisticsKernels kernels;
+}
+namespace statistics_avx2 {
+extern const StatisticsKernels kernels;
+}
+namespace statistics_avx512 {
+extern const StatisticsKernels kernels;
+}
 const StatisticsKernels& statistics_kernels(Isa isa);
 
 }  // namespace fastvq

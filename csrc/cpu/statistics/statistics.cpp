@@ -53,8 +53,7 @@ struct Task {
 class Statistics {
  public:
   Statistics(const Rows& x, const int64_t* indices, int64_t n_codes, const StatisticsOut& out, Isa isa, int n_threads)
-      : x_(x), indices_(indices), n_codes_(n_codes), n_rows_(x.n_rows()), out_(out),
-        kernels_(statistics_kernels(isa)) {
+      : x_(x), indices_(indices), n_codes_(n_codes), n_rows_(x.n_rows()), out_(out), kernels_(statistics_kernels(isa)) {
     const int64_t work = x.n_heads * n_rows_ * x.dim;
     n_threads_ = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(n_threads, work / kWorkPerThread)));
   }
@@ -142,8 +141,9 @@ class Statistics {
     const CodeRange& range = task.range;
     const int64_t n = range.code_end - range.code_begin, width = range.d_end - range.d_begin;
     table.assign(static_cast<size_t>(n * width), 0.0);
-    RowAdder(x_, kernels_).add(range, task.head, 0, n_rows_, indices_ + task.head * n_rows_,
-                               finite_.empty() ? nullptr : finite_.data() + task.head * n_rows_, table.data());
+    RowAdder(x_, kernels_)
+        .add(range, task.head, 0, n_rows_, indices_ + task.head * n_rows_,
+             finite_.empty() ? nullptr : finite_.data() + task.head * n_rows_, table.data());
     const int64_t at = (task.head * n_codes_ + range.code_begin) * x_.dim + range.d_begin;
     return out_.sums_double ? store_sums(table.data(), n, width, static_cast<double*>(out_.sums) + at, x_.dim)
                             : store_sums(table.data(), n, width, static_cast<float*>(out_.sums) + at, x_.dim);
@@ -158,8 +158,8 @@ class Statistics {
       const int64_t zero = 0;
       for (int64_t row = chunk * kRowsPerChunk; row < std::min((chunk + 1) * kRowsPerChunk, rows); ++row) {
         if (indices_[row] < 0) continue;
-        const char* data = static_cast<const char*>(x_.data) +
-                           x_.offset(row / n_rows_, row % n_rows_) * element_size(x_.dtype);
+        const char* data =
+            static_cast<const char*>(x_.data) + x_.offset(row / n_rows_, row % n_rows_) * element_size(x_.dtype);
         kernels_.stage(data, x_.dtype, &zero, 1, x_.dim, x_.stride_d, staged.data());
         bool finite = true;
         if (x_.dtype == DType::f64) {

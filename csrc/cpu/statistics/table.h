@@ -94,7 +94,10 @@ bool store_sums(const double* table, int64_t n_codes, int64_t width, Out* sums, 
 class BlockStatistics {
  public:
   BlockStatistics(const Rows& x, int64_t n_codes, const StatisticsOut& out, Isa isa)
-      : x_(x), n_codes_(n_codes), out_(out), adder_(x, statistics_kernels(isa)),
+      : x_(x),
+        n_codes_(n_codes),
+        out_(out),
+        adder_(x, statistics_kernels(isa)),
         table_(static_cast<size_t>(x.n_heads * n_codes * x.dim), 0.0) {
     std::fill(out.counts, out.counts + x.n_heads * n_codes, int64_t{0});
   }
