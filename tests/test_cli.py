@@ -75,7 +75,9 @@ def test_training_writes_a_model_a_log_and_pictures(runs):
     assert [json.loads(s)["step"] for s in (runs / "vqvae" / "log.jsonl").read_text().splitlines()] == [2, 4, 6]
     assert min(side(runs / "vqvae" / "reconstructions.png")) > 90 and side(runs / "vqvae" / "usage.png") == (640, 300)
     assert json.loads((runs / "vqvae" / "skipped.json").read_text()).keys() == {"a/broken.png"}
-    assert {p.name for p in (runs / "prior").iterdir()} == {"level0", "level1", "model.json", "samples.png"}
+    assert {p.name for p in (runs / "prior").iterdir()} == {
+        "data.json", "level0", "level1", "model.json", "samples.png",
+    }  # fmt: skip
     assert side(runs / "prior" / "samples.png")[0] > 8 * 96  # eight of each class in a row
 
 

@@ -175,6 +175,7 @@ def test_one_folder_has_many_paths(encode, pictures, tmp_path, monkeypatch):
     for path in pictures.iterdir():
         shutil.copy(path, tmp_path / "others")
     assert "begun with another data" in said(encode("others", status=2))
+    assert "field must be a picture's" in said(encode(pictures, "--field", "cls", status=2))
 
 
 # Archives.

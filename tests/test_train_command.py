@@ -124,4 +124,10 @@ def test_a_model_that_must_not_be_read_says_so(train, tmp_path, monkeypatch):
 
 def test_resume_with_other_pictures_is_refused(train, tmp_path):
     train(3)
+    options = ["--channels", 8, "--layers", 1, "--batch-size", 4]
+    prior = ["train", "prior", "--model", tmp_path / "run", "--out", tmp_path / "prior", *options]
+    fastvq(*prior, "--steps", 2)
+    fastvq(*prior, "--steps", 3, "--resume", "--data", f"{tmp_path / 'pictures'}/")  # one folder, another path
     assert "holds a run on other data (listing was of 3 files" in train(4, "--resume", status=2)
+    text = " ".join(fastvq(*prior, "--steps", 4, "--resume", status=2).output.split())
+    assert "holds a run on other data (listing was of 3 files" in text

@@ -20,7 +20,7 @@ from fastvq.cli.id_shards import CONFIG, CONFIG_KIND, MANIFEST, SHARDS, load_sha
 from fastvq.data import Shards, Source
 from fastvq.models.checkpoints import WEIGHTS
 
-__all__ = ["LOG", "listing_digest", "open_output", "remove_output"]
+__all__ = ["LOG", "listing_digest", "open_output", "remove_output", "same_option"]
 
 OP = "fastvq encode"
 LISTING, LOG = "listing.jsonl", "log.jsonl"
@@ -58,7 +58,7 @@ def open_output(
             f"{ENTRY_NAMES.get(name, name)}"
             + ("" if name in ENTRY_NAMES else f" ({begun[name]!r}, now {config[name]!r})")
             for name in sorted(config)
-            if name in begun and name != "listing" and not _is_same(name, begun[name], config[name])
+            if name in begun and name != "listing" and not same_option(name, begun[name], config[name])
         ]
         if differing:
             raise ValueError(f"{out} was begun with another {', '.join(differing)}; {ADVICE}")
@@ -73,9 +73,10 @@ def open_output(
     return len(listing)
 
 
-def _is_same(name: str, before: Any, now: Any) -> bool:
+def same_option(name: str, before: Any, now: Any) -> bool:
+    """Whether the option ``name`` has one value before and now. A folder of pictures has many paths."""
     if name == "data" and isinstance(now, str) and "://" not in now:
-        return os.path.abspath(before) == os.path.abspath(now)  # one folder has many paths: a, a/, ./a
+        return os.path.abspath(before) == os.path.abspath(now)
     return bool(before == now)
 
 

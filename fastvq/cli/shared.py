@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastvq._json import any_of, nothing, read_json, record, text, whole, write_json
-from fastvq.cli.encode_config import listing_digest
+from fastvq.cli.encode_config import listing_digest, same_option
 from fastvq.data import Batch, Loader, Shards, check_size, is_archive, normalise, open_data, read_picture
 from fastvq.data.sources import Digits, Photographs, Source
 from fastvq.models.autoencoder import Autoencoder
@@ -181,12 +181,13 @@ def write_data(folder: Path, name: str, source: Source | Shards, odd: str, field
         "data": name, "size": source.size, "channels": source.channels, "odd": odd, "field": field,
         "listing": listing_digest(source.listing()),
     }  # fmt: skip
-    if (folder / STATE).is_file() and (folder / DATA).is_file():
+    begun = (folder / STATE).is_file() or any(folder.glob(f"level*/{STATE}"))
+    if begun and (folder / DATA).is_file():
         before = read_json("fastvq", folder / DATA, DATA_KIND)
         differing = [
             f"{key} was {_shown(before[key])}, is {_shown(described[key])}"
             for key in described
-            if key in before and before[key] != described[key]
+            if key in before and not same_option(key, before[key], described[key])
         ]
         if differing:
             raise ValueError(f"{folder} holds a run on other data ({'; '.join(differing)}); take another --out")

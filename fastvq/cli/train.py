@@ -180,6 +180,7 @@ def train_prior(
         with_labels = labels and source.n_classes is not None
         if process.first:
             shared.write_prior_model(out, model)
+            shared.write_data(out, data, source, options["odd"], options.get("field"))
         priors: list[Prior] = []
         for level in range(autoencoder.levels):
             config = TrainConfig(

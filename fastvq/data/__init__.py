@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastvq.data.loader import AUGMENTATIONS, Batch, Loader
 from fastvq.data.pictures import BadPicture, Picture, check_size, normalise, psnr, read_picture, to_pixels
+from fastvq.data.samples import check_field
 from fastvq.data.shards import Shards, is_archive
 from fastvq.data.sources import Digits, ImageFolder, Photographs, Source, Torchvision
 
@@ -38,6 +39,7 @@ def open_data(
             out of range.
     """
     check_size("fastvq.data", size)
+    check_field(field)
     if channels not in (None, 1, 3):
         raise ValueError(f"fastvq.data: channels must be 1 or 3, got {channels}")
     if name == "digits":
