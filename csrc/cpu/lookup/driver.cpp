@@ -6,8 +6,8 @@
 #include <optional>
 #include <vector>
 
-#include "../statistics/table.h"
 #include "driver.h"
+#include "../statistics/table.h"
 
 namespace fastvq {
 

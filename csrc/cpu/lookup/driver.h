@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "../common/fp_environment.h"
-#include "../common/parallel.h"
 #include "packed_codebook.h"
+#include "../common/parallel.h"
 
 namespace fastvq {
 

@@ -8,8 +8,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "../simd/vectors.h"
 #include "lookup.h"
+#include "../simd/vectors.h"
 
 namespace fastvq {
 namespace {

@@ -1,9 +1,9 @@
 // The functions of one instruction set, gathered for lookup/driver.cpp. The including file names its vectors first
 // (simd_*.h), then its filter (lookup/filter.h, lookup/filter_bf16_tiles.h), and defines FASTVQ_NEAREST_TABLE.
 #pragma once
+#include "resolve.h"
 #include "../testing/bound_check.h"
 #include "quantize_rows.h"
-#include "resolve.h"
 
 namespace fastvq {
 namespace {

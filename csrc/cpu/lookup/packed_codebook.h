@@ -14,9 +14,9 @@
 #include <vector>
 
 #include "../common/buffer.h"
-#include "../common/parallel.h"
 #include "duplicate_codes.h"
 #include "lookup.h"
+#include "../common/parallel.h"
 
 namespace fastvq {
 

@@ -6,8 +6,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "../simd/vectors.h"
 #include "lookup.h"
+#include "../simd/vectors.h"
 
 namespace fastvq {
 namespace {

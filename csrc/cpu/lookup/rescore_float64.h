@@ -10,8 +10,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "candidates.h"
 #include "exact.h"
+#include "candidates.h"
 
 namespace fastvq {
 namespace {

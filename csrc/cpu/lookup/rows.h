@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstdint>
 
-#include "candidates.h"
 #include "lookup.h"
+#include "candidates.h"
 
 namespace fastvq {
 namespace {

@@ -2,8 +2,8 @@
 #pragma once
 #include <cstdint>
 
-#include "../common/parallel.h"
 #include "image_io.h"
+#include "../common/parallel.h"
 
 namespace fastvq {
 

@@ -18,8 +18,8 @@
 #include <string>
 #include <vector>
 
-#include "../common/parallel.h"
 #include "image_io.h"
+#include "../common/parallel.h"
 
 namespace fastvq {
 namespace {

@@ -1,6 +1,6 @@
 #define FASTVQ_TILE_VECTORS 2
-#include "../lookup/filter_bf16_tiles.h"
 #include "../simd/avx512.h"
 #include "emulated_tiles.h"
+#include "../lookup/filter_bf16_tiles.h"
 #define FASTVQ_NEAREST_TABLE nearest_emulated
 #include "../lookup/kernel_table.h"

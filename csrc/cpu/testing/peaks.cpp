@@ -6,8 +6,8 @@
 #include <cstring>
 #include <vector>
 
-#include "../common/parallel.h"
 #include "../lookup/lookup.h"
+#include "../common/parallel.h"
 
 namespace fastvq {
 namespace {
