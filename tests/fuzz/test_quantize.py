@@ -132,7 +132,7 @@ def estimated(estimator: str, g: Tensor, x: Tensor, chosen: Tensor) -> tuple[Ten
     norm_r = r.norm(dim=-1, keepdim=True)
     r = r / norm_r
     rotated = g - 2 * r * (r * g).sum(-1, keepdim=True) + 2 * unit_x * (unit_c * g).sum(-1, keepdim=True)
-    undefined = (norm_x == 0) | (norm_c == 0)
+    undefined = ((norm_x == 0) | (norm_c == 0)) & x.isfinite().all(-1, keepdim=True)  # NaN and infinity give NaN
     size = 16 * norm_c / norm_x * g.norm(dim=-1, keepdim=True) / norm_r
     back = torch.where(norm_r < 0.1, torch.nan, norm_c / norm_x * rotated)  # r is noise there, or nearly
     return torch.where(undefined, g, back), torch.where(undefined, g.abs(), size.expand_as(g))
