@@ -37,7 +37,9 @@ class Ambient:
         with ExitStack() as stack:
             self._set_isa(stack)
             stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(self.threads)
+            # Torch's threads keep the rounding mode that they are started in, for all later cases: none is started in
+            # another one. (tests/native/test_environment.py runs kernels on several threads in each mode.)
+            torch.set_num_threads(self.threads if self.rounds_as_usual else 1)
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(self.default_dtype)
             stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
