@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,13 @@ def pytest_terminal_summary(terminalreporter, config):
     if ran:
         seed = config.getoption("--fuzz-seed")
         terminalreporter.write_line(f"fuzz: {sum(n for _, n in ran):,} examples passed, --fuzz-seed={seed}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _ctrl_c_raises():
+    """A shell starts its background jobs with SIGINT ignored; tests that send it need Python's own handler."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -77,7 +77,9 @@ def test_the_cuda_extension_without_a_driver_says_so():
     for call in (
         lambda: fastvq.ops.nearest(x, codebook, backend="cuda"),
         lambda: fastvq.ops.code_statistics(x, ids, 7, backend="cuda"),
-        lambda: fastvq.ops.ema_update_(codebook, codebook, size, codebook, ids.new_zeros(7), decay=0.5, backend="cuda"),
+        lambda: fastvq.ops.ema_update_(
+            codebook, codebook.clone(), size, codebook.clone(), ids.new_zeros(7), decay=0.5, backend="cuda"
+        ),
         lambda: fastvq.ops.masked_conv2d(image, weight, backend="cuda"),
         lambda: fastvq.ops.gated_masked_conv2d(image, weight, backend="cuda"),
         lambda: fastvq.ops.pixelcnn_start(sampler, (1,), (1, 2, 2), backend="cuda"),
