@@ -131,6 +131,6 @@ def draw(
     top_k: int | None,
     top_p: float | None,
 ) -> None:
-    """``count`` positions from ``first`` on, in one launch, their ids drawn as ``models.sampling.choose_ids`` does."""
+    """``count`` positions from ``first`` on, in one launch, their ids drawn as ``models.sampling.sample_ids`` does."""
     _positions(ids, weights, cache, condition, len(kernel_sizes), first, count, None, uniforms, wanted, temperature,
                top_k or 0, top_p or 0.0)  # fmt: skip

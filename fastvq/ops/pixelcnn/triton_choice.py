@@ -8,7 +8,7 @@ free             [B, H, W] bool         positions to be drawn; others keep their
 ids              [B, H, W] int64        written at the position
 position         [1] int64              row * W + column
 
-All arithmetic is float64, as in ``fastvq.models.sampling.choose_ids``, whose result this is, but for the order of the
+All arithmetic is float64, as in ``fastvq.models.sampling.sample_ids``, whose result this is, but for the order of the
 sums: a uniform within a rounding of the step from one id to the next may fall to either. Nothing is sorted. What
 ``top_k`` and ``top_p`` keep is every id above some probability and the first few at it, and that probability is found
 bit by bit: a non-negative float64 is ordered as the integer of its bits.
