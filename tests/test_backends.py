@@ -212,7 +212,7 @@ def test_a_source_folder_without_extensions_says_so_once(tmp_path):
     (tmp_path / "csrc").mkdir()
     (tmp_path / "setup.py").touch()
     # An editable install would find the extension of its own folder for any package of this name.
-    program = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in f.__name__]\n"
+    program = "import sys; sys.meta_path = [f for f in sys.meta_path if 'ditable' not in repr(f)]\n"
     program += "import torch, fastvq; [fastvq.ops.nearest(torch.ones(2, 3), torch.ones(4, 3)) for _ in range(2)]"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
