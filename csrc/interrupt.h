@@ -2,8 +2,8 @@
 //
 // Kernels know nothing of Python. The binding hands them a function that says whether to stop, and the thread that
 // called the kernel asks it between two pieces of work, at most every kInterruptPeriod. The kernel then throws
-// Interrupted; helper threads see that at their next piece. Kernels that change the caller's memory in place ask
-// nobody, because a call that stops half-way would leave that memory half changed.
+// Interrupted; helper threads see that at their next piece. A kernel that changes the caller's memory in place either
+// puts back what it changed (pixelcnn_step) or asks nobody: a call must not leave that memory half changed.
 #pragma once
 #include <exception>
 

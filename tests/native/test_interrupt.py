@@ -64,6 +64,22 @@ def _kmeans(init):
     return partial(kmeans, _vectors(64_000, 64), 2048, init=init, n_iter=50, tolerance=0.0)
 
 
+def _step(batch=128):
+    """(state, ids) of a sampler. The first position of a row takes about a second, in proportion to the batch."""
+    model = PixelCNN(64, 128, 3, kernel_size=9)
+    state = model.sampler_state((batch, 3, 64), None, None)
+    assert state.backend == "cpu"
+    return state, torch.randint(0, 64, (batch, 3, 64))
+
+
+def _start(c=1152, k=5):
+    out = [2 * c, c]  # of two layers
+    layers = [[(2 * c, c, k, k), (2 * c,), (2 * c, c, 1, 1), (2 * c,), (2 * c, c, 1, k), (2 * c,), (n, c, 1, 1), (n,)]
+              for n in out]  # fmt: skip
+    shapes = [(16, c), *layers[0], *layers[1], (c, c, 1, 1), (c,), (16, c, 1, 1), (16,)]
+    return partial(ops.pixelcnn_start, [torch.zeros(s) for s in shapes], (k, k), (1, 4, 4), backend="cpu")
+
+
 def _sample(cached):
     return partial(PixelCNN(256, 64, 6).sample, (4, 48, 48), cached=cached)
 
@@ -82,6 +98,8 @@ CALLS = {
     "gated_masked_conv2d": lambda: partial(ops.gated_masked_conv2d, *_conv(), backend="cpu"),
     "kmeans, the start": lambda: _kmeans("k-means++"),
     "kmeans, the iterations": lambda: _kmeans("random"),
+    "pixelcnn_start": _start,
+    "pixelcnn_step": lambda: partial(ops.pixelcnn_step, *_step(), 0, 0),
     "PixelCNN.sample": lambda: _sample(cached=True),
     "PixelCNN.sample without a cache": lambda: _sample(cached=False),
 }
@@ -129,6 +147,34 @@ def test_a_signal_leaves_a_long_call_within_a_fifth_of_a_second(name, n_threads,
     # The process goes on as if nothing had been.
     x, codebook = torch.randn(5000, 16), torch.randn(64, 16)
     assert torch.equal(ops.nearest(x, codebook, backend="cpu"), ops.nearest(x, codebook, backend="reference"))
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_position_that_was_left_can_be_computed_again(n_threads, threads, alarm):
+    threads(n_threads)
+    state, ids = _step(batch=16)
+
+    def positions(between):
+        logits = []
+        for row in range(2):
+            between(row)
+            logits += [ops.pixelcnn_step(state, ids, row, column) for column in range(2)]
+        return torch.stack(logits)
+
+    def leave(row):
+        _seconds_to_leave(partial(ops.pixelcnn_step, state, ids, row, 0), alarm, after=0.06)
+
+    expected = positions(lambda row: None)
+    assert torch.equal(positions(leave), expected)
+
+    def refuse(row):
+        wrong = ids.clone()
+        wrong[-1, row - 1, 5] = 99
+        if row > 0:
+            with pytest.raises(ValueError, match="got 99"):
+                ops.pixelcnn_step(state, wrong, row, 0)
+
+    assert torch.equal(positions(refuse), expected)
 
 
 def test_control_c_leaves_a_backward():

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "image_io.h"
+#include "../common/checkpoint.h"
 #include "../common/parallel.h"
 
 namespace fastvq {
@@ -103,6 +104,7 @@ void pack_linear(const Plan& plan, const Linear& map, const float* weight, const
   float* at = packed + map.at;
   for (const Block& block : plan.blocks_of(map))
     for (int64_t part = 0; part < map.parts; ++part) {
+      checkpoint();
       const int64_t lanes = plan.width(block), first = part * map.n + block.first;
       std::memset(at, 0, static_cast<size_t>(lanes) * sizeof(float));
       std::memcpy(at, bias + first, static_cast<size_t>(block.n_channels) * sizeof(float));
@@ -153,10 +155,9 @@ struct Run {
     std::memcpy(dst, call.embedding + id * s.channels, static_cast<size_t>(s.channels) * sizeof(float));
   }
 
-  void begin_row() const {
-    const PixelCNNShape& s = plan.s;
-    for (size_t l = 0; l < plan.layers.size(); ++l) {
-      const Layer& y = plan.layers[l];
+  // Moves the rows that the vertical stack reads up by one; the first row of a map begins with zeros instead.
+  void shift_rows() const {
+    for (const Layer& y : plan.layers) {
       float* v = call.cache + y.v_in + b0 * y.v_image;
       if (call.row == 0) {
         std::memset(v, 0, static_cast<size_t>((b1 - b0) * y.v_image) * sizeof(float));
@@ -167,22 +168,36 @@ struct Run {
       for (int64_t b = b0; b < b1; ++b, v += y.v_image)
         std::memmove(v, v + y.v_row, static_cast<size_t>(y.reach * y.v_row) * sizeof(float));
     }
-    const Layer& first = plan.layers[0];
-    if (call.row > 0 && first.reach > 0)
-      for (int64_t b = b0; b < b1; ++b)
-        for (int64_t x = 0; x < s.width; ++x)
-          embed(b, call.row - 1, x,
-                call.cache + first.v_in + b * first.v_image + (first.reach - 1) * first.v_row +
-                    (first.reach + x) * plan.pixel);
   }
 
-  // Row `call.row` of the vertical stack, all layers.
+  // Moves them back after a call that did not end, so that the call may come again. The row that shift_rows dropped is
+  // not needed: the next shift drops its place.
+  void unshift_rows() const {
+    if (call.row == 0) return;
+    for (const Layer& y : plan.layers)
+      for (int64_t b = b0; b < b1; ++b) {
+        float* v = call.cache + y.v_in + b * y.v_image;
+        std::memmove(v + y.v_row, v, static_cast<size_t>(y.reach * y.v_row) * sizeof(float));
+      }
+  }
+
+  void embed_row_above() const {
+    const Layer& first = plan.layers[0];
+    if (call.row == 0 || first.reach == 0) return;
+    for (int64_t b = b0; b < b1; ++b)
+      for (int64_t x = 0; x < plan.s.width; ++x)
+        embed(b, call.row - 1, x,
+              call.cache + first.v_in + b * first.v_image + (first.reach - 1) * first.v_row +
+                  (first.reach + x) * plan.pixel);
+  }
+
+  // Row `call.row` of the vertical stack, all layers; shift_rows came before. May be left and come again.
   void vertical() const {
     const PixelCNNShape& s = plan.s;
     const ConvKernels& k = plan.k;
     const int64_t widest = static_cast<int64_t>(k.max_vectors) * k.lanes, pixel = plan.pixel;
     Floats a(s.width * widest), b_(s.width * widest), gated(s.width * widest), last((b1 - b0) * s.width * pixel);
-    begin_row();
+    embed_row_above();
     for (size_t l = 0; l < plan.layers.size(); ++l) {
       const Layer& y = plan.layers[l];
       const bool is_last = l + 1 == plan.layers.size();
@@ -199,6 +214,7 @@ struct Run {
         const int64_t lanes = plan.width(block);
         float* parts[2] = {a.get(), b_.get()};
         for (int64_t b = b0; b < b1; ++b) {
+          checkpoint();
           for (int64_t part = 0; part < 2; ++part) {
             k.product({here(b),
                        pixel,
@@ -231,6 +247,7 @@ struct Run {
       const int64_t none = 0;
       for_blocks(plan, y.link, call.weights, [&](const Block& block, const float* bias, const float* w, int64_t step) {
         const int64_t lanes = plan.width(block);
+        checkpoint();
         for (int64_t b = b0; b < b1; ++b)
           for (int64_t part = 0; part < 2; ++part) {
             float* out = call.cache + y.link_out + b * s.width * 2 * plan.lanes_c + 2 * block.first + part * lanes;
@@ -257,7 +274,7 @@ struct Run {
     }
   }
 
-  // Position (call.row, call.column) of the horizontal stack, all layers, and the logits.
+  // Position (call.row, call.column) of the horizontal stack, all layers, and the logits. May be left and come again.
   void horizontal() const {
     const PixelCNNShape& s = plan.s;
     const ConvKernels& k = plan.k;
@@ -269,6 +286,7 @@ struct Run {
     };
     // n rows of a map applied to [n, pixel], block by block, into block_out.
     const auto apply = [&](const float* rows, const Block& block, const float* bias, const float* w) {
+      checkpoint();
       k.product(
           {rows, pixel, 1, &none, 1, s.channels, w, block_out.get(), plan.width(block), bias, n, block.n_vectors, {}});
       return block_out.get();
@@ -282,6 +300,7 @@ struct Run {
       for_blocks(plan, y.h, call.weights, [&](const Block& block, const float*, const float* w, int64_t step) {
         const int64_t lanes = plan.width(block);
         float* parts[2] = {a.get(), b_.get()};
+        checkpoint();
         for (int64_t part = 0; part < 2; ++part) {
           for (int64_t i = 0; i < n; ++i)
             std::memcpy(
@@ -390,12 +409,25 @@ void pixelcnn_step(const PixelCNNShape& shape, const PixelCNNCall& call, Isa isa
   // A thread takes images; few enough groups that a tile of the product stays full, since each reads all weights.
   constexpr int64_t kImages = 8;
   const int64_t n_groups = std::max<int64_t>(1, std::min<int64_t>(n_threads, (shape.batch + kImages - 1) / kImages));
-  const Uninterrupted whole;  // half a step would leave a cache that later positions cannot go on from
-  parallel_chunks(n_groups, n_threads, [&](int64_t group, int) {
-    const Run run{plan, call, shape.batch * group / n_groups, shape.batch * (group + 1) / n_groups};
-    if (call.column == 0) run.vertical();
-    run.horizontal();
-  });
+  const auto run_of = [&](int64_t group) {
+    return Run{plan, call, shape.batch * group / n_groups, shape.batch * (group + 1) / n_groups};
+  };
+  std::vector<char> shifted(static_cast<size_t>(n_groups));  // written by the thread of a group
+  try {
+    parallel_chunks(n_groups, n_threads, [&](int64_t group, int) {
+      const Run run = run_of(group);
+      if (call.column == 0) {
+        run.shift_rows();
+        shifted[static_cast<size_t>(group)] = 1;
+        run.vertical();
+      }
+      run.horizontal();
+    });
+  } catch (...) {  // interrupted, ids out of range, no memory: the cache becomes what it was before, for all images
+    for (int64_t group = 0; group < n_groups; ++group)
+      if (shifted[static_cast<size_t>(group)]) run_of(group).unshift_rows();
+    throw;
+  }
 }
 
 }  // namespace fastvq
