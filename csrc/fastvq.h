@@ -7,7 +7,7 @@
 
 namespace fastvq {
 
-// Numbers are part of the binding: fastvq/_native.py holds the same table.
+// Numbers are part of the binding: fastvq/backends/views.py and cpu.py hold the same tables.
 enum class DType : int { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 // Static: of an inline function the linker might keep the copy that was compiled for the widest instruction set.
 static inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
-from fastvq import _cuda_native, _native
-from fastvq._backends import BACKENDS, serving
 from fastvq._version import VERSION
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends.registry import BACKENDS, serving
 
 __all__ = ["build_info"]
 
@@ -30,22 +31,22 @@ def build_info() -> dict[str, Any]:
     Raises:
         ValueError: ``FASTVQ_CPU_ISA`` names an instruction set that this machine does not have.
     """
-    missing = _native.unavailable()
-    available = _native.available_isas()
-    names = {number: name for name, number in _native.ISAS.items()}
+    missing = cpu_backend.unavailable()
+    available = cpu_backend.available_isas()
+    names = {number: name for name, number in cpu_backend.ISAS.items()}
     return {
         "version": VERSION,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "cpu": {
-            "compiler": None if missing else _native._cpu.compiler(),
+            "compiler": None if missing else cpu_backend._cpu.compiler(),
             "available": available,
-            "isa": None if missing else names[_native.isa()],
-            "amx": _native.amx_unavailable(),
+            "isa": None if missing else names[cpu_backend.isa()],
+            "amx": cpu_backend.amx_unavailable(),
         },
         "cuda": {
-            "compiler": _cuda_native._cuda.compiler() if _cuda_native.built() else None,
-            "architectures": _cuda_native._cuda.architectures().split() if _cuda_native.built() else [],
+            "compiler": cuda_backend._cuda.compiler() if cuda_backend.built() else None,
+            "architectures": cuda_backend._cuda.architectures().split() if cuda_backend.built() else [],
         },
         "devices": {
             str(device): dict(zip(("backend", "reason"), serving(device), strict=True)) for device in _devices()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastvq._checks import check_float, check_generator, check_integer, check_number, check_option
-from fastvq.ops.ema import code_statistics
 from fastvq.ops.nearest import nearest
 from fastvq.ops.quantize import quantize
+from fastvq.ops.statistics import code_statistics
 
 __all__ = ["Collective", "KMeans", "fit", "kmeans"]
 

@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import _native, _triton, ops
-from fastvq._backends import BACKENDS
-from fastvq._golden_record import Lookup, decode, digest, lookups, recorded
+from fastvq import ops
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.golden.record import Lookup, decode, digest, lookups, recorded
+from fastvq.backends.registry import BACKENDS
 
 __all__ = ["Verdict", "verify"]
 
@@ -34,7 +36,7 @@ def verify() -> tuple[list[Verdict], dict[str, str]]:
         fault = f"this machine makes other numbers from the counter, in {len(foreign)} lookups, the first {foreign[0]}"
         return [Verdict("inputs", 0, fault, 0.0)], {}
     missing = {name: reason for name, backend in BACKENDS.items() if (reason := backend.unavailable()) is not None}
-    if "triton" not in missing and _triton.interpreting():
+    if "triton" not in missing and triton_backend.interpreting():
         missing["triton"] = "it runs in Triton's interpreter, which compiles nothing"
     return [_verdict(what, run, calls) for what, run in _ways(missing)], missing
 
@@ -46,7 +48,7 @@ Run = Callable[[Lookup], list[Tensor]]
 def _ways(missing: dict[str, str]) -> Iterator[tuple[str, Run]]:
     """What to verify: its name, and how it looks up."""
     if "cpu" not in missing:
-        for isa in _native.available_isas():
+        for isa in cpu_backend.available_isas():
             yield f"cpu, {isa}", _on_cpu(isa)
     for backend in ("triton", "cuda"):
         if backend not in missing:

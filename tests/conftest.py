@@ -17,19 +17,20 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
 
     triton_guard.install()
 
-from fastvq import _native, _triton
 from fastvq._env import VARIABLES
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import triton as triton_backend
 from tests import kinds
 from tests.fuzz import shares
 
 # reference, then the CPU kernels once for each instruction set that this machine has.
-ENGINES = ["reference", *(f"cpu-{isa}" for isa in _native.available_isas())]
+ENGINES = ["reference", *(f"cpu-{isa}" for isa in cpu_backend.available_isas())]
 CPU_ENGINES = ENGINES[1:]
 # What the instruction sets beyond AVX-512 serve themselves; everything else would only run AVX-512's kernels again.
 BEYOND = ("emulated", "avx512_vnni")
 OWN = ("test_nearest", "test_quantize", "test_residual", "test_step", "test_pack_codebook", "test_masked_conv_tiles")
 # The Triton kernels on CPU tensors: a hundred times slower, so only for tests marked `interpreted`.
-INTERPRETED = ["triton"] if _triton.interpreting() and _triton.unavailable() is None else []
+INTERPRETED = ["triton"] if triton_backend.interpreting() and triton_backend.unavailable() is None else []
 SHARES = pytest.StashKey[dict[str, int]]()  # examples of each fuzz test
 
 

@@ -4,18 +4,18 @@ import json
 from pathlib import Path
 
 import fastvq
-from fastvq import _golden_record
-from fastvq._golden_record import Lookup
+from fastvq.backends.golden import record as golden_record
+from fastvq.backends.golden.record import Lookup
 from tests import oracle
 
 
 def entry(lookup: Lookup) -> dict[str, str]:
     indices = oracle.nearest(lookup.x, lookup.codebook, lookup.metric)
-    return {"inputs": _golden_record.digest(lookup), "indices": _golden_record.encode(indices)}
+    return {"inputs": golden_record.digest(lookup), "indices": golden_record.encode(indices)}
 
 
 if __name__ == "__main__":
-    record = {lookup.name: entry(lookup) for lookup in _golden_record.lookups()}
-    path = Path(fastvq.__file__).parent / _golden_record.RECORD
+    record = {lookup.name: entry(lookup) for lookup in golden_record.lookups()}
+    path = Path(fastvq.__file__).parent / golden_record.RECORD
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{len(record)} lookups, {path.stat().st_size} bytes: {path}")

@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from fastvq import _native
+from fastvq.backends import cpu as cpu_backend
 from fastvq.ops import nearest
 from tests import oracle
 from tests.cases import DTYPES, HARD, METRICS, generator
@@ -127,7 +127,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="the first of the seeds; default: 1")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for isa in options.isa.split(",") if options.isa else _native.available_isas():
+    for isa in options.isa.split(",") if options.isa else cpu_backend.available_isas():
         os.environ["FASTVQ_CPU_ISA"] = isa
         soak(int(options.lookups), isa, options.seed)
         near_ties(int(options.near_ties), isa, options.seed)

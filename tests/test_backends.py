@@ -14,11 +14,17 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import _backends, _cuda_native, _native, _triton, ops
+from fastvq import ops
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import registry
+from fastvq.backends import triton as triton_backend
 
 ROOT = Path(__file__).parent.parent
 X, CODES = torch.randn(20, 4), torch.randn(6, 4)
-pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason="needs the CPU kernels beside the reference")
+pytestmark = pytest.mark.skipif(
+    cpu_backend.unavailable() is not None, reason="needs the CPU kernels beside the reference"
+)
 
 
 @pytest.fixture
@@ -67,12 +73,12 @@ def test_overlapping_threads_do_not_disturb_each_other(served):
     def work(name, is_first):
         with fastvq.use_backend(name):
             entered.wait(10)
-            found[name] = _backends._override.get()
+            found[name] = registry._override.get()
             if is_first:
                 left.wait(10)  # the other leaves first
         if not is_first:
             left.wait(10)
-        found[name, "after"] = _backends._override.get()
+        found[name, "after"] = registry._override.get()
 
     threads = [threading.Thread(target=work, args=a) for a in (("reference", True), ("cpu", False))]
     for t in threads:
@@ -82,14 +88,14 @@ def test_overlapping_threads_do_not_disturb_each_other(served):
     for t in threads:
         t.join(10)
     assert found == {"reference": "reference", "cpu": "cpu", ("reference", "after"): None, ("cpu", "after"): None}
-    assert served == ["forward cpu"] and _backends._override.get() is None
+    assert served == ["forward cpu"] and registry._override.get() is None
 
 
 def test_threads_and_tasks_inherit_it_as_context_variables_do():
     seen = {}
 
     def look(name):
-        seen[name] = _backends._override.get()
+        seen[name] = registry._override.get()
 
     async def task():
         look("task")
@@ -139,11 +145,13 @@ def test_a_graph_may_hold_the_block(served):
 @pytest.fixture
 def alone(monkeypatch):
     """A machine without a backend but the reference, on which no warning was given yet."""
-    monkeypatch.setattr(_native, "_import_error", "ImportError: no such file")
-    monkeypatch.setattr(_triton, "interpreting", lambda: False)
-    monkeypatch.setattr(_triton, "_missing", lambda: "it needs Triton 3.6 or later, got 3.2; pip install -U triton")
-    monkeypatch.setattr(_cuda_native, "_import_error", "ImportError: no nvcc")
-    monkeypatch.setattr(_backends, "_warned", set())
+    monkeypatch.setattr(cpu_backend, "_import_error", "ImportError: no such file")
+    monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
+    monkeypatch.setattr(
+        triton_backend, "_missing", lambda: "it needs Triton 3.6 or later, got 3.2; pip install -U triton"
+    )
+    monkeypatch.setattr(cuda_backend, "_import_error", "ImportError: no nvcc")
+    monkeypatch.setattr(registry, "_warned", set())
 
 
 def test_the_first_call_that_falls_to_the_reference_warns_with_reason_and_remedy(alone):
@@ -167,8 +175,8 @@ def test_a_reference_that_was_asked_for_does_not_warn(alone, monkeypatch):
 
 
 def test_kernels_that_do_not_take_this_call_alone_do_not_warn(monkeypatch):
-    monkeypatch.setattr(_backends, "_warned", set())
-    monkeypatch.setattr(_triton, "interpreting", lambda: False)
+    monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ops.masked_conv2d(torch.randn(1, 1, 4, 4).double(), torch.ones(2, 1, 3, 3).double())
@@ -182,12 +190,12 @@ def test_kernels_that_do_not_take_this_call_alone_do_not_warn(monkeypatch):
     ],
 )
 def test_other_devices_without_kernels_are_named(device, expected, alone, monkeypatch):
-    monkeypatch.setattr(_triton, "capability", lambda device: 90)
+    monkeypatch.setattr(triton_backend, "capability", lambda device: 90)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
     kind = type("OnDevice", (torch.Tensor,), {"device": torch.device(device)})
     with pytest.warns(RuntimeWarning, match=f"run on {torch.device(device).type} tensors") as caught:
-        run = _backends.choose("fastvq.ops.an_op", ops.nearest.__globals__["IMPLEMENTATIONS"], None, *_call(kind))
+        run = registry.choose("fastvq.ops.an_op", ops.nearest.__globals__["IMPLEMENTATIONS"], None, *_call(kind))
     assert run is ops.nearest.__globals__["IMPLEMENTATIONS"]["reference"].run
     for words in expected:
         assert words in str(caught[0].message)
@@ -200,7 +208,7 @@ def _call(kind):
 def test_build_info_says_which_backend_serves_which_device(alone, monkeypatch):
     found = fastvq.build_info()["devices"]["cpu"]
     assert found["backend"] == "reference" and "no such file" in found["reason"]
-    monkeypatch.setattr(_native, "_import_error", None)
+    monkeypatch.setattr(cpu_backend, "_import_error", None)
     assert fastvq.build_info()["devices"]["cpu"] == {"backend": "cpu", "reason": None}
     with fastvq.use_backend("reference"):
         assert fastvq.build_info()["devices"]["cpu"] == {"backend": "reference", "reason": None}

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 import fastvq
-from fastvq import _cuda_native, _native, _triton
 from fastvq._env import VARIABLES
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import triton as triton_backend
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,7 +30,7 @@ def test_build_info(monkeypatch):
 
 
 def test_build_info_without_the_extension(monkeypatch):
-    monkeypatch.setattr(_native, "_import_error", "ImportError: no such file")
+    monkeypatch.setattr(cpu_backend, "_import_error", "ImportError: no such file")
     info = fastvq.build_info()
     assert info["cpu"] == {"compiler": None, "available": [], "isa": None, "amx": info["backends"]["cpu"]["reason"]}
     assert not info["backends"]["cpu"]["available"] and "no such file" in info["backends"]["cpu"]["reason"]
@@ -57,14 +59,14 @@ def test_no_other_variable_is_read():
 
 
 def test_build_info_without_the_cuda_extension(monkeypatch):
-    monkeypatch.setattr(_cuda_native, "_import_error", "ImportError: no such file")
+    monkeypatch.setattr(cuda_backend, "_import_error", "ImportError: no such file")
     info = fastvq.build_info()
     assert info["cuda"] == {"compiler": None, "architectures": []}
     reason = info["backends"]["cuda"]["reason"]
     assert "ImportError: no such file" in reason and "FASTVQ_CUDA=1" in reason
 
 
-@pytest.mark.skipif(not _cuda_native.built() or torch.cuda.is_available(), reason="a build with nvcc, no GPU")
+@pytest.mark.skipif(not cuda_backend.built() or torch.cuda.is_available(), reason="a build with nvcc, no GPU")
 def test_the_cuda_extension_without_a_driver_says_so():
     info = fastvq.build_info()
     assert info["cuda"]["compiler"].startswith("nvcc") and "sm_80" in info["cuda"]["architectures"]
@@ -116,8 +118,8 @@ def test_a_missing_compiler_gives_one_readable_line(tmp_path):
     ],
 )  # fmt: skip
 def test_which_triton_serves(triton, numpy, reason, monkeypatch):
-    monkeypatch.setattr(_triton, "version", {"triton": triton, "numpy": numpy}.__getitem__)
-    monkeypatch.setattr(_triton.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(_triton, "interpreting", lambda: True)
-    found = _triton._missing.__wrapped__()
+    monkeypatch.setattr(triton_backend, "version", {"triton": triton, "numpy": numpy}.__getitem__)
+    monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton_backend, "interpreting", lambda: True)
+    found = triton_backend._missing.__wrapped__()
     assert found is reason if reason is None else reason in found

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvq import _cuda_native
+from fastvq.backends import cuda as cuda_backend
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 # Of the shape that serves most widths, for 64 dims: of a warp's tile 32 x 64 the products and what follows them. A
@@ -39,14 +39,14 @@ def _disassembler() -> tuple[Path, dict[str, str]] | None:
 
 TOOL = _disassembler()
 pytestmark = [
-    pytest.mark.skipif(not _cuda_native.built(), reason="fastvq._cuda is not built here"),
+    pytest.mark.skipif(not cuda_backend.built(), reason="fastvq._cuda is not built here"),
     pytest.mark.skipif(TOOL is None, reason="neither the CUDA toolkit nor Triton brings cuobjdump and nvdisasm"),
 ]
 
 
 def _dump(*options: str) -> str:
     tool, environment = TOOL
-    command = [str(tool), *options, _cuda_native._cuda.__file__]
+    command = [str(tool), *options, cuda_backend._cuda.__file__]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
 
 
@@ -65,7 +65,7 @@ def sm_80() -> dict[str, list[str]]:
 
 def test_every_architecture_is_there():
     listed = _dump("-lelf")
-    named = [a for a in _cuda_native._cuda.architectures().split() if a.startswith("sm_")]
+    named = [a for a in cuda_backend._cuda.architectures().split() if a.startswith("sm_")]
     assert named and all(f"{a}." in listed for a in named)
 
 

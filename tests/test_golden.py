@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 
-from fastvq import _golden
-from fastvq._golden_cases import USED, WORK, Configuration, cases, configuration, widened
+from fastvq.backends.golden import gate
+from fastvq.backends.golden.cases import USED, WORK, Configuration, cases, configuration, widened
 from fastvq.ops import residual, step
 from fastvq.ops.nearest import METRICS, reference
 
@@ -20,10 +20,10 @@ F32 = Configuration("dot", "exact", torch.float32, torch.float32, 40, 300, ())
 @pytest.fixture
 def unknown_card(monkeypatch):
     """A CUDA device of a card that nothing is known of, on which tensors stay where they are."""
-    monkeypatch.setattr(_golden, "_passed", set())
-    monkeypatch.setattr(_golden, "_off", {})
-    monkeypatch.setattr(_golden._triton, "capability", lambda device: 123)
-    monkeypatch.setattr(_golden, "_at", lambda t, device: t)
+    monkeypatch.setattr(gate, "_passed", set())
+    monkeypatch.setattr(gate, "_disabled", {})
+    monkeypatch.setattr(gate.triton_backend, "capability", lambda device: 123)
+    monkeypatch.setattr(gate, "_at", lambda t, device: t)
     return torch.device("cuda", 0)
 
 
@@ -40,12 +40,12 @@ def on_unknown_card(unknown_card, monkeypatch):
         calls.append(arguments)
         return residual.reference.residual_quantize(*arguments)
 
-    once = _golden._once
-    monkeypatch.setattr(_golden, "_once", lambda b, op, _, *a, **k: once(b, op, unknown_card, *a, **k))
-    monkeypatch.setattr(lookups._triton, "refuse", lambda x: None)
+    once = gate._once
+    monkeypatch.setattr(gate, "_once", lambda b, op, _, *a, **k: once(b, op, unknown_card, *a, **k))
+    monkeypatch.setattr(lookups.triton_backend, "why_unsupported", lambda x: None)
     monkeypatch.setattr(lookups, "_triton_nearest", lookup)
     refusal = residual._refuse("triton", lambda x: None, forward)
-    monkeypatch.setitem(residual.FORWARD, "triton", residual.FORWARD["triton"]._replace(refuse=refusal))
+    monkeypatch.setitem(residual.FORWARD, "triton", residual.FORWARD["triton"]._replace(why_unsupported=refusal))
     return calls
 
 
@@ -111,9 +111,9 @@ def test_work_is_bounded_for_wide_rows_and_many_codes():
 def test_a_lookup_runs_nothing_beyond_its_own_kind(metric, precision, on_unknown_card):
     x, codebook = torch.zeros(2, 5, 24, dtype=torch.bfloat16), torch.zeros(400, 24)
     predicates = (
-        lambda: lookups.IMPLEMENTATIONS["triton"].refuse(x, codebook, metric, precision),
-        lambda: quantize.FORWARD["triton"].refuse(x, codebook, None, metric, 0.25, precision),
-        lambda: step.IMPLEMENTATIONS["triton"].refuse(x, codebook, None, metric, 0.25, precision, True),
+        lambda: lookups.IMPLEMENTATIONS["triton"].why_unsupported(x, codebook, metric, precision),
+        lambda: quantize.FORWARD["triton"].why_unsupported(x, codebook, None, metric, 0.25, precision),
+        lambda: step.IMPLEMENTATIONS["triton"].why_unsupported(x, codebook, None, metric, 0.25, precision, True),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -127,14 +127,14 @@ def test_a_lookup_runs_nothing_beyond_its_own_kind(metric, precision, on_unknown
         # Of the same kind: as many codes within a power of two, heads, other ops that rest on the lookup.
         assert all(refuse() is None for refuse in predicates[1:])
         heads = codebook[:390].expand(2, -1, -1)
-        assert lookups.IMPLEMENTATIONS["triton"].refuse(x, heads, metric, precision) is None
+        assert lookups.IMPLEMENTATIONS["triton"].why_unsupported(x, heads, metric, precision) is None
     assert len(on_unknown_card) == ran
 
 
 def test_another_kind_runs_again_and_few_codes_stand_for_no_more(on_unknown_card):
     def ran(x, codebook, metric="dot", precision="exact"):
         before = len(on_unknown_card)
-        assert lookups.IMPLEMENTATIONS["triton"].refuse(x, codebook, metric, precision) is None
+        assert lookups.IMPLEMENTATIONS["triton"].why_unsupported(x, codebook, metric, precision) is None
         return len(on_unknown_card) - before
 
     x, codebook = torch.zeros(9, 8), torch.zeros(513, 8)
@@ -152,7 +152,7 @@ def test_residual_levels_run_their_own_kernels_alone(n_levels, masked, on_unknow
     mask = torch.ones(6, dtype=torch.bool) if masked else None
     arguments = x, codebooks, mask, "euclidean", 0.25, True, "exact"
     for _ in range(2):
-        assert residual.FORWARD["triton"].refuse(*arguments) is None
+        assert residual.FORWARD["triton"].why_unsupported(*arguments) is None
         assert len(on_unknown_card) == 8
     for rows, levels, given_mask, metric, *_, precision in on_unknown_card:
         assert (rows.dtype, levels.dtype, metric, precision) == (torch.float32, torch.float16, "euclidean", "exact")
@@ -167,17 +167,17 @@ def test_one_wrong_index_switches_the_backend_off_for_every_kind_and_warns_once(
         return found
 
     euclidean = F32._replace(metric="euclidean")
-    assert _golden.mismatch("triton", unknown_card, off_by_one, reference.nearest, euclidean) is None
+    assert gate.check_lookup("triton", unknown_card, off_by_one, reference.nearest, euclidean) is None
     with pytest.warns(RuntimeWarning, match=r"lookup is switched off .* \(compute capability 12.3\).*1 of 64 rows"):
-        reason = _golden.mismatch("triton", unknown_card, off_by_one, reference.nearest, F32)
+        reason = gate.check_lookup("triton", unknown_card, off_by_one, reference.nearest, F32)
     assert "differs from the reference on cuda:0: 1 of 64 rows, gaussian, dot, torch.float32 and" in reason
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         # What passed before, what was never run, and the levels that rest on it.
         for call in (F32, euclidean, F32._replace(dim=3)):
-            assert _golden.mismatch("triton", unknown_card, None, None, call) == reason
-            assert _golden.mismatch("triton", unknown_card, None, None, call, "residual_quantize") == reason
-        assert _golden.mismatch("cuda", unknown_card, reference.nearest, reference.nearest, F32) is None
+            assert gate.check_lookup("triton", unknown_card, None, None, call) == reason
+            assert gate.check_lookup("triton", unknown_card, None, None, call, "residual_quantize") == reason
+        assert gate.check_lookup("cuda", unknown_card, reference.nearest, reference.nearest, F32) is None
 
 
 def test_wrong_residual_levels_leave_the_lookup(unknown_card):
@@ -192,9 +192,9 @@ def test_wrong_residual_levels_leave_the_lookup(unknown_card):
 
     arguments = "triton", unknown_card, second_level_wrong, right, F32, "residual_quantize"
     with pytest.warns(RuntimeWarning, match="its residual_quantize differs from the reference on cuda:0: 1 of 64 rows"):
-        assert _golden.mismatch(*arguments)
+        assert gate.check_lookup(*arguments)
     assert len(calls) == 1
-    assert _golden.mismatch("triton", unknown_card, reference.nearest, reference.nearest, F32) is None
+    assert gate.check_lookup("triton", unknown_card, reference.nearest, reference.nearest, F32) is None
 
 
 def test_a_kernel_that_does_not_run_switches_the_backend_off(unknown_card):
@@ -202,28 +202,28 @@ def test_a_kernel_that_does_not_run_switches_the_backend_off(unknown_card):
         raise RuntimeError("no kernel image")
 
     with pytest.warns(RuntimeWarning, match="does not run on cuda:0: RuntimeError: no kernel image"):
-        assert _golden.mismatch("triton", unknown_card, broken, reference.nearest, F32)
+        assert gate.check_lookup("triton", unknown_card, broken, reference.nearest, F32)
 
 
 def test_nothing_is_compared_while_a_graph_is_captured(unknown_card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert _golden.mismatch("triton", unknown_card, None, None, F32) is None
+    assert gate.check_lookup("triton", unknown_card, None, None, F32) is None
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.warns(RuntimeWarning, match="does not run"):
-        assert _golden.mismatch("triton", unknown_card, None, None, F32)
+        assert gate.check_lookup("triton", unknown_card, None, None, F32)
 
 
 def test_the_cases_are_made_on_the_cpu_whatever_the_default_device(unknown_card):
     with torch.device("meta"):
-        assert _golden.mismatch("triton", unknown_card, reference.nearest, reference.nearest, F32) is None
+        assert gate.check_lookup("triton", unknown_card, reference.nearest, reference.nearest, F32) is None
 
 
 @pytest.mark.parametrize("n, levels", [(32768, 2), (32769, 1)])
 def test_residuals_are_checked_by_the_kernels_that_will_run(n, levels, monkeypatch):
     """Too many rows for all levels in one launch: by one level, which is never one launch."""
     asked = []
-    monkeypatch.setattr(_golden, "mismatch", lambda *given: asked.append(given[4]))
+    monkeypatch.setattr(gate, "check_lookup", lambda *given: asked.append(given[4]))
     x, codebooks = torch.empty(1, 64).expand(n, -1), torch.empty(3, 100, 64)
     refuse = residual._refuse("triton", lambda x: None, None)
     assert refuse(x, codebooks, None, "euclidean", 1.0, False, "exact") is None
@@ -231,7 +231,7 @@ def test_residuals_are_checked_by_the_kernels_that_will_run(n, levels, monkeypat
 
 
 def test_recorded_cards_and_cpu_tensors_run_nothing(unknown_card, monkeypatch):
-    monkeypatch.setattr(_golden, "RECORDED", frozenset({("triton", 90)}))
-    assert _golden.mismatch("triton", torch.device("cpu"), None, None, F32) is None
-    monkeypatch.setattr(_golden._triton, "capability", lambda device: 90)
-    assert _golden.mismatch("triton", unknown_card, None, None, F32) is None
+    monkeypatch.setattr(gate, "RECORDED", frozenset({("triton", 90)}))
+    assert gate.check_lookup("triton", torch.device("cpu"), None, None, F32) is None
+    monkeypatch.setattr(gate.triton_backend, "capability", lambda device: 90)
+    assert gate.check_lookup("triton", unknown_card, None, None, F32) is None

@@ -6,15 +6,16 @@ import torch
 pytest.importorskip("triton", reason="needs the package triton")
 from triton.runtime import interpreter
 
-from fastvq import _golden, _triton
-from fastvq._golden_cases import configuration
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.golden import gate
+from fastvq.backends.golden.cases import configuration
 from fastvq.ops import residual
 from fastvq.ops.nearest import reference
 
-if not _triton.interpreting():
+if not triton_backend.interpreting():
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
-from fastvq.ops.nearest import triton_ as lookup
-from fastvq.ops.residual import triton_ as levels
+from fastvq.ops.nearest import triton_ops as lookup
+from fastvq.ops.residual import triton_ops as levels
 
 # Arguments by whose value the kernels are not compiled: their do_not_specialize.
 ANY = {"n_rows", "n_blocks", "slab", "i_stride_h", "n_parts", "n_levels", "n_programs"}
@@ -57,7 +58,7 @@ def test_a_lookup_launches_its_own_kernels_alone(x, codebook, metric, precision,
     lookup.nearest(x, codebook, metric, precision)
     own = launched.copy()
     call = configuration(x, codebook, metric, precision)
-    assert _golden._run("lookup", x.device, lookup.nearest, reference.nearest, call) is None
+    assert gate._run("lookup", x.device, lookup.nearest, reference.nearest, call) is None
     assert own and launched == own
 
 
@@ -75,5 +76,5 @@ def test_residual_levels_launch_their_own_kernels_alone(n_levels, masked, precis
         residual._golden_levels(forward, n_levels, masked)
         for forward in (levels.residual_quantize, residual.reference.residual_quantize)
     )
-    assert _golden._run("residual_quantize", x.device, run, right, call) is None
+    assert gate._run("residual_quantize", x.device, run, right, call) is None
     assert own and launched == own

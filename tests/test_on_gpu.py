@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastvq
-from fastvq._backends import BACKENDS
+from fastvq.backends.registry import BACKENDS
 from fastvq.models import PixelCNN
 from fastvq.nn import VectorQuantizer
 from fastvq.ops import (

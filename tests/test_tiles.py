@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from fastvq import _tiles, _triton
-from fastvq._tiles import Tile, pick
+from fastvq.backends import tiles
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.tiles import Tile, pick
 
 CARD = torch.device("cuda", 0)
 TABLE = [
@@ -22,9 +23,9 @@ def card(monkeypatch, tmp_path):
     """card(capability): pretends that it is there; the cache lies in a folder of the test's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    _tiles._remembered.cache_clear()
-    yield lambda capability: monkeypatch.setattr(_triton, "capability", lambda device: capability)
-    _tiles._remembered.cache_clear()
+    tiles._remembered.cache_clear()
+    yield lambda capability: monkeypatch.setattr(triton_backend, "capability", lambda device: capability)
+    tiles._remembered.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_tuning_takes_the_fastest_and_remembers_it(card, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTVQ_AUTOTUNE", "1")
     assert pick("kernel", TABLE, CARD, 64, torch.float16, launched.append)["BM"] == 2
     assert [meta["BM"] for meta in launched] == [1, 2, 3]
-    _tiles._remembered.cache_clear()  # as a process that starts later
+    tiles._remembered.cache_clear()  # as a process that starts later
     assert pick("kernel", TABLE, CARD, 64, torch.float16, launched.append)["BM"] == 2 and len(launched) == 3
     (key, row), *_ = json.loads((tmp_path / "fastvq" / "tiles.json").read_text()).items()
     assert key.startswith("a card|kernel|64|") and row == 1

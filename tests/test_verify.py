@@ -8,7 +8,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fastvq import _counter, _golden_record, _native, _verify
+from fastvq import _counter, _verify
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
+from fastvq.backends.golden import record as packaged
 from fastvq.cli.main import app
 from tests import golden_record
 
@@ -20,15 +23,15 @@ def info_verify():
 @pytest.fixture
 def few(monkeypatch):
     """Three of the lookups, one instruction set."""
-    some = list(_golden_record.lookups())[9:12]
+    some = list(packaged.lookups())[9:12]
     monkeypatch.setattr(_verify, "lookups", lambda: iter(some))
-    monkeypatch.setattr(_native, "available_isas", lambda: ["generic"])
+    monkeypatch.setattr(cpu_backend, "available_isas", lambda: ["generic"])
     return some
 
 
 def test_the_record_is_the_oracles():
-    record = _golden_record.recorded()
-    lookups = list(_golden_record.lookups())
+    record = packaged.recorded()
+    lookups = list(packaged.lookups())
     assert [lookup.name for lookup in lookups] == list(record)
     for lookup in lookups:
         if len(lookup.x) < 1000:
@@ -52,21 +55,21 @@ def test_every_backend_and_instruction_set_here_passes():
     lines = result.stdout.splitlines()
     assert result.exit_code == 0, result.output
     assert lines[-1] == "verdict: every index is the recorded one"
-    assert [line.split(":")[0] for line in lines if "as recorded" in line][: len(_native.available_isas())] == [
-        f"cpu, {isa}" for isa in _native.available_isas()
+    assert [line.split(":")[0] for line in lines if "as recorded" in line][: len(cpu_backend.available_isas())] == [
+        f"cpu, {isa}" for isa in cpu_backend.available_isas()
     ]
 
 
 def test_a_wrong_kernel_fails(few, monkeypatch):
-    right = _native._cpu.nearest
+    right = cpu_backend._cpu.nearest
 
     def wrong(*arguments):
         result = right(*arguments)
-        if arguments[2] == _native.METRICS["cosine"]:  # one index of one metric
+        if arguments[2] == views.METRICS["cosine"]:  # one index of one metric
             ctypes.c_int64.from_address(arguments[4]).value ^= 1
         return result
 
-    monkeypatch.setattr(_native._cpu, "nearest", wrong)
+    monkeypatch.setattr(cpu_backend._cpu, "nearest", wrong)
     result = info_verify()
     assert result.exit_code == 1
     assert f"cpu, generic: WRONG: 1 of {len(few[0].x)} indices differ in plain" in result.stdout
@@ -77,7 +80,7 @@ def test_a_kernel_that_raises_fails(few, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("no kernel image")
 
-    monkeypatch.setattr(_native._cpu, "nearest", broken)
+    monkeypatch.setattr(cpu_backend._cpu, "nearest", broken)
     verdicts, _ = _verify.verify()
     assert verdicts[0].fault.startswith("RuntimeError: no kernel image, in ")
 

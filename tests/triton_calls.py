@@ -5,11 +5,11 @@ from unittest import mock
 
 import torch
 
-from fastvq.ops.masked_conv import triton_ as conv
-from fastvq.ops.nearest import triton_ as lookup
-from fastvq.ops.pixelcnn import triton_ as pixelcnn
+from fastvq.ops.masked_conv import triton_ops as conv
+from fastvq.ops.nearest import triton_ops as lookup
+from fastvq.ops.pixelcnn import triton_ops as pixelcnn
 from fastvq.ops.pixelcnn.triton_choice import choose_
-from fastvq.ops.residual import triton_ as residual
+from fastvq.ops.residual import triton_ops as residual
 from tests import triton_calls_learning
 
 CALLS: dict[str, Callable[[], object]] = {}

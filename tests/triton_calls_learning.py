@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from fastvq.ops.ema.triton_replace import replace_dead_codes_
-from fastvq.ops.ema.triton_statistics import code_statistics
-from fastvq.ops.ema.triton_update import ema_update_
 from fastvq.ops.quantize.triton_backward import quantize_backward
 from fastvq.ops.quantize.triton_forward import gather
+from fastvq.ops.statistics.triton_replace import replace_dead_codes_
+from fastvq.ops.statistics.triton_statistics import code_statistics
+from fastvq.ops.statistics.triton_update import ema_update_
 
 F32, F64, F16, BF16 = torch.float32, torch.float64, torch.float16, torch.bfloat16
 CALLS: dict[str, Callable[[], object]] = {}

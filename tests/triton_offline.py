@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction, MockTensor
 
-from fastvq import _triton
+from fastvq.backends import triton as triton_backend
 
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Tensor cores of each generation, as PTX names them: the assembler translates them one to one, and reading what it made
@@ -62,7 +62,7 @@ def main(arch: int) -> None:
     from tests.triton_calls import CALLS, REPEATS
 
     driver.set_active(OfflineDriver(arch))
-    _triton.capability = lambda device: arch
+    triton_backend.capability = lambda device: arch
     seen: set[str] = set()
     call_name = ""
     run = JITFunction.run

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastvq
-from fastvq._backends import BACKENDS
+from fastvq.backends.registry import BACKENDS
 from fastvq.ops import nearest, residual_quantize
 from gpu.card import lookup_seconds, read_ceilings
 from gpu.timing import captured, rows_of, timed

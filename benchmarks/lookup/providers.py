@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 import fastvq
-from fastvq import _native
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
 from fastvq.ops import nearest
 
 OPENBLAS_CORES = {"avx512": "SkylakeX", "avx2": "Haswell"}
@@ -56,9 +57,9 @@ def always() -> None:
 def rescored_share(x: Tensor, codebook: Tensor) -> float:
     """The share of x [N, D] that the CPU kernels' filter could not decide against codebook [K, D] by itself."""
     indices = torch.empty(len(x), dtype=torch.int64)
-    kept, rows = _native.rows_view(x, None)
-    few, all_codes = _native._cpu.nearest(
-        rows, _native.codes_view(codebook), _native.metric_code("euclidean"), False, indices.data_ptr(), _native.isa(),
+    kept, rows = views.rows_view(x, None)
+    few, all_codes = cpu_backend._cpu.nearest(
+        rows, views.codes_view(codebook), views.metric_code("euclidean"), False, indices.data_ptr(), cpu_backend.isa(),
         torch.get_num_threads(), 0,
     )  # fmt: skip
     del kept  # it had to live until here

@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastvq import _triton
 from fastvq._checks import check_generator, check_indices, check_integer, check_number, check_sizes
+from fastvq.backends import triton as triton_backend
 from fastvq.ops import DRAWING_BACKENDS, PixelCNNState, PixelCNNSteps, pixelcnn_draw_
 from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
 
@@ -152,7 +152,7 @@ def sample(
             ids.flatten(1).index_copy_(1, position, new[:, None])
 
         def draw_in_one_launch(logits: Tensor, position: Tensor) -> None:
-            _triton.lazily(_CHOICE, "choose_")(logits, uniforms, mask, ids, position, *choice)
+            triton_backend.lazy_function(_CHOICE, "choose_")(logits, uniforms, mask, ids, position, *choice)
 
         state = model.sampler_state(shape, labels, condition) if cached else None
         if state is not None and state.backend in DRAWING_BACKENDS:

@@ -1,6 +1,5 @@
 """The kernels' public face: torch ops, each with a plain-torch reference and a CPU kernel beside it."""
 
-from fastvq.ops.ema import code_statistics, ema_update_, replace_dead_codes_
 from fastvq.ops.masked_conv import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.nearest import PackedCodebook, nearest, pack_codebook
 from fastvq.ops.pixelcnn import PixelCNNState, pixelcnn_start, pixelcnn_step
@@ -8,6 +7,7 @@ from fastvq.ops.pixelcnn.draw import DRAWING_BACKENDS, pixelcnn_draw_
 from fastvq.ops.pixelcnn.replay import PixelCNNSteps
 from fastvq.ops.quantize import Quantized, quantize
 from fastvq.ops.residual import ResidualQuantized, residual_quantize
+from fastvq.ops.statistics import code_statistics, ema_update_, replace_dead_codes_
 from fastvq.ops.step import VQStep, vq_step
 
 __all__ = [

@@ -10,8 +10,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from fastvq import _native
 from fastvq._checks import FLOATS, check_codebook, check_mask, check_option, raise_bad_index
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
 
 __all__ = ["check_choices", "check_gradient", "check_lookup", "check_overlap", "check_tensor", "count_real"]
 
@@ -68,7 +69,7 @@ def count_real(
     """How many vectors have a code. ValueError on the first index that is neither -1 nor a code, and on a vector that
     has a code on some levels alone."""
     n_rows = indices.numel() // n_levels
-    first_bad, n_real = _native._cpu.count_indices(_native.address(indices), n_rows, n_levels, n_codes)
+    first_bad, n_real = cpu_backend._cpu.count_indices(views.address(indices), n_rows, n_levels, n_codes)
     if first_bad >= 0:
         raise_bad_index(op, "indices", indices, -1, n_codes, first_bad)
     return int(n_real)

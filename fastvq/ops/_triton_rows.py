@@ -17,9 +17,10 @@ __all__ = ["axis_of", "code_strides", "finite", "narrow", "plain", "row_offset",
 
 @triton.jit
 def row_offset(row, n_inner, stride_outer, stride_inner):
-    """Where ``row`` of a head starts, in elements (int64); the strides are those of ``fastvq._rows.Rows``.
+    """Where ``row`` of a head starts, in elements (int64); the strides are those of ``fastvq.backends.views.Rows``.
 
-    ``row`` is int32: a division of 64 bits is a hundred instructions and a call. See ``fastvq._triton.refuse_rows``.
+    ``row`` is int32: a division of 64 bits is a hundred instructions and a call. See ``why_rows_unsupported``
+    in fastvq/backends/triton.py.
     """
     return (row // n_inner).to(tl.int64) * stride_outer + (row % n_inner).to(tl.int64) * stride_inner
 

@@ -20,7 +20,8 @@ import pybind11
 import pytest
 import torch
 
-from fastvq import _backends, _cuda_native
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import registry
 
 ROOT = Path(__file__).parent.parent.parent
 HERE = Path(__file__).parent
@@ -130,11 +131,11 @@ def run(path: Path, *arguments: object) -> subprocess.CompletedProcess:
 @pytest.fixture
 def cuda_on_host(monkeypatch):
     """Within the test the backend "cuda" takes CPU tensors, and its kernels run on the processor."""
-    monkeypatch.setattr(_cuda_native, "_cuda", module(), raising=False)
-    monkeypatch.setattr(_cuda_native, "DEVICE", "cpu")
-    monkeypatch.setattr(_cuda_native, "on_device_of", lambda x: contextlib.nullcontext())
-    monkeypatch.setattr(_cuda_native, "stream", lambda x: 0)
-    monkeypatch.setitem(_backends.BACKENDS, "cuda", _backends.BACKENDS["cuda"]._replace(unavailable=lambda: None))
+    monkeypatch.setattr(cuda_backend, "_cuda", module(), raising=False)
+    monkeypatch.setattr(cuda_backend, "DEVICE", "cpu")
+    monkeypatch.setattr(cuda_backend, "on_device_of", lambda x: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_backend, "stream", lambda x: 0)
+    monkeypatch.setitem(registry.BACKENDS, "cuda", registry.BACKENDS["cuda"]._replace(unavailable=lambda: None))
     return "cuda"
 
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastvq import _native
+from fastvq.backends import views
 from fastvq.ops import code_statistics, ema_update_, replace_dead_codes_
-from fastvq.ops.ema import reference
+from fastvq.ops.statistics import reference
 from tests.cases import DTYPES, generator
 from tests.cuda_on_host import host
 from tests.tolerance import assert_within, gamma, roundoff
@@ -197,8 +197,8 @@ def test_replacement_under_sanitizers(kind, tmp_path):
         uniforms = torch.rand(1, k, generator=generator(1))
         usable = x.isfinite().all(-1)
         rank, dead = usable.cumsum(-1), start[2] < 0.6
-        _, rows = _native.rows_view(x, 1)
-        view = _native.ema_view(*start)
+        _, rows = views.rows_view(x, 1)
+        view = views.ema_view(*start)
         calls.add(
             "replace_dead_codes",
             [x.transpose(1, 2).contiguous().numpy(), np.full(n, 9, np.uint8),
@@ -219,7 +219,7 @@ def test_under_sanitizers(kind, tmp_path):
     # ThreadSanitizer is ten times slower, and a race shows at any size that fills a block: every other one for it.
     for i, (n, k, d) in enumerate(SIZES if kind == "address" else SIZES[::2]):
         x, indices = draw(n, k, d, DTYPES[i % 4], i, skew=i % 2 == 0)
-        _, rows = _native.rows_view(x, None)
+        _, rows = views.rows_view(x, None)
         double = x.dtype == torch.float64
         for way, limit in LIMITS.items():
             deterministic = way != "atomics"
@@ -251,7 +251,7 @@ def test_update_under_sanitizers(kind, tmp_path):
         theirs = buffers(k, d, g, (heads,))
         sums, counts = torch.randn(heads, k, d, generator=g), torch.randint(0, 9, (heads, k), generator=g)
         counts[0, 0] = 1
-        view = _native.ema_view(*theirs)
+        view = views.ema_view(*theirs)
         room = np.full(host.module().ema_update_workspace(view), 0xFF, np.uint8)
         calls.add(
             "ema_update",

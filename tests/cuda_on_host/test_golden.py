@@ -5,23 +5,23 @@ import warnings
 import pytest
 import torch
 
-from fastvq import _golden
-from fastvq._golden_cases import configuration
+from fastvq.backends.golden import gate
+from fastvq.backends.golden.cases import configuration
 from fastvq.ops import residual
-from fastvq.ops.ema import cuda as ema
 from fastvq.ops.masked_conv import cuda as masked_conv
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.nearest import cuda as lookup
 from fastvq.ops.quantize import cuda as quantize
+from fastvq.ops.statistics import cuda as ema
 from fastvq.ops.step import cuda as step
 
 X, CODES, INDICES = torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.int64)
 REFUSALS = {
-    "code_statistics": (ema, "code_statistics", lambda: ema.refuse_statistics(X, INDICES, 3, None)),
-    "ema_update_": (ema, "ema_update_", lambda: ema.refuse_update(CODES)),
-    "quantize_backward": (quantize, "quantize_backward", lambda: quantize.refuse_backward(X, CODES, INDICES)),
-    "vq_step": (step, "vq_step", lambda: step.refuse(X, CODES, None, "dot", 1.0, "exact")),
-    "masked_conv2d": (masked_conv, "masked_conv2d", lambda: masked_conv.refuse(torch.zeros(1, 1, 1, 1))),
+    "code_statistics": (ema, "code_statistics", lambda: ema.why_statistics_unsupported(X, INDICES, 3, None)),
+    "ema_update_": (ema, "ema_update_", lambda: ema.why_update_unsupported(CODES)),
+    "quantize_backward": (quantize, "quantize_backward", lambda: quantize.why_backward_unsupported(X, CODES, INDICES)),
+    "vq_step": (step, "vq_step", lambda: step.why_unsupported(X, CODES, None, "dot", 1.0, "exact")),
+    "masked_conv2d": (masked_conv, "masked_conv2d", lambda: masked_conv.why_unsupported(torch.zeros(1, 1, 1, 1))),
 }
 
 
@@ -29,23 +29,23 @@ REFUSALS = {
 def unknown_card(cuda_on_host, monkeypatch):
     """What every op asks of, as a card; the tensors stay where they are. The lookup has passed."""
     lookup = configuration(X, CODES, "dot", "exact").key()
-    monkeypatch.setattr(_golden, "_passed", {("cuda", 123, "lookup", lookup), ("cuda", 123, "code_statistics", ())})
-    monkeypatch.setattr(_golden, "_off", {})
-    monkeypatch.setattr(_golden._triton, "capability", lambda device: 123)
-    monkeypatch.setattr(_golden, "_at", lambda t, device: t)
-    once = _golden._once
-    monkeypatch.setattr(_golden, "_once", lambda b, op, _, *a, **k: once(b, op, torch.device("cuda", 0), *a, **k))
+    monkeypatch.setattr(gate, "_passed", {("cuda", 123, "lookup", lookup), ("cuda", 123, "code_statistics", ())})
+    monkeypatch.setattr(gate, "_disabled", {})
+    monkeypatch.setattr(gate.triton_backend, "capability", lambda device: 123)
+    monkeypatch.setattr(gate, "_at", lambda t, device: t)
+    once = gate._once
+    monkeypatch.setattr(gate, "_once", lambda b, op, _, *a, **k: once(b, op, torch.device("cuda", 0), *a, **k))
 
 
 @pytest.mark.parametrize("op", REFUSALS)
 def test_right_kernels_pass_and_a_wrong_bit_switches_off(op, unknown_card, monkeypatch):
     module, name, refuse = REFUSALS[op]
-    _golden._passed.discard(("cuda", 123, op, ()))
+    gate._passed.discard(("cuda", 123, op, ()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert refuse() is None
-    assert ("cuda", 123, op, ()) in _golden._passed
-    _golden._passed.remove(("cuda", 123, op, ()))
+    assert ("cuda", 123, op, ()) in gate._passed
+    gate._passed.remove(("cuda", 123, op, ()))
     right = getattr(module, name)
 
     def off_by_a_bit(*arguments):
@@ -65,7 +65,7 @@ def test_lookups_and_residual_levels_pass_at_the_width_of_the_call(metric, unkno
         warnings.simplefilter("error")
         for precision in PRECISIONS:
             x, codebook = torch.zeros(1, 20), torch.zeros(90, 20, dtype=torch.bfloat16)
-            assert lookup.refuse(x, codebook, metric, precision) is None
+            assert lookup.why_unsupported(x, codebook, metric, precision) is None
             levels = x, codebook.expand(2, -1, -1), None, metric, 1.0, False, precision
-            assert residual.FORWARD["cuda"].refuse(*levels) is None
-    assert {key[3].metric for key in _golden._passed if key[2] == "residual_quantize"} == {metric}
+            assert residual.FORWARD["cuda"].why_unsupported(*levels) is None
+    assert {key[3].metric for key in gate._passed if key[2] == "residual_quantize"} == {metric}

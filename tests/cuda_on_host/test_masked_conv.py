@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvq import _native
+from fastvq.backends import views
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.masked_conv import MASKS, cuda, reference
 from tests.cases import generator
@@ -140,7 +140,7 @@ def test_float64_is_refused_with_the_reason(cuda_on_host):
 def image_arguments(t, buffer):
     if t is None:
         return [host.NOTHING] + [0] * 9
-    return [buffer, _native.DTYPES[t.dtype], *t.shape, *t.stride()]
+    return [buffer, views.DTYPES[t.dtype], *t.shape, *t.stride()]
 
 
 def whole(t):
@@ -194,7 +194,7 @@ def test_under_sanitizers(kind, tmp_path):
             "masked_conv_backward",
             [whole(x), host.as_bytes(weight), whole(grad), whole(empty(x)), host.as_bytes(empty(weight)),
              host.as_bytes(empty(bias)), room(module.masked_conv_workspace(view, False, True)),
-             room(module.masked_conv_weight_grad_workspace(_native.image_view(x), view))],
+             room(module.masked_conv_weight_grad_workspace(views.image_view(x), view))],
             [*image_arguments(x, host.Buffer(0)), *image_arguments(grad, host.Buffer(2)), *weight_arguments,
              *image_arguments(x, host.Buffer(3)), *map(host.Buffer, (4, 5, 6, 7))],
         )  # fmt: skip

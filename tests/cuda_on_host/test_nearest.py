@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvq import _native
+from fastvq.backends import views
 from fastvq.ops import nearest
 from tests import oracle
 from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
@@ -63,8 +63,8 @@ def test_layouts(cuda_on_host):
 
 def add_call(calls, x, codebook, metric, mask=None, launcher="nearest"):
     """The lookup of x [N, D]; its workspace holds NaN."""
-    _, rows = _native.rows_view(x, None)
-    codes = _native.codes_view(codebook)
+    _, rows = views.rows_view(x, None)
+    codes = views.codes_view(codebook)
     room = np.full(host.module().nearest_workspace(rows, codes), 0xFF, np.uint8)
     indices = np.full(x.shape[0], -9, np.int64)
     buffers = [host.as_bytes(x), host.as_bytes(codebook), indices, room]
@@ -73,7 +73,7 @@ def add_call(calls, x, codebook, metric, mask=None, launcher="nearest"):
     calls.add(
         launcher,
         buffers,
-        [host.Buffer(0), *rows[1:], host.Buffer(1), *codes[1:], _native.metric_code(metric), 0,
+        [host.Buffer(0), *rows[1:], host.Buffer(1), *codes[1:], views.metric_code(metric), 0,
          host.NOTHING if mask is None else host.Buffer(4), host.Buffer(2), host.Buffer(3)],
     )  # fmt: skip
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvq import _native
+from fastvq.backends import views
 from tests.cases import METRICS, gaussian, generator
 from tests.cuda_on_host import host
 from tests.distributions import DISTRIBUTIONS
@@ -15,14 +15,14 @@ WIDTHS = (3, 4, 5, 8, 9, 64)  # up to 4 and up to 8: operands in two parts
 
 
 def add_call(calls, x, codebook, metric):
-    rows, codes = _native.rows_view(x, None)[1], _native.codes_view(codebook)
+    rows, codes = views.rows_view(x, None)[1], views.codes_view(codebook)
     room = np.full(host.module().nearest_workspace(rows, codes), 0xFF, np.uint8)
     scores = np.full((2, x.shape[0], codebook.shape[0]), np.nan, np.float32)
     calls.add(
         "filter_scores",
         [host.as_bytes(x), host.as_bytes(codebook), scores[0], scores[1], np.zeros(1, np.int32),
          np.zeros(x.shape[1], np.float32), room],
-        [host.Buffer(1), *codes[1:], host.Buffer(0), *rows[1:], _native.metric_code(metric),
+        [host.Buffer(1), *codes[1:], host.Buffer(0), *rows[1:], views.metric_code(metric),
          *map(host.Buffer, (2, 3, 4, 5, 6))],
     )  # fmt: skip
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastvq import _native
+from fastvq.backends import views
 from fastvq.ops import code_statistics, quantize, vq_step
-from fastvq.ops.ema import cuda as statistics
 from fastvq.ops.quantize import cuda, reference
+from fastvq.ops.statistics import cuda as statistics
 from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
 from tests.cuda_on_host import host, test_ema
 from tests.ops.test_quantize import compare, indices_changed_since, leaves
@@ -172,8 +172,8 @@ def test_step_of_heads_and_images(way):
 
 def add_forward(calls, x, codebook, metric, mask, deterministic):
     """A step of x [N, D]; outputs and workspace hold NaN."""
-    _, rows = _native.rows_view(x, None)
-    codes = _native.codes_view(codebook)
+    _, rows = views.rows_view(x, None)
+    codes = views.codes_view(codebook)
     wide = np.float64 if x.dtype == torch.float64 else np.float32
     room = np.full(host.module().quantize_workspace(rows, codes, deterministic), 0xFF, np.uint8)
     calls.add(
@@ -181,7 +181,7 @@ def add_forward(calls, x, codebook, metric, mask, deterministic):
         [host.as_bytes(x), host.as_bytes(codebook), host.as_bytes(mask), host.as_bytes(torch.full_like(x, torch.nan)),
          np.full(x.shape[0], -9, np.int64), *(np.full(1, np.nan, wide) for _ in range(2)),
          np.full(codebook.shape, np.nan, wide), np.full(codebook.shape[0], -9, np.int64), room],
-        [host.Buffer(0), *rows[1:], host.Buffer(1), *codes[1:], _native.metric_code(metric), 0, host.Buffer(2), 0.25,
+        [host.Buffer(0), *rows[1:], host.Buffer(1), *codes[1:], views.metric_code(metric), 0, host.Buffer(2), 0.25,
          deterministic, host.Buffer(3), *rows[1:], *map(host.Buffer, (4, 5, 6, 7, 8, 9))],
     )  # fmt: skip
 
@@ -225,8 +225,8 @@ def test_gradients_under_sanitizers(kind, tmp_path):
         sums = torch.zeros(k, d, dtype=torch.float64)
         sums.index_add_(0, indices[indices >= 0], x.double()[indices >= 0])
         weight, n_real = torch.tensor(3.0), (indices >= 0).sum()
-        _, rows = _native.rows_view(x, None)
-        codes = _native.codes_view(codebook)
+        _, rows = views.rows_view(x, None)
+        codes = views.codes_view(codebook)
         rotation = i % 2 == 1
         loss = [host.Buffer(5), 0, host.Buffer(6), 0.25]
         calls.add(

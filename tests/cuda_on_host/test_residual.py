@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvq import _native
+from fastvq.backends import views
 from fastvq.ops import residual_quantize
 from fastvq.ops.residual import cuda
 from tests import oracle
@@ -138,7 +138,7 @@ def test_under_sanitizers(kind, tmp_path):
     for i, (x, codebooks) in enumerate(cases):
         (n, d), q = x.shape, codebooks.shape[0]
         mask = torch.rand(n, generator=generator(i)) < 0.7
-        rows, codes = _native.rows_view(x, None)[1], _native.codes_view(codebooks)
+        rows, codes = views.rows_view(x, None)[1], views.codes_view(codebooks)
         module = host.module()
         room = np.full(module.residual_workspace(codes), 0xFF, np.uint8)
         squares = np.full((q, module.residual_parts(rows, codes)), np.nan)
@@ -148,7 +148,7 @@ def test_under_sanitizers(kind, tmp_path):
         ]  # fmt: skip
         calls.add(
             "residual_quantize", buffers,
-            [host.Buffer(0), *rows[1:], host.Buffer(1), *codes[1:], _native.metric_code(METRICS[i % 3]),
+            [host.Buffer(0), *rows[1:], host.Buffer(1), *codes[1:], views.metric_code(METRICS[i % 3]),
              host.Buffer(2), host.Buffer(3), *rows[1:], *map(host.Buffer, (4, 5, 6))],
         )  # fmt: skip
         right.append(expected(x, codebooks, METRICS[i % 3], mask))

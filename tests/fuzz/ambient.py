@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
-from fastvq import _native
+from fastvq.backends import cpu as cpu_backend
 
 THREADS = (1, 2, 5)
 # fesetround's numbers of the C library.
@@ -89,7 +89,7 @@ class Ambient:
 
 def ambients(modes: tuple[str, ...] = MODES, rounding: bool = True) -> st.SearchStrategy[Ambient]:
     """Half of them with threads and instruction set alone, the others with everything."""
-    where = {"isa": st.sampled_from([None, *_native.available_isas()]), "threads": st.sampled_from(THREADS)}
+    where = {"isa": st.sampled_from([None, *cpu_backend.available_isas()]), "threads": st.sampled_from(THREADS)}
     rare = {
         "mode": st.sampled_from(modes),
         "rounding": st.sampled_from(list(ROUNDING) if rounding else ["nearest"]),

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _native, ops
+from fastvq import ops
+from fastvq.backends import cpu as cpu_backend
 
 LIBRARY = ctypes.CDLL(sys.argv[1])
 LIBRARY.failing_start.argtypes = [ctypes.c_long, ctypes.c_int]
@@ -125,10 +126,10 @@ def run(name: str, call: Callable[[], Any], expected: Any, n: int, later: bool) 
 
 
 def main() -> None:
-    counted = Counted(_native._cpu)
+    counted = Counted(cpu_backend._cpu)
     everything = calls()
     before = {name: call() for name, call in everything.items()}  # with memory that is kept from call to call
-    _native._cpu = counted  # type: ignore[attr-defined]
+    cpu_backend._cpu = counted  # type: ignore[attr-defined]
     outcomes = {"MemoryError": 0, "result": 0}
     for name, call in everything.items():
         for n_threads in (1, 2, 3):  # 3: a thread runs while the next one cannot be made

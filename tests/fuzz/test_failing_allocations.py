@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvq import _native
+from fastvq.backends import cpu as cpu_backend
 
 HERE = Path(__file__).parent
 COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
@@ -17,7 +17,7 @@ COMPILER = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 @pytest.mark.skipif(sys.platform != "linux", reason="replaces the allocator with LD_PRELOAD, which is Linux's")
 @pytest.mark.skipif("san.so" in os.environ.get("LD_PRELOAD", ""), reason="a sanitizer has replaced the allocator")
 @pytest.mark.skipif(COMPILER is None, reason="compiles a small C library, and there is no cc, gcc or clang")
-@pytest.mark.skipif(_native.unavailable() is not None, reason=f"{_native.unavailable()}")
+@pytest.mark.skipif(cpu_backend.unavailable() is not None, reason=f"{cpu_backend.unavailable()}")
 def test_failing_allocations(tmp_path):
     library = tmp_path / "failing_allocator.so"
     source = HERE / "failing_allocator.c"

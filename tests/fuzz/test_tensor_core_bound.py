@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from fastvq import _triton
+from fastvq.backends import triton as triton_backend
 from tests.fuzz import tensor_cores
 
 triton_pack = pytest.importorskip("fastvq.ops.nearest.triton_pack", reason="the bound's factor is in a Triton module")
@@ -56,15 +56,15 @@ def test_cuda_and_triton_have_one_bound():
     ]
 
 
-@pytest.mark.skipif(not _triton.interpreting(), reason="packs operands on the CPU, in Triton's interpreter")
+@pytest.mark.skipif(not triton_backend.interpreting(), reason="packs operands on the CPU, in Triton's interpreter")
 @pytest.mark.parametrize("name", ["mma.sync fp16", "wgmma fp16", "tcgen05.mma fp16"])
 def test_operands_of_the_triton_filter_give_upper_bounds(name):
     """Codes of subnormal numbers, which rounding to float16 leaves as they are: nothing but gamma covers the sum."""
-    from fastvq.ops.nearest import triton_
+    from fastvq.ops.nearest import triton_ops
 
     x, codebook = subnormal_codes(1024)
-    packed = triton_.pack(codebook[None], 2, False, False, {"BN": 64, "BD": 64})
-    rows = triton_.pack_rows(x[None], packed)
+    packed = triton_ops.pack(codebook[None], 2, False, False, {"BN": 64, "BD": 64})
+    rows = triton_ops.pack_rows(x[None], packed)
     scale = rows.scales[0].double()[:, None] * packed.factors[0, : len(codebook)].double()
     exact = (x.double() @ codebook.double().T) * scale
     pairs = [(r, k) for r in range(len(x)) for k in range(len(codebook))]

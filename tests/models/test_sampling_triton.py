@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="needs the package triton")
-from fastvq import _triton, use_backend
+from fastvq import use_backend
+from fastvq.backends import triton as triton_backend
 from fastvq.models.sampling import Choice, sample_ids
 from fastvq.ops import PixelCNNSteps, pixelcnn_step
 from tests.cases import generator
@@ -15,7 +16,9 @@ from tests.models import test_sampling as plain
 from tests.models.test_sampling import make
 from tests.tolerance import assert_within, roundoff
 
-interpreted = pytest.mark.skipif(not _triton.interpreting(), reason="the interpreter is used where there is no GPU")
+interpreted = pytest.mark.skipif(
+    not triton_backend.interpreting(), reason="the interpreter is used where there is no GPU"
+)
 
 MODELS = {
     "both conditions": (dict(n_layers=2, n_classes=3, condition_channels=2, channels=17), (2, 2, 2), 2),
@@ -121,8 +124,8 @@ def test_a_position_runs_no_torch_kernel_but_its_counter(monkeypatch):
 
     monkeypatch.setattr(PixelCNNSteps, "_used", recorded)
     model = make(n_layers=2, channels=4)
-    with use_backend("triton") if _triton.interpreting() else nullcontext():
-        model.to("cpu" if _triton.interpreting() else "cuda").sample((2, 1, 1), top_k=3)
+    with use_backend("triton") if triton_backend.interpreting() else nullcontext():
+        model.to("cpu" if triton_backend.interpreting() else "cuda").sample((2, 1, 1), top_k=3)
     views_and_allocations = {"new_empty", "view", "split", "split_with_sizes", "select", "detach"}
     assert [name for name in launched if name not in views_and_allocations] == ["add_"]
 

@@ -6,9 +6,10 @@ import platform
 import pytest
 import torch
 
-from fastvq import _native, ops
+from fastvq import ops
+from fastvq.backends import cpu as cpu_backend
 
-pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason="needs the CPU kernels")
+pytestmark = pytest.mark.skipif(cpu_backend.unavailable() is not None, reason="needs the CPU kernels")
 
 NEAREST = 0
 DIRECTIONS = {

@@ -9,11 +9,12 @@ from functools import partial
 import pytest
 import torch
 
-from fastvq import _native, kmeans, ops
+from fastvq import kmeans, ops
+from fastvq.backends import cpu as cpu_backend
 from fastvq.models import PixelCNN
 
 pytestmark = [
-    pytest.mark.skipif(_native.unavailable() is not None, reason="needs the CPU kernels"),
+    pytest.mark.skipif(cpu_backend.unavailable() is not None, reason="needs the CPU kernels"),
     pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timer that sends a signal"),
 ]
 

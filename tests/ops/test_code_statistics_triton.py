@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from fastvq import _triton
+from fastvq.backends import triton as triton_backend
 from fastvq.ops import code_statistics
 
-if _triton.unavailable() is not None or not _triton.interpreting():
+if triton_backend.unavailable() is not None or not triton_backend.interpreting():
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
 
-from fastvq.ops.ema import triton_statistics
+from fastvq.ops.statistics import triton_statistics
 from tests.cases import DTYPES, generator
 from tests.ops.test_code_statistics import check, draw
 

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from fastvq import _triton
+from fastvq.backends import triton as triton_backend
 from fastvq.ops import ema_update_, replace_dead_codes_
 
-if _triton.unavailable() is not None or not _triton.interpreting():
+if triton_backend.unavailable() is not None or not triton_backend.interpreting():
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
 
 import triton
 import triton.language as tl
 
-from fastvq.ops.ema import triton_replace
+from fastvq.ops.statistics import triton_replace
 from tests.cases import DTYPES, generator
 from tests.ops.test_ema import buffers
 

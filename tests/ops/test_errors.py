@@ -63,17 +63,17 @@ def test_a_named_backend_never_falls_back():
 
 
 def test_every_refusal_is_listed(monkeypatch):
-    from fastvq import _backends
+    from fastvq.backends import registry
     from fastvq.ops.nearest import IMPLEMENTATIONS
 
     broken = {
-        name: implementation._replace(refuse=lambda *_, name=name: f"{name} is out")
+        name: implementation._replace(why_unsupported=lambda *_, name=name: f"{name} is out")
         for name, implementation in IMPLEMENTATIONS.items()
     }
     with pytest.raises(ValueError, match=r"an.op: no backend can serve this call \(cpu: cpu is out; .*reference: ref"):
-        _backends.choose("an.op", broken, None)
+        registry.choose("an.op", broken, None)
     with pytest.raises(ValueError, match=r"\(cpu: it does not have this operation\); pass backend=None"):
-        _backends.choose("an.op", {"reference": IMPLEMENTATIONS["reference"]}, "cpu")
+        registry.choose("an.op", {"reference": IMPLEMENTATIONS["reference"]}, "cpu")
 
 
 def test_use_backend():
@@ -83,9 +83,9 @@ def test_use_backend():
             fastvq.use_backend("metal").__enter__()
     with pytest.raises(RuntimeError, match="leave"), fastvq.use_backend("cpu"):
         raise RuntimeError("leave")
-    from fastvq import _backends
+    from fastvq.backends import registry
 
-    assert _backends._override.get() is None
+    assert registry._override.get() is None
 
 
 def test_backend_from_the_environment(monkeypatch):
@@ -98,7 +98,7 @@ def test_backend_from_the_environment(monkeypatch):
 
 
 def test_instruction_set_from_the_environment(monkeypatch):
-    from fastvq import _native
+    from fastvq.backends import cpu as cpu_backend
 
     monkeypatch.setenv("FASTVQ_CPU_ISA", "neon")
     with pytest.raises(
@@ -106,6 +106,6 @@ def test_instruction_set_from_the_environment(monkeypatch):
     ):
         nearest(X, C)
     monkeypatch.setenv("FASTVQ_CPU_ISA", "avx512")
-    monkeypatch.setattr(_native, "_ISAS_HERE", ["generic", "avx2"])
+    monkeypatch.setattr(cpu_backend, "ISAS_HERE", ["generic", "avx2"])
     with pytest.raises(ValueError, match=r"FASTVQ_CPU_ISA=avx512: this machine .* has generic, avx2; set one of those"):
         nearest(X, C)

@@ -7,13 +7,14 @@ build has them.
 import pytest
 import torch
 
-from fastvq import _native
+from fastvq.backends import cpu as cpu_backend
 from fastvq.ops import nearest, pack_codebook, quantize, residual_quantize
+from fastvq.ops.nearest import cpu_isa
 from tests import oracle
 from tests.cases import gaussian, generator
 
-HERE = [isa for isa in _native.available_isas() if isa != "amx"]
-OTHER = _native.ISAS[HERE[-1]]
+HERE = [isa for isa in cpu_backend.available_isas() if isa != "amx"]
+OTHER = cpu_backend.ISAS[HERE[-1]]
 
 
 @pytest.fixture
@@ -22,15 +23,15 @@ def tiles(monkeypatch):
     ran = []
 
     def take(name):
-        monkeypatch.setattr(_native, "_ISAS_HERE", [*HERE, "amx"])
-        monkeypatch.setitem(_native.ISAS, "amx", _native.ISAS[name])
-        real = _native._cpu.nearest
+        monkeypatch.setattr(cpu_backend, "ISAS_HERE", [*HERE, "amx"])
+        monkeypatch.setitem(cpu_backend.ISAS, "amx", cpu_backend.ISAS[name])
+        real = cpu_backend._cpu.nearest
 
         def spy(rows, codes, metric, fast, indices, isa, *rest):
             ran.append((isa, rows[2], rows[3] * rows[4], codes[3]))
             return real(rows, codes, metric, fast, indices, isa, *rest)
 
-        monkeypatch.setattr(_native._cpu, "nearest", spy)
+        monkeypatch.setattr(cpu_backend._cpu, "nearest", spy)
         return ran
 
     return take
@@ -49,16 +50,16 @@ def shapes():
 
 @pytest.mark.parametrize("most_open", [-1.0, 1.0])
 def test_a_few_rows_of_any_view_are_tried(most_open, tiles, monkeypatch):
-    monkeypatch.setattr(_native, "MOST_OPEN", most_open)
+    monkeypatch.setattr(cpu_isa, "MOST_OPEN", most_open)
     ran = tiles("generic")
     for x, codebook in shapes():
         ran.clear()
         got = nearest(x, codebook, backend="cpu")
         (isa, heads, n_rows, n_codes), (chosen, *_) = ran
-        assert isa == _native.ISAS["generic"] and heads == 1
-        assert _native.TRIED_ROWS / 2 <= n_rows <= _native.TRIED_ROWS
-        assert n_codes <= 2 * _native.TRIED_CODES
-        assert chosen == (_native.ISAS["generic"] if most_open == 1 else OTHER)
+        assert isa == cpu_backend.ISAS["generic"] and heads == 1
+        assert cpu_isa.TRIED_ROWS / 2 <= n_rows <= cpu_isa.TRIED_ROWS
+        assert n_codes <= 2 * cpu_isa.TRIED_CODES
+        assert chosen == (cpu_backend.ISAS["generic"] if most_open == 1 else OTHER)
         expected = nearest(x, codebook, backend="reference")
         assert torch.equal(got, expected)
 
@@ -86,7 +87,7 @@ def test_a_named_instruction_set_is_taken(tiles, monkeypatch):
     ran = tiles("generic")
     monkeypatch.setenv("FASTVQ_CPU_ISA", "amx")
     nearest(*gaussian(8200, 40, 33, generator(0)), backend="cpu")
-    assert [isa for isa, *_ in ran] == [_native.ISAS["generic"]]
+    assert [isa for isa, *_ in ran] == [cpu_backend.ISAS["generic"]]
 
 
 def test_ops_that_look_up_try_too(tiles):
@@ -104,7 +105,7 @@ def test_tiles_are_taken_where_bfloat16_decides(tiles):
     ran = tiles("emulated")
     x, codebook = gaussian(8200, 300, 48, generator(0))
     nearest(x, codebook, backend="cpu")
-    assert ran[-1][0] == _native.ISAS["emulated"]
+    assert ran[-1][0] == cpu_backend.ISAS["emulated"]
     # As patches of photographs: most of the length is how bright they are.
     g = generator(4)
     smooth, codes = (30 * torch.randn(n, 1, generator=g) + torch.randn(n, 48, generator=g) for n in (8200, 300))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs the package triton")
-from fastvq import _triton
+from fastvq.backends import triton as triton_backend
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.masked_conv import MASKS
 from tests.cases import generator
@@ -12,8 +12,8 @@ from tests.ops import test_masked_conv as plain
 from tests.ops.test_masked_conv import case, leaves, literal_mask
 from tests.tolerance import assert_within, gamma, roundoff, tensor_core_gamma
 
-DEVICE = "cpu" if _triton.interpreting() else "cuda"
-pytestmark = [] if _triton.interpreting() else [pytest.mark.needs_gpu]
+DEVICE = "cpu" if triton_backend.interpreting() else "cuda"
+pytestmark = [] if triton_backend.interpreting() else [pytest.mark.needs_gpu]
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 
 
@@ -118,10 +118,10 @@ def test_any_strides_and_two_runs_give_the_same_bits():
 
 def test_slices_and_the_batch(monkeypatch):
     """The weight's gradient in many slices of the pixels, numbered in 64 bits; an image alone gives the same bits."""
-    from fastvq.ops.masked_conv import triton_
+    from fastvq.ops.masked_conv import triton_ops
 
-    monkeypatch.setattr(triton_, "SHORTEST_SLICE", 50)
-    monkeypatch.setattr(triton_, "WIDE_FROM", 1)
+    monkeypatch.setattr(triton_ops, "SHORTEST_SLICE", 50)
+    monkeypatch.setattr(triton_ops, "WIDE_FROM", 1)
     x, weight, bias, grad = case((5, 20, 33, 7, 9, (3, 3)), 7)
     out = plain.check(x, weight, bias, grad, literal_mask("B", weight), on_device(masked_conv2d), tensor_core_gamma)
     assert torch.equal(on_device(masked_conv2d)(x[3:4], weight, bias), out[3:4])

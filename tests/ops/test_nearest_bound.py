@@ -3,22 +3,23 @@
 import pytest
 import torch
 
-from fastvq import _native
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
 from tests.cases import DTYPES, HARD, METRICS, generator
 from tests.distributions import DISTRIBUTIONS
 
-pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason="the extension is not built")
+pytestmark = pytest.mark.skipif(cpu_backend.unavailable() is not None, reason="the extension is not built")
 N, K = 500, 65
 
 
 def use_of_bound(x, codebook, metric, isa):
     """The largest |score - truth| / bound over rows and codes, and how many of these were compared."""
-    x, rows = _native.rows_view(x, None)
-    codes = _native.codes_view(codebook)
-    return _native._cpu.bound_use(rows, codes, _native.metric_code(metric), _native.ISAS[isa])
+    x, rows = views.rows_view(x, None)
+    codes = views.codes_view(codebook)
+    return cpu_backend._cpu.bound_use(rows, codes, views.metric_code(metric), cpu_backend.ISAS[isa])
 
 
-@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("isa", cpu_backend.available_isas())
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("case", HARD)
 def test_hard_cases(case, metric, isa):
@@ -28,7 +29,7 @@ def test_hard_cases(case, metric, isa):
         assert used <= 1, dtype
 
 
-@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("isa", cpu_backend.available_isas())
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_distributions(name, metric, isa):
@@ -39,7 +40,7 @@ def test_distributions(name, metric, isa):
         assert n_pairs > 0, d
 
 
-@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("isa", cpu_backend.available_isas())
 @pytest.mark.parametrize("metric", METRICS)
 def test_it_is_not_empty(metric, isa):
     used = max(
@@ -50,7 +51,7 @@ def test_it_is_not_empty(metric, isa):
     assert used >= 0.05
 
 
-@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("isa", cpu_backend.available_isas())
 def test_wide_and_many_dtypes(isa):
     x, codebook = torch.randn(40, 2000, generator=generator(1)), torch.randn(33, 2000, generator=generator(2))
     for dtype in DTYPES:

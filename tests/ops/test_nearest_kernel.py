@@ -3,23 +3,24 @@
 import pytest
 import torch
 
-from fastvq import _native
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
 from tests import oracle
 
-pytestmark = pytest.mark.skipif(_native.unavailable() is not None, reason="the extension is not built")
+pytestmark = pytest.mark.skipif(cpu_backend.unavailable() is not None, reason="the extension is not built")
 
 
 def lookup(x, codebook, metric="euclidean", fast=False):
     """Indices, the rows whose few survivors were scored by the definition, and those scored against every code."""
     indices = torch.empty(x.shape[0], dtype=torch.int64)
-    x, rows = _native.rows_view(x, None)
-    rescored, scanned = _native._cpu.nearest(
-        rows, _native.codes_view(codebook), _native.metric_code(metric), fast, indices.data_ptr(), _native.isa(), 1, 0
+    x, rows = views.rows_view(x, None)
+    rescored, scanned = cpu_backend._cpu.nearest(
+        rows, views.codes_view(codebook), views.metric_code(metric), fast, indices.data_ptr(), cpu_backend.isa(), 1, 0
     )
     return indices, rescored, scanned
 
 
-@pytest.fixture(params=_native.available_isas())
+@pytest.fixture(params=cpu_backend.available_isas())
 def isa(request, monkeypatch):
     monkeypatch.setenv("FASTVQ_CPU_ISA", request.param)
     return request.param

@@ -6,9 +6,9 @@ import torch
 pytest.importorskip("triton", reason="needs the package triton")
 if torch.cuda.is_available():
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
-from fastvq._tiles import Tile, pick
+from fastvq.backends.tiles import Tile, pick
 from fastvq.ops import nearest
-from fastvq.ops.nearest import triton_ as kernels
+from fastvq.ops.nearest import triton_ops as kernels
 from fastvq.ops.nearest.triton_pack import FIRST_DATA
 from tests import oracle
 from tests.cases import DTYPES, HARD, METRICS, gaussian, generator

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from fastvq import _native
+from fastvq.backends import cpu as cpu_backend
 from fastvq.ops import PackedCodebook, nearest, pack_codebook, quantize
 from tests import oracle
 from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
@@ -77,12 +77,12 @@ def test_copies():
     )
 
 
-@pytest.mark.skipif(len(_native.available_isas()) < 2, reason="one instruction set alone")
+@pytest.mark.skipif(len(cpu_backend.available_isas()) < 2, reason="one instruction set alone")
 def test_under_another_instruction_set(monkeypatch):
     x, codebook = gaussian(65, 127, 17, generator(5))
     monkeypatch.setenv("FASTVQ_CPU_ISA", "generic")
     packed = pack_codebook(codebook)
-    monkeypatch.setenv("FASTVQ_CPU_ISA", _native.available_isas()[-1])
+    monkeypatch.setenv("FASTVQ_CPU_ISA", cpu_backend.available_isas()[-1])
     assert torch.equal(nearest(x, packed), nearest(x, codebook))
 
 
@@ -122,7 +122,7 @@ def test_errors_of_a_call(op):
         op(torch.zeros(2, 5), packed, metric="dot")
 
 
-@pytest.mark.skipif(_native.unavailable() is not None, reason="the extension is not built")
+@pytest.mark.skipif(cpu_backend.unavailable() is not None, reason="the extension is not built")
 def test_the_kernel_refuses_the_layout_of_another_codebook():
     x, codebook = gaussian(5, 127, 17, generator(7))
     layout = pack_codebook(codebook[:64])._layout

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from fastvq import _triton
+from fastvq.backends import triton as triton_backend
 from fastvq.ops import quantize
 
-if _triton.unavailable() is not None or not _triton.interpreting():
+if triton_backend.unavailable() is not None or not triton_backend.interpreting():
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
 
-from fastvq.ops.ema import triton_statistics
 from fastvq.ops.quantize import triton_backward, triton_forward
+from fastvq.ops.statistics import triton_statistics
 from tests.cases import gaussian, generator
 from tests.ops.test_quantize import compare, indices_changed_since, leaves
 from tests.tolerance import assert_within, roundoff

@@ -6,10 +6,10 @@ import torch
 pytest.importorskip("triton", reason="needs the package triton")
 if torch.cuda.is_available():
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
-from fastvq._tiles import Tile
+from fastvq.backends.tiles import Tile
 from fastvq.ops import residual_quantize
-from fastvq.ops.nearest import triton_ as kernels
-from fastvq.ops.residual import triton_, triton_levels
+from fastvq.ops.nearest import triton_ops as kernels
+from fastvq.ops.residual import triton_levels, triton_ops
 from tests.cases import HARD, METRICS, gaussian, generator
 from tests.ops.test_residual import draw, indices_changed_since, no_rows
 from tests.tolerance import assert_within, gamma
@@ -78,7 +78,7 @@ def test_empty_strided_and_not_finite(metric):
 
 def test_rows_left_out():
     no_rows("triton")
-    indices_changed_since(triton_.residual_quantize_backward)
+    indices_changed_since(triton_ops.residual_quantize_backward)
 
 
 @pytest.fixture

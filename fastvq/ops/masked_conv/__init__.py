@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _triton
-from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import FLOATS, check_backend_name, check_float, check_integer, check_option, check_same_device
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.registry import Implementation, bound_backend, choose
 from fastvq.ops._contract import check_gradient
 from fastvq.ops._library import register
 from fastvq.ops._transforms import active, no_forward_mode
@@ -25,9 +25,11 @@ GATED = "fastvq.ops.gated_masked_conv2d"
 
 def _table(name: str) -> dict[str, Implementation]:
     return {
-        "cpu": Implementation(getattr(cpu, name), cpu.refuse),
-        "triton": Implementation(_triton.lazily("fastvq.ops.masked_conv.triton_", name), _triton.refuse),
-        "cuda": Implementation(getattr(cuda, name), cuda.refuse),
+        "cpu": Implementation(getattr(cpu, name), cpu.why_unsupported),
+        "triton": Implementation(
+            triton_backend.lazy_function("fastvq.ops.masked_conv.triton_ops", name), triton_backend.why_unsupported
+        ),
+        "cuda": Implementation(getattr(cuda, name), cuda.why_unsupported),
         "reference": Implementation(getattr(reference, name), lambda *_: None),
     }
 

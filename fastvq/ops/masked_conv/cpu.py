@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _native
-from fastvq._native import address
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
+from fastvq.backends.views import address
 from fastvq.ops.masked_conv.masks import active_taps
 from fastvq.ops.masked_conv.reference import like_input
 
-__all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward", "refuse"]
+__all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward", "why_unsupported"]
 
 
-def refuse(x: Tensor, *_: Any) -> str | None:
+def why_unsupported(x: Tensor, *_: Any) -> str | None:
     if x.device.type != "cpu":
         return f"it takes CPU tensors, x is on {x.device}"
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -28,7 +29,7 @@ def _weight_view(weight: Tensor, mask: str, taps: Tensor | None, colours: int) -
     active = active_taps(mask, taps, weight.shape[2], weight.shape[3], colours)
     return (
         address(weight),
-        _native.DTYPES[weight.dtype],
+        views.DTYPES[weight.dtype],
         list(weight.shape),
         active,
         colours,
@@ -44,7 +45,7 @@ def _bias(bias: Tensor | None) -> tuple[Tensor | None, int]:
     return bias, address(bias)
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def masked_conv2d(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [C_out, C_in, kh, kw]
@@ -55,15 +56,15 @@ def masked_conv2d(
 ) -> Tensor:  # [B, C_out, H, W]
     out, weight = like_input(x, weight.shape[0]), weight.contiguous()
     kept, address = _bias(bias)
-    _native._cpu.masked_conv_forward(
-        _native.image_view(x), _weight_view(weight, mask, taps, colours), address, _native.image_view(out),
-        _native.isa(), torch.get_num_threads(),
+    cpu_backend._cpu.masked_conv_forward(
+        views.image_view(x), _weight_view(weight, mask, taps, colours), address, views.image_view(out),
+        cpu_backend.isa(), torch.get_num_threads(),
     )  # fmt: skip
     del kept  # it had to live until here
     return out
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def masked_conv2d_backward(
     grad: Tensor,  # [B, C_out, H, W]
     x: Tensor,  # [B, C_in, H, W]
@@ -77,16 +78,16 @@ def masked_conv2d_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight.contiguous()
     view = _weight_view(weight, mask, taps, colours)
-    settings = _native.isa(), torch.get_num_threads()
+    settings = cpu_backend.isa(), torch.get_num_threads()
     grad_x, grad_weight, grad_bias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if need_x:
         grad_x = torch.empty_like(x)
-        _native._cpu.masked_conv_input_grad(_native.image_view(grad), view, _native.image_view(grad_x), *settings)
+        cpu_backend._cpu.masked_conv_input_grad(views.image_view(grad), view, views.image_view(grad_x), *settings)
     if need_weight:
         sums = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
         bias_sums = torch.empty(weight.shape[0], dtype=torch.float32, device="cpu")
-        _native._cpu.masked_conv_weight_grad(
-            _native.image_view(x), _native.image_view(grad), view, address(sums),
+        cpu_backend._cpu.masked_conv_weight_grad(
+            views.image_view(x), views.image_view(grad), view, address(sums),
             address(bias_sums) if need_bias else 0, *settings,
         )  # fmt: skip
         grad_weight = sums.to(weight.dtype)
@@ -97,7 +98,7 @@ def masked_conv2d_backward(
     return grad_x, grad_weight, grad_bias
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def gated(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [2C, C_in, kh, kw]
@@ -113,17 +114,17 @@ def gated(
     kept, address = _bias(bias)
     if condition is not None and condition.dim() == 2:
         condition = condition[:, :, None, None].expand(-1, -1, *x.shape[2:])
-    _native._cpu.gated_masked_conv_forward(
-        _native.image_view(x), _weight_view(weight, mask, taps, 1), address,
-        None if condition is None else _native.image_view(condition),
-        _native.image_view(tanh_a) if save else None, _native.image_view(sigmoid_b) if save else None,
-        _native.image_view(out), _native.isa(), torch.get_num_threads(),
+    cpu_backend._cpu.gated_masked_conv_forward(
+        views.image_view(x), _weight_view(weight, mask, taps, 1), address,
+        None if condition is None else views.image_view(condition),
+        views.image_view(tanh_a) if save else None, views.image_view(sigmoid_b) if save else None,
+        views.image_view(out), cpu_backend.isa(), torch.get_num_threads(),
     )  # fmt: skip
     del kept  # it had to live until here
     return out, tanh_a, sigmoid_b
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def gated_backward(
     grad: Tensor,  # [B, C, H, W]
     tanh_a: Tensor,  # [B, C, H, W]
@@ -137,8 +138,8 @@ def gated_backward(
     shape = (batch, 2 * channels, height, width)
     both = torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=memory_format)
     outer, inner = (batch * height * width, channels) if last else (batch, channels * height * width)
-    _native._cpu.gate_backward(
-        address(g), address(t), address(s), address(both), outer, inner, _native.isa(),
+    cpu_backend._cpu.gate_backward(
+        address(g), address(t), address(s), address(both), outer, inner, cpu_backend.isa(),
         torch.get_num_threads(),
     )  # fmt: skip
     return both.to(tanh_a.dtype)

@@ -9,21 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _golden, _golden_calls, _native
-from fastvq._native import address
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import views
+from fastvq.backends.golden import calls as golden_calls
+from fastvq.backends.golden import gate
+from fastvq.backends.views import address
 from fastvq.ops.masked_conv import reference
 from fastvq.ops.masked_conv.masks import tap_range
 from fastvq.ops.masked_conv.reference import like_input
 
-__all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward", "refuse"]
+__all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward", "why_unsupported"]
 
 
-def refuse(x: Tensor, *_: Any) -> str | None:
-    if (reason := _cuda_native.refuse(x)) is None and x.dtype == torch.float64:
+def why_unsupported(x: Tensor, *_: Any) -> str | None:
+    if (reason := cuda_backend.why_unsupported(x)) is None and x.dtype == torch.float64:
         return "it adds in float32, for float32, float16 and bfloat16 tensors, x is torch.float64"
-    return reason or _golden.differs(
+    return reason or gate.check_op(
         "cuda", "masked_conv2d", x.device, _both_ways(masked_conv2d, masked_conv2d_backward),
-        _both_ways(reference.masked_conv2d, reference.masked_conv2d_backward), _golden_calls.masked_conv,
+        _both_ways(reference.masked_conv2d, reference.masked_conv2d_backward), golden_calls.masked_conv,
     )  # fmt: skip
 
 
@@ -43,7 +46,7 @@ def _weight_view(weight: Tensor, mask: str, used: Tensor | None, colours: int) -
     """Contiguous ``weight`` and ``used`` as the ConvWeight of csrc/fastvq_cuda.h."""
     places = tap_range(mask, weight.shape[2], weight.shape[3], colours)
     return (
-        address(weight), _native.DTYPES[weight.dtype], list(weight.shape), places.start, len(places),
+        address(weight), views.DTYPES[weight.dtype], list(weight.shape), places.start, len(places),
         0 if used is None else address(used), colours, not mask.endswith("A"),
     )  # fmt: skip
 
@@ -60,14 +63,14 @@ def masked_conv2d(
     taps: Tensor | None,  # [kh, kw] bool
     colours: int,
 ) -> Tensor:  # [B, C_out, H, W]
-    with _cuda_native.on_device_of(x):
+    with cuda_backend.on_device_of(x):
         out, weight = like_input(x, weight.shape[0]), weight.contiguous()
         used, bias = (None if t is None else t.contiguous() for t in (taps, bias))
         view = _weight_view(weight, mask, used, colours)
-        room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_workspace(view, False, False))
-        _cuda_native._cuda.masked_conv_forward(
-            _native.image_view(x), view, _address(bias), _native.image_view(out), address(room),
-            _cuda_native.stream(x),
+        room = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_workspace(view, False, False))
+        cuda_backend._cuda.masked_conv_forward(
+            views.image_view(x), view, _address(bias), views.image_view(out), address(room),
+            cuda_backend.stream(x),
         )  # fmt: skip
     return out
 
@@ -84,18 +87,18 @@ def masked_conv2d_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = torch.empty_like(x) if need_x else x.new_empty(0)
-    with _cuda_native.on_device_of(x):
+    with cuda_backend.on_device_of(x):
         weight, used = weight.contiguous(), None if taps is None else taps.contiguous()
         grad_weight = weight.new_empty(weight.shape if need_weight else 0)
         grad_bias = weight.new_empty(weight.shape[:1] if need_bias else 0)
-        view, stream = _weight_view(weight, mask, used, colours), _cuda_native.stream(x)
-        image, incoming = _native.image_view(x), _native.image_view(grad)
+        view, stream = _weight_view(weight, mask, used, colours), cuda_backend.stream(x)
+        image, incoming = views.image_view(x), views.image_view(grad)
         if need_x:
-            room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_workspace(view, False, True))
-            _cuda_native._cuda.masked_conv_input_grad(incoming, view, _native.image_view(grad_x), address(room), stream)
+            room = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_workspace(view, False, True))
+            cuda_backend._cuda.masked_conv_input_grad(incoming, view, views.image_view(grad_x), address(room), stream)
         if need_weight or need_bias:
-            room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_weight_grad_workspace(image, view))
-            _cuda_native._cuda.masked_conv_weight_grad(
+            room = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_weight_grad_workspace(image, view))
+            cuda_backend._cuda.masked_conv_weight_grad(
                 image, incoming, view, address(grad_weight) if need_weight else 0,
                 address(grad_bias) if need_bias else 0, address(room), stream,
             )  # fmt: skip
@@ -112,18 +115,18 @@ def gated(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     channels = weight.shape[0] // 2
-    with _cuda_native.on_device_of(x):
+    with cuda_backend.on_device_of(x):
         out, weight = like_input(x, channels), weight.contiguous()
         tanh_a, sigmoid_b = (like_input(x, channels) if save else x.new_empty(0) for _ in range(2))
         used, bias = (None if t is None else t.contiguous() for t in (taps, bias))
         if condition is not None and condition.dim() == 2:
             condition = condition[:, :, None, None].expand(-1, -1, *x.shape[2:])
         view = _weight_view(weight, mask, used, 1)
-        room = _cuda_native.workspace(x, _cuda_native._cuda.masked_conv_workspace(view, True, False))
-        _cuda_native._cuda.gated_masked_conv_forward(
-            _native.image_view(x), view, _address(bias), None if condition is None else _native.image_view(condition),
-            _native.image_view(tanh_a) if save else None, _native.image_view(sigmoid_b) if save else None,
-            _native.image_view(out), address(room), _cuda_native.stream(x),
+        room = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_workspace(view, True, False))
+        cuda_backend._cuda.gated_masked_conv_forward(
+            views.image_view(x), view, _address(bias), None if condition is None else views.image_view(condition),
+            views.image_view(tanh_a) if save else None, views.image_view(sigmoid_b) if save else None,
+            views.image_view(out), address(room), cuda_backend.stream(x),
         )  # fmt: skip
     return out, tanh_a, sigmoid_b
 
@@ -133,9 +136,9 @@ def gated_backward(
     tanh_a: Tensor,  # [B, C, H, W]
     sigmoid_b: Tensor,  # [B, C, H, W]
 ) -> Tensor:  # [B, 2C, H, W]
-    with _cuda_native.on_device_of(grad):
+    with cuda_backend.on_device_of(grad):
         both = like_input(tanh_a, 2 * tanh_a.shape[1])
-        _cuda_native._cuda.gate_backward(
-            *(_native.image_view(t) for t in (grad, tanh_a, sigmoid_b, both)), _cuda_native.stream(grad)
+        cuda_backend._cuda.gate_backward(
+            *(views.image_view(t) for t in (grad, tanh_a, sigmoid_b, both)), cuda_backend.stream(grad)
         )
     return both

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _golden, _native, _triton
-from fastvq._backends import Implementation, choose
 from fastvq._checks import check_backend_name, check_codebook, check_option
-from fastvq._golden_cases import configuration
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.golden import gate
+from fastvq.backends.golden.cases import configuration
+from fastvq.backends.registry import Implementation, choose
 from fastvq.ops._contract import check_choices, check_lookup
 from fastvq.ops._library import register
 from fastvq.ops.nearest import cpu, cuda, reference
@@ -18,19 +20,19 @@ __all__ = ["METRICS", "PRECISIONS", "PackedCodebook", "nearest", "operands", "pa
 
 OP = "fastvq.ops.nearest"
 PRECISIONS = ("exact", "fast")
-_triton_nearest = _triton.lazily("fastvq.ops.nearest.triton_", "nearest")
+_triton_nearest = triton_backend.lazy_function("fastvq.ops.nearest.triton_ops", "nearest")
 
 
 def _refuse_triton(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
-    return _triton.refuse(x) or _golden.mismatch(
+    return triton_backend.why_unsupported(x) or gate.check_lookup(
         "triton", x.device, _triton_nearest, reference.nearest, configuration(x, codebook, metric, precision)
     )
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(cpu.nearest, _native.refuse),
+    "cpu": Implementation(cpu.nearest, cpu_backend.why_unsupported),
     "triton": Implementation(_triton_nearest, _refuse_triton),
-    "cuda": Implementation(cuda.nearest, cuda.refuse),
+    "cuda": Implementation(cuda.nearest, cuda.why_unsupported),
     "reference": Implementation(reference.nearest, lambda *_: None),
 }
 

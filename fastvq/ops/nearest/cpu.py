@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _native
 from fastvq._checks import check_codes, check_option
-from fastvq._native import address
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
+from fastvq.backends.views import address
 from fastvq.ops._library import register
+from fastvq.ops.nearest import cpu_isa
 
 __all__ = ["nearest", "pack"]
 
 PACK = "fastvq.ops.pack_codebook"
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def nearest(
     x: Tensor,  # [..., D] or [H, ..., D]
     codebook: Tensor,  # [K, D] or [H, K, D]
@@ -24,36 +26,36 @@ def nearest(
     layout: Tensor | None = None,  # what pack made of the codebook
 ) -> Tensor:  # [...] or [H, ...] int64
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
-    x, rows = _native.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
-    codes, metric_code, fast = _native.codes_view(codebook), _native.metric_code(metric), precision == "fast"
-    isa = _native.lookup_isa(rows, codes, metric_code, fast, layout is not None)
-    _native._cpu.nearest(
+    x, rows = views.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
+    codes, metric_code, fast = views.codes_view(codebook), views.metric_code(metric), precision == "fast"
+    isa = cpu_isa.lookup_isa(rows, codes, metric_code, fast, layout is not None)
+    cpu_backend._cpu.nearest(
         rows, codes, metric_code, fast, address(indices), isa, torch.get_num_threads(),
-        _native.layout_address(layout),
+        cpu_isa.layout_address(layout),
     )  # fmt: skip
     return indices
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def pack(
     codebook: Tensor,  # [K, D] or [H, K, D]
     metric: str,
 ) -> Tensor:  # [bytes] uint8
     """The codebook as the kernels that will look vectors up in it read it."""
     check_codes(PACK, codebook)
-    check_option(PACK, "metric", metric, _native.METRICS)
+    check_option(PACK, "metric", metric, views.METRICS)
     if codebook.device.type != "cpu":
         raise ValueError(f"{PACK}: codebook must be on the CPU, got {codebook.device}; the layout is for CPU kernels")
-    view, isa = _native.codes_view(codebook), _native.packing_isa()
-    layout = torch.empty(_native._cpu.packed_bytes(view, isa), dtype=torch.uint8, device="cpu")
-    _native._cpu.pack_codebook(view, _native.metric_code(metric), isa, torch.get_num_threads(), address(layout))
+    view, isa = views.codes_view(codebook), cpu_isa.packing_isa()
+    layout = torch.empty(cpu_backend._cpu.packed_bytes(view, isa), dtype=torch.uint8, device="cpu")
+    cpu_backend._cpu.pack_codebook(view, views.metric_code(metric), isa, torch.get_num_threads(), address(layout))
     return layout
 
 
 def _fake_pack(codebook: Tensor, metric: str) -> Tensor:
     heads, stride_head = (1, 0) if codebook.dim() == 2 else (codebook.shape[0], codebook.stride(0))
     sizes = (0, 0, heads, *codebook.shape[-2:], stride_head, *codebook.stride()[-2:])  # their number of bytes is exact
-    return codebook.new_empty(_native._cpu.packed_bytes(sizes, _native.packing_isa()), dtype=torch.uint8)
+    return codebook.new_empty(cpu_backend._cpu.packed_bytes(sizes, cpu_isa.packing_isa()), dtype=torch.uint8)
 
 
 register("pack_codebook(Tensor codebook, str metric) -> Tensor", pack, _fake_pack)

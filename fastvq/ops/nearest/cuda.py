@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _golden, _native
-from fastvq._golden_cases import configuration
-from fastvq._native import address
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import views
+from fastvq.backends.golden import gate
+from fastvq.backends.golden.cases import configuration
+from fastvq.backends.views import address
 from fastvq.ops.nearest import reference
 
-__all__ = ["nearest", "refuse"]
+__all__ = ["nearest", "why_unsupported"]
 
 
 def nearest(
@@ -19,21 +21,21 @@ def nearest(
     metric: str,
     precision: str,
 ) -> Tensor:  # [...] or [H, ...] int64
-    with _cuda_native.on_device_of(x):
+    with cuda_backend.on_device_of(x):
         indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
-        x, rows = _native.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
-        codes = _native.codes_view(codebook)
-        room = _cuda_native.workspace(x, _cuda_native._cuda.nearest_workspace(rows, codes))
-        _cuda_native._cuda.nearest(
-            rows, codes, _native.metric_code(metric), precision == "fast", 0, address(indices), address(room),
-            _cuda_native.stream(x),
+        x, rows = views.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
+        codes = views.codes_view(codebook)
+        room = cuda_backend.workspace(x, cuda_backend._cuda.nearest_workspace(rows, codes))
+        cuda_backend._cuda.nearest(
+            rows, codes, views.metric_code(metric), precision == "fast", 0, address(indices), address(room),
+            cuda_backend.stream(x),
         )  # fmt: skip
     return indices
 
 
-def refuse(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
-    """As ``_cuda_native.refuse``; and on a kind of card that has no record the kernels are checked first, see
-    ``_golden.mismatch``."""
-    return _cuda_native.refuse(x) or _golden.mismatch(
+def why_unsupported(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
+    """As ``cuda_backend.why_unsupported``; and on a kind of card that has no record the kernels are checked first, see
+    ``gate.check_lookup``."""
+    return cuda_backend.why_unsupported(x) or gate.check_lookup(
         "cuda", x.device, nearest, reference.nearest, configuration(x, codebook, metric, precision)
     )

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _native
-from fastvq._backends import check_backend
 from fastvq._checks import check_backend_name, check_codes, check_option
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends.registry import check_backend
 
 __all__ = ["PackedCodebook", "operands", "pack_codebook"]
 
@@ -34,7 +34,7 @@ class PackedCodebook:
         self._codes = codes
         self.metric = metric
         self.backend = backend
-        usable = _native.unavailable() is None and codes.device.type == "cpu" and backend in (None, "cpu")
+        usable = cpu_backend.unavailable() is None and codes.device.type == "cpu" and backend in (None, "cpu")
         self._layout = torch.ops.fastvq.pack_codebook(codes, metric) if usable else None
 
     @property

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import _native, _triton
-from fastvq._backends import BACKENDS, Implementation, choose
 from fastvq._checks import (
     check_backend_name,
     check_float,
@@ -18,6 +16,9 @@ from fastvq._checks import (
     check_same_device,
     check_sizes,
 )
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.registry import BACKENDS, Implementation, choose
 from fastvq.ops._library import register, serialisable
 from fastvq.ops.pixelcnn import cpu, cuda, reference
 from fastvq.ops.pixelcnn.contract import check_condition, check_step
@@ -30,7 +31,7 @@ START = "fastvq.ops.pixelcnn_start"
 
 def _refuse_triton(weights: Sequence[Tensor], *_: Any) -> str | None:
     for w in weights:
-        if (reason := _triton.refuse(w)) is not None:
+        if (reason := triton_backend.why_unsupported(w)) is not None:
             return reason
         if w.dtype == torch.float64:
             return "it computes in float32, a weight is torch.float64"
@@ -38,20 +39,20 @@ def _refuse_triton(weights: Sequence[Tensor], *_: Any) -> str | None:
 
 
 def _prepare_triton(*arguments: Any) -> tuple[str, list[Tensor], Tensor]:
-    from fastvq.ops.pixelcnn import triton_
+    from fastvq.ops.pixelcnn import triton_ops
 
-    return "triton", *triton_.prepare(*arguments)
+    return "triton", *triton_ops.prepare(*arguments)
 
 
 PREPARE = {
-    "cpu": Implementation(lambda *a: ("cpu", *cpu.prepare(*a)), cpu.refuse),
+    "cpu": Implementation(lambda *a: ("cpu", *cpu.prepare(*a)), cpu.why_unsupported),
     "triton": Implementation(_prepare_triton, _refuse_triton),
-    "cuda": Implementation(lambda *a: ("cuda", *cuda.prepare(*a)), cuda.refuse),
+    "cuda": Implementation(lambda *a: ("cuda", *cuda.prepare(*a)), cuda.why_unsupported),
     "reference": Implementation(lambda *a: ("reference", *reference.prepare(*a)), lambda *_: None),
 }
 STEP = {
     "cpu": cpu.step,
-    "triton": _triton.lazily("fastvq.ops.pixelcnn.triton_", "step"),
+    "triton": triton_backend.lazy_function("fastvq.ops.pixelcnn.triton_ops", "step"),
     "cuda": cuda.step,
     "reference": reference.step,
 }
@@ -112,7 +113,7 @@ def pixelcnn_start(
     check_sizes(START, "kernel_sizes", kernel_sizes)
     check_sizes(START, "shape", shape)
     _check_shapes(weights, kernel_sizes, shape, condition)
-    isa = _native.isa() if BACKENDS["cpu"].unavailable() is None else 0
+    isa = cpu_backend.isa() if BACKENDS["cpu"].unavailable() is None else 0
     arguments = ([w.detach() for w in weights], tuple(kernel_sizes), *shape, isa)
     name, packed, cache = choose(START, PREPARE, backend, *arguments)(*arguments)
     if condition is not None:

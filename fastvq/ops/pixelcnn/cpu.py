@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _native
-from fastvq._native import address
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends.views import address
 from fastvq.ops._contract import check_tensor
 from fastvq.ops._library import register
 from fastvq.ops.pixelcnn.reference import PER_LAYER
 
-__all__ = ["prepare", "refuse", "step"]
+__all__ = ["prepare", "step", "why_unsupported"]
 
 PACK = "fastvq.ops.pixelcnn_pack"
 
 
-def refuse(weights: Sequence[Tensor], *_: Any) -> str | None:
+def why_unsupported(weights: Sequence[Tensor], *_: Any) -> str | None:
     for w in weights:
         if w.device.type != "cpu":
             return f"it takes CPU tensors, a weight is on {w.device}"
@@ -28,14 +28,14 @@ def refuse(weights: Sequence[Tensor], *_: Any) -> str | None:
     return None
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def prepare(
     weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int, isa: int
 ) -> tuple[list[Tensor], Tensor]:
     embedding, *rest = weights
     n_codes, channels = embedding.shape
     shape = (batch, height, width, channels, n_codes, list(kernel_sizes))
-    _, n_cache = _native._cpu.pixelcnn_sizes(shape, isa)
+    _, n_cache = cpu_backend._cpu.pixelcnn_sizes(shape, isa)
     # Biases that are only ever added together become one: link and horizontal, and those of all skip paths.
     skip_bias = torch.stack([rest[PER_LAYER * i + 7][-channels:] for i in range(len(kernel_sizes))]).sum(0)
     folded = []
@@ -62,8 +62,8 @@ def _pack(
         check_tensor(PACK, f"weights[{i}]", w, w.shape, torch.float32, torch.device("cpu"))
     weights = [w.contiguous() for w in weights]
     shape = (batch, height, width, channels, n_codes, list(kernel_sizes))
-    packed = torch.empty(_native._cpu.pixelcnn_sizes(shape, isa)[0], dtype=torch.float32, device="cpu")
-    _native._cpu.pixelcnn_pack(shape, [address(w) for w in weights], address(packed), isa)
+    packed = torch.empty(cpu_backend._cpu.pixelcnn_sizes(shape, isa)[0], dtype=torch.float32, device="cpu")
+    cpu_backend._cpu.pixelcnn_pack(shape, [address(w) for w in weights], address(packed), isa)
     return packed
 
 
@@ -88,11 +88,11 @@ def _fake_pack(
     weights: Sequence[Tensor], batch: int, height: int, width: int, kernel_sizes: Sequence[int], n_codes: int, isa: int
 ) -> Tensor:
     shape = (batch, height, width, weights[0].shape[1], n_codes, list(kernel_sizes))
-    return weights[0].new_empty(_native._cpu.pixelcnn_sizes(shape, isa)[0])
+    return weights[0].new_empty(cpu_backend._cpu.pixelcnn_sizes(shape, isa)[0])
 
 
 def _check_isa(isa: int) -> None:
-    if isa not in _native.ISA_NUMBERS_HERE:
+    if isa not in cpu_backend.ISA_NUMBERS_HERE:
         raise ValueError(
             f"{PACK}: this machine does not have the instruction set of isa = {isa}; make the state with pixelcnn_start"
         )
@@ -106,7 +106,7 @@ register(
 )
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def step(
     ids: Tensor,  # [B, H, W] int64
     weights: Sequence[Tensor],  # embedding [K, C], packed
@@ -120,7 +120,7 @@ def step(
     embedding, packed = weights
     n_codes, channels = embedding.shape
     shape = (*ids.shape, channels, n_codes, list(kernel_sizes))
-    if (packed.numel(), cache.numel()) != tuple(_native._cpu.pixelcnn_sizes(shape, isa)):
+    if (packed.numel(), cache.numel()) != tuple(cpu_backend._cpu.pixelcnn_sizes(shape, isa)):
         raise ValueError(
             "fastvq.ops.pixelcnn_step: state was not made for these sizes; make it with pixelcnn_start for "
             f"ids of shape {list(ids.shape)}"
@@ -128,7 +128,7 @@ def step(
     _check_isa(isa)
     ids = ids.contiguous()
     logits = torch.empty(ids.shape[0], n_codes, dtype=torch.float32, device="cpu")
-    _native._cpu.pixelcnn_step(
+    cpu_backend._cpu.pixelcnn_step(
         shape, address(ids), address(packed), address(embedding), address(cache),
         0 if condition is None else address(condition), *((1, 1) if condition is None else condition.shape[2:4]),
         address(logits), row, column, isa, torch.get_num_threads(),

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvq import _cuda_native
-from fastvq._native import address
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends.views import address
 from fastvq.ops.pixelcnn.reference import PER_LAYER
 
-__all__ = ["draw", "prepare", "refuse", "step"]
+__all__ = ["draw", "prepare", "step", "why_unsupported"]
 
 
-def refuse(weights: Sequence[Tensor], *_: Any) -> str | None:
+def why_unsupported(weights: Sequence[Tensor], *_: Any) -> str | None:
     for w in weights:
-        if (reason := _cuda_native.refuse(w)) is not None:
+        if (reason := cuda_backend.why_unsupported(w)) is not None:
             return reason
         if w.dtype != torch.float32:
             return f"it computes in float32, a weight is {w.dtype}"
@@ -90,14 +90,14 @@ def _positions(
 ) -> None:  # fmt: skip
     embedding, packed, table = weights
     given = (0, 1, 1) if condition is None else (address(condition), *condition.shape[2:4])
-    with _cuda_native.on_device_of(ids):
+    with cuda_backend.on_device_of(ids):
         arrived = torch.zeros(ids.shape[0], dtype=torch.int32, device=ids.device)
-        _cuda_native._cuda.pixelcnn_positions(
+        cuda_backend._cuda.pixelcnn_positions(
             (address(ids), *ids.shape), (address(embedding), *embedding.shape),
             (address(packed), address(table), n_layers), (address(cache), cache.shape[1]), given,
             (first, count), address(arrived), 0 if logits is None else address(logits),
             (0, 0) if uniforms is None or wanted is None else (address(uniforms), address(wanted)),
-            temperature, top_k, top_p, _cuda_native.stream(ids),
+            temperature, top_k, top_p, cuda_backend.stream(ids),
         )  # fmt: skip
 
 

@@ -7,13 +7,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastvq import _triton
+from fastvq.backends import triton as triton_backend
 from fastvq.ops.pixelcnn import PixelCNNState, check_ids, pixelcnn_step
 
 __all__ = ["WIDEST_CHOICE", "PixelCNNSteps"]
 
 OP = "fastvq.ops.PixelCNNSteps"
-_KERNELS = "fastvq.ops.pixelcnn.triton_"
+_KERNELS = "fastvq.ops.pixelcnn.triton_ops"
 WIDEST_CHOICE = 4096  # ids that triton_choice.py chooses from: a program holds all of them
 
 
@@ -60,14 +60,14 @@ class PixelCNNSteps:
         return self.ids, s.weights, s.cache, s.condition, s.kernel_sizes, self.position
 
     def _row(self) -> None:
-        _triton.lazily(_KERNELS, "vertical")(*self._arguments())
+        triton_backend.lazy_function(_KERNELS, "vertical")(*self._arguments())
 
     def _passed(self) -> None:
-        _triton.lazily(_KERNELS, "horizontal")(*self._arguments())
+        triton_backend.lazy_function(_KERNELS, "horizontal")(*self._arguments())
         self.position += 1
 
     def _used(self) -> None:
-        self.use(_triton.lazily(_KERNELS, "horizontal")(*self._arguments()), self.position)
+        self.use(triton_backend.lazy_function(_KERNELS, "horizontal")(*self._arguments()), self.position)
         self.position += 1
 
     def _run(self, name: str, piece: Callable[[], None]) -> None:

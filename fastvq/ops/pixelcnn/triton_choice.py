@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import _tiles
-from fastvq._triton import float64_bits
+from fastvq.backends import tiles
+from fastvq.backends.triton import float64_bits
 from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
 
 __all__ = ["choose_"]
@@ -30,9 +30,9 @@ __all__ = ["choose_"]
 BITS = tl.constexpr(62)  # of a probability, which is at most 1: 0x3FF << 52
 # By the number of ids, all of which a program holds at once.
 TILES = [
-    _tiles.Tile(80, 1024, torch.float64, {"num_warps": 4}),
-    _tiles.Tile(80, 2048, torch.float64, {"num_warps": 8}),
-    _tiles.Tile(80, WIDEST_CHOICE, torch.float64, {"num_warps": 16}),
+    tiles.Tile(80, 1024, torch.float64, {"num_warps": 4}),
+    tiles.Tile(80, 2048, torch.float64, {"num_warps": 8}),
+    tiles.Tile(80, WIDEST_CHOICE, torch.float64, {"num_warps": 16}),
 ]
 
 
@@ -113,7 +113,7 @@ def choose_(
     batch, n_codes = logits.shape
     # A product, as a division of float64 is a call on a GPU, which spills. No number is too small to have an inverse.
     inverse = min(1 / temperature, sys.float_info.max) if temperature else 0.0
-    tile = _tiles.pick("pixelcnn choice", TILES, logits.device, n_codes, torch.float64)
+    tile = tiles.pick("pixelcnn choice", TILES, logits.device, n_codes, torch.float64)
     _choose[(batch,)](
         logits.contiguous(), uniforms, free, ids, position, n_codes, ids[0].numel(), float64_bits(inverse),
         min(top_k or n_codes, n_codes), float64_bits(top_p or 1.0), GREEDY=temperature == 0, TOP_K=top_k is not None,

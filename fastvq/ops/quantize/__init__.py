@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import _native, _triton
-from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import (
     check_backend_name,
     check_codebook,
@@ -17,6 +15,9 @@ from fastvq._checks import (
     check_number,
     check_option,
 )
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.registry import Implementation, bound_backend, choose
 from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
 from fastvq.ops._library import no_second_derivative, register, serialisable
 from fastvq.ops._transforms import no_forward_mode
@@ -31,25 +32,28 @@ BACKWARD_OP = cpu.BACKWARD_OP
 ESTIMATORS = ("straight_through", "rotation", "none")
 LOOKUP = NEAREST["triton"]
 FORWARD: dict[str, Implementation] = {
-    "cpu": Implementation(cpu.quantize, _native.refuse),
+    "cpu": Implementation(cpu.quantize, cpu_backend.why_unsupported),
     "triton": Implementation(
-        _triton.lazily("fastvq.ops.quantize.triton_forward", "quantize"),
+        triton_backend.lazy_function("fastvq.ops.quantize.triton_forward", "quantize"),
         lambda x, codebook, mask, metric, beta, precision: (
-            _triton.refuse_rows(x) or LOOKUP.refuse(x, codebook, metric, precision)
+            triton_backend.why_rows_unsupported(x) or LOOKUP.why_unsupported(x, codebook, metric, precision)
         ),
     ),
     "cuda": Implementation(
         cuda.quantize,
-        lambda x, codebook, mask, metric, beta, precision: NEAREST["cuda"].refuse(x, codebook, metric, precision),
+        lambda x, codebook, mask, metric, beta, precision: NEAREST["cuda"].why_unsupported(
+            x, codebook, metric, precision
+        ),
     ),
     "reference": Implementation(reference.quantize, lambda *_: None),
 }
 BACKWARD: dict[str, Implementation] = {
-    "cpu": Implementation(cpu.quantize_backward, _native.refuse),
+    "cpu": Implementation(cpu.quantize_backward, cpu_backend.why_unsupported),
     "triton": Implementation(
-        _triton.lazily("fastvq.ops.quantize.triton_backward", "quantize_backward"), _triton.refuse_rows
+        triton_backend.lazy_function("fastvq.ops.quantize.triton_backward", "quantize_backward"),
+        triton_backend.why_rows_unsupported,
     ),
-    "cuda": Implementation(cuda.quantize_backward, cuda.refuse_backward),
+    "cuda": Implementation(cuda.quantize_backward, cuda.why_backward_unsupported),
     "reference": Implementation(reference.quantize_backward, lambda *_: None),
 }
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _native
-from fastvq._native import address
-from fastvq._rows import Output
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
+from fastvq.backends.views import Output, address
 from fastvq.ops._contract import count_real
-from fastvq.ops.ema.cpu import code_statistics
+from fastvq.ops.nearest import cpu_isa
+from fastvq.ops.statistics.cpu import code_statistics
 
 __all__ = ["BACKWARD_OP", "quantize", "quantize_backward"]
 
@@ -20,7 +21,7 @@ def _heads(codebook: Tensor) -> int | None:
     return codebook.shape[0] if codebook.dim() == 3 else None
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def quantize(
     x: Tensor,  # [..., D] or [H, ..., D]
     codebook: Tensor,  # [K, D] or [H, K, D]
@@ -34,15 +35,15 @@ def quantize(
     heads = _heads(codebook)
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
     quantized = Output(x, heads)
-    x, rows = _native.rows_view(x, heads)
+    x, rows = views.rows_view(x, heads)
     mask = None if mask is None else mask.contiguous()
-    codes, metric_code, fast = _native.codes_view(codebook), _native.metric_code(metric), precision == "fast"
-    isa = _native.lookup_isa(rows, codes, metric_code, fast, layout is not None)
-    square, n_rows = _native._cpu.quantize_forward(
+    codes, metric_code, fast = views.codes_view(codebook), views.metric_code(metric), precision == "fast"
+    isa = cpu_isa.lookup_isa(rows, codes, metric_code, fast, layout is not None)
+    square, n_rows = cpu_backend._cpu.quantize_forward(
         rows, codes, metric_code, fast,
-        0 if mask is None else address(mask), _native.rows_of(quantized.rows), address(indices), isa,
-        torch.get_num_threads(), _native.layout_address(layout),
-        None if statistics is None else _native.statistics_view(*statistics),
+        0 if mask is None else address(mask), views.rows_of(quantized.rows), address(indices), isa,
+        torch.get_num_threads(), cpu_isa.layout_address(layout),
+        None if statistics is None else views.statistics_view(*statistics),
     )  # fmt: skip
     mean = square / (n_rows * x.shape[-1]) if n_rows else 0.0
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -50,7 +51,7 @@ def quantize(
     return quantized.tensor(), commitment_loss, codebook_loss, indices
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def quantize_backward(
     x: Tensor,  # [..., D] or [H, ..., D]
     codebook: Tensor,  # [K, D] or [H, K, D]
@@ -69,12 +70,12 @@ def quantize_backward(
     if need_x:
         heads = _heads(codebook)
         out = Output(x, heads)
-        incoming, g = (None, None) if grad_quantized is None else _native.rows_view(grad_quantized, heads)
-        kept, rows = _native.rows_view(x, heads)
-        _native._cpu.quantize_backward(
-            rows, _native.codes_view(codebook), address(indices), None if estimator == "none" else g,
+        incoming, g = (None, None) if grad_quantized is None else views.rows_view(grad_quantized, heads)
+        kept, rows = views.rows_view(x, heads)
+        cpu_backend._cpu.quantize_backward(
+            rows, views.codes_view(codebook), address(indices), None if estimator == "none" else g,
             0.0 if grad_commitment is None else grad_commitment.item() * beta * scale,
-            estimator == "rotation", _native.rows_of(out.rows), _native.isa(), torch.get_num_threads(),
+            estimator == "rotation", views.rows_of(out.rows), cpu_backend.isa(), torch.get_num_threads(),
         )  # fmt: skip
         del kept, incoming  # they had to live until here
         grad_x = out.tensor()

@@ -7,23 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _golden, _golden_calls, _native
-from fastvq._native import address
-from fastvq._rows import Output
-from fastvq.ops.ema.cuda import code_statistics, refuse_statistics
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import views
+from fastvq.backends.golden import calls as golden_calls
+from fastvq.backends.golden import gate
+from fastvq.backends.views import Output, address
 from fastvq.ops.quantize import reference
+from fastvq.ops.statistics.cuda import code_statistics, why_statistics_unsupported
 
-__all__ = ["forward", "quantize", "quantize_backward", "refuse_backward"]
+__all__ = ["forward", "quantize", "quantize_backward", "why_backward_unsupported"]
 
 
 def _heads(codebook: Tensor) -> int | None:
     return codebook.shape[0] if codebook.dim() == 3 else None
 
 
-def refuse_backward(x: Tensor, codebook: Tensor, indices: Tensor, *_: Any) -> str | None:
-    return refuse_statistics(x, indices, codebook.shape[-2], _heads(codebook)) or _golden.differs(
+def why_backward_unsupported(x: Tensor, codebook: Tensor, indices: Tensor, *_: Any) -> str | None:
+    return why_statistics_unsupported(x, indices, codebook.shape[-2], _heads(codebook)) or gate.check_op(
         "cuda", "quantize_backward", x.device, quantize_backward, reference.quantize_backward,
-        _golden_calls.quantize_backward,
+        golden_calls.quantize_backward,
     )  # fmt: skip
 
 
@@ -50,24 +52,24 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``quantize``; writes ``statistics``, as ``code_statistics`` returns them, where they are asked for."""
     heads = _heads(codebook)
-    with _cuda_native.on_device_of(x):
+    with cuda_backend.on_device_of(x):
         indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
         loss = torch.float64 if x.dtype == torch.float64 else torch.float32
         commitment_loss, codebook_loss = x.new_empty((), dtype=loss), x.new_empty((), dtype=loss)
         out = Output(x, heads)
-        x, rows = _native.rows_view(x, heads)
-        codes = _native.codes_view(codebook)
+        x, rows = views.rows_view(x, heads)
+        codes = views.codes_view(codebook)
         mask = None if mask is None else mask.contiguous()
-        n_bytes = _cuda_native._cuda.quantize_workspace(rows, codes, statistics is not None and deterministic)
-        room = _cuda_native.workspace(x, n_bytes)
+        n_bytes = cuda_backend._cuda.quantize_workspace(rows, codes, statistics is not None and deterministic)
+        room = cuda_backend.workspace(x, n_bytes)
         sums, counts = (0, 0) if statistics is None else (address(t) for t in statistics)
-        _cuda_native._cuda.quantize_forward(
+        cuda_backend._cuda.quantize_forward(
             rows, codes,
-            (_native.metric_code(metric), precision == "fast", 0 if mask is None else address(mask), beta,
+            (views.metric_code(metric), precision == "fast", 0 if mask is None else address(mask), beta,
              deterministic),
-            _native.rows_of(out.rows),
+            views.rows_of(out.rows),
             (address(indices), address(commitment_loss), address(codebook_loss), sums, counts),
-            address(room), _cuda_native.stream(x),
+            address(room), cuda_backend.stream(x),
         )  # fmt: skip
         return out.tensor(), commitment_loss, codebook_loss, indices
 
@@ -86,18 +88,18 @@ def quantize_backward(
 ) -> tuple[Tensor, Tensor]:
     grad_x, grad_codebook = x.new_empty(0), codebook.new_empty(0)
     heads = _heads(codebook)
-    with _cuda_native.on_device_of(x):
+    with cuda_backend.on_device_of(x):
         indices = indices.contiguous()
         n_real = (indices >= 0).sum()
-        codes = _native.codes_view(codebook)
+        codes = views.codes_view(codebook)
         if need_x:
             out = Output(x, heads)
             with_g = grad_quantized is not None and estimator != "none"
-            incoming, g = (None, None) if grad_quantized is None else _native.rows_view(grad_quantized, heads)
-            kept, rows = _native.rows_view(x, heads)
-            _cuda_native._cuda.quantize_rows_gradient(
+            incoming, g = (None, None) if grad_quantized is None else views.rows_view(grad_quantized, heads)
+            kept, rows = views.rows_view(x, heads)
+            cuda_backend._cuda.quantize_rows_gradient(
                 rows, codes, address(indices), g if with_g else None, with_g and estimator == "rotation",
-                _loss(grad_commitment, n_real, beta), _native.rows_of(out.rows), _cuda_native.stream(x),
+                _loss(grad_commitment, n_real, beta), views.rows_of(out.rows), cuda_backend.stream(x),
             )  # fmt: skip
             del kept, incoming  # they had to live until here
             grad_x = out.tensor()
@@ -107,9 +109,9 @@ def quantize_backward(
             # The sum of (c_k - x) over the vectors that chose k, from their count and sum.
             sums, counts = code_statistics(x, indices, codebook.shape[-2], heads, sums_dtype=torch.float64)
             grad_codebook = torch.empty_like(codebook)
-            _cuda_native._cuda.quantize_codes_gradient(
+            cuda_backend._cuda.quantize_codes_gradient(
                 codes, address(sums), address(counts), _loss(grad_codebook_loss, n_real, 1.0),
-                _native.codes_view(grad_codebook), _cuda_native.stream(x),
+                views.codes_view(grad_codebook), cuda_backend.stream(x),
             )  # fmt: skip
     return grad_x, grad_codebook
 
@@ -118,4 +120,4 @@ def _loss(weight: Tensor | None, n_real: Tensor, factor: float) -> tuple[int, in
     """``LossWeight`` of csrc/fastvq_cuda.h."""
     if weight is None:
         return 0, 0, address(n_real), factor
-    return address(weight), _native.DTYPES[weight.dtype], address(n_real), factor
+    return address(weight), views.DTYPES[weight.dtype], address(n_real), factor

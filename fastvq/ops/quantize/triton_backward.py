@@ -2,7 +2,7 @@
 """The gradients of quantization on a GPU.
 
 tensors                                                        H heads, N rows a head, K codes, D columns
-    x, g, grad_x  [H, N, D]   strides that ``fastvq._rows`` walks      codebook, grad_codebook  [H, K, D]
+    x, g, grad_x  [H, N, D]   strides that ``fastvq.backends.views`` walks      codebook, grad_codebook  [H, K, D]
     indices  [H, N] int64, -1 where masked      sums [H, K, D] float64, counts [H, K] int64 of ``code_statistics``
     n_real  [] int64, the unmasked vectors      weights: the losses' incoming gradients, scalars on the device
 
@@ -20,19 +20,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import _rows, _tiles
-from fastvq._triton import float64_bits
+from fastvq.backends import tiles, views
+from fastvq.backends.triton import float64_bits
 from fastvq.ops._triton_rows import axis_of, code_strides, narrow, plain, row_offset, wide
-from fastvq.ops.ema.triton_statistics import code_statistics
 from fastvq.ops.quantize.reference import DEGENERATE
+from fastvq.ops.statistics.triton_statistics import code_statistics
 
 __all__ = ["quantize_backward"]
 
 # Smaller than the forward's: the rotation holds three tiles and nine numbers a row in float64.
 TILES = [
-    _tiles.Tile(80, 16, torch.float64, {"ROWS": 32, "BLOCK_D": 16, "num_warps": 4}),
-    _tiles.Tile(80, 32, torch.float64, {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4}),
-    _tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4}),
+    tiles.Tile(80, 16, torch.float64, {"ROWS": 32, "BLOCK_D": 16, "num_warps": 4}),
+    tiles.Tile(80, 32, torch.float64, {"ROWS": 32, "BLOCK_D": 32, "num_warps": 4}),
+    tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4}),
 ]
 CODE_TILE = {"ROWS": 8, "BLOCK_D": 64}
 
@@ -154,12 +154,12 @@ def quantize_backward(
     n_real = (indices >= 0).sum()
     dim, n_codes = codebook.shape[-1], codebook.shape[-2]
     if need_x:
-        out, view = _rows.Output(x, heads), _rows.rows(x, heads)
+        out, view = views.Output(x, heads), views.rows(x, heads)
         with_g = grad_quantized is not None and estimator != "none"
-        incoming = _rows.rows(grad_quantized, heads) if grad_quantized is not None and with_g else view
+        incoming = views.rows(grad_quantized, heads) if grad_quantized is not None and with_g else view
         rotate = with_g and estimator == "rotation"
         exact = rotate or torch.float64 in (x.dtype, codebook.dtype)
-        tile = _tiles.pick("quantize_backward", TILES, x.device, dim, torch.float64)
+        tile = tiles.pick("quantize_backward", TILES, x.device, dim, torch.float64)
         n_total = view.n_heads * view.n_rows
         if n_total:
             _to_x[(triton.cdiv(n_total, tile["ROWS"]),)](

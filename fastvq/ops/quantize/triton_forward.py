@@ -2,7 +2,7 @@
 """Quantization on a GPU: lookup, then one pass that gathers the codes and measures their distance.
 
 tensors                                                        H heads, N rows a head, K codes, D columns
-    x, quantized  [H, N, D]  any float, strides that ``fastvq._rows`` walks     codebook  [H, K, D]  any float, strides
+    x, quantized  [H, N, D]  any float, strides of ``backends.views.Rows``     codebook  [H, K, D]  any float, strides
     indices       [H, N]     int64, of ``nearest``; -1 is written where masked      mask  [H, N]  bool
     partial       [blocks] float64, partial_counts [blocks] int64
 
@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import _rows, _tiles
-from fastvq._triton import float64_bits
+from fastvq.backends import tiles, views
+from fastvq.backends.triton import float64_bits
 from fastvq.ops._triton_rows import axis_of, code_strides, narrow, row_offset, wide
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 
@@ -32,9 +32,9 @@ LOOKUP = NEAREST["triton"]
 BLOCKS = 1024  # partial sums a step of _losses
 # By width alone: an element costs its loads, whatever its type.
 TILES = [
-    _tiles.Tile(80, 16, torch.float64, {"ROWS": 128, "BLOCK_D": 16, "num_warps": 4}),
-    _tiles.Tile(80, 32, torch.float64, {"ROWS": 64, "BLOCK_D": 32, "num_warps": 4}),
-    _tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 32, "BLOCK_D": 64, "num_warps": 4}),
+    tiles.Tile(80, 16, torch.float64, {"ROWS": 128, "BLOCK_D": 16, "num_warps": 4}),
+    tiles.Tile(80, 32, torch.float64, {"ROWS": 64, "BLOCK_D": 32, "num_warps": 4}),
+    tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 32, "BLOCK_D": 64, "num_warps": 4}),
 ]
 
 
@@ -116,11 +116,11 @@ def gather(
     """(quantized, commitment_loss, codebook_loss, indices) of the codes that a lookup found."""
     heads = codebook.shape[0] if codebook.dim() == 3 else None
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out, view = _rows.Output(x, heads), _rows.rows(x, heads)
+    out, view = views.Output(x, heads), views.rows(x, heads)
     n_total = view.n_heads * view.n_rows
     if n_total == 0:
         return out.tensor(), x.new_zeros((), dtype=loss), x.new_zeros((), dtype=loss), indices
-    tile = _tiles.pick("quantize", TILES, x.device, view.dim, torch.float64)
+    tile = tiles.pick("quantize", TILES, x.device, view.dim, torch.float64)
     n_blocks = triton.cdiv(n_total, tile["ROWS"])
     partial = x.new_empty(n_blocks, dtype=torch.float64)
     partial_counts = indices.new_empty(n_blocks)

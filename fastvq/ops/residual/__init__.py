@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _golden, _native, _triton
-from fastvq._backends import Implementation, bound_backend, choose
 from fastvq._checks import (
     check_backend_name,
     check_codebook,
@@ -19,7 +17,12 @@ from fastvq._checks import (
     check_number,
     check_option,
 )
-from fastvq._golden_cases import configuration
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.golden import gate
+from fastvq.backends.golden.cases import configuration
+from fastvq.backends.registry import Implementation, bound_backend, choose
 from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
 from fastvq.ops._library import no_second_derivative, register, serialisable
 from fastvq.ops._transforms import no_forward_mode
@@ -31,7 +34,7 @@ __all__ = ["ResidualQuantized", "residual_quantize"]
 
 OP = "fastvq.ops.residual_quantize"
 BACKWARD_OP = cpu.BACKWARD_OP
-_triton_forward = _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize")
+_triton_forward = triton_backend.lazy_function("fastvq.ops.residual.triton_ops", "residual_quantize")
 
 
 def _golden_levels(
@@ -49,7 +52,7 @@ def _golden_levels(
 def _refuse(
     backend: str, refuse: Callable[[Tensor], str | None], forward: Callable[..., tuple[Tensor, ...]]
 ) -> Callable[..., str | None]:
-    """Why a GPU backend cannot serve: ``refuse``, or the golden set, run by two levels where the call has more.
+    """Why a GPU backend cannot serve: ``why_unsupported``, or the golden set, run with at most two levels.
 
     Not the lookup's own: all levels may be one kernel, and then a call would have the lookup's compiled for nothing.
     Where they are too many rows for that, by one level, which is never one kernel.
@@ -58,9 +61,9 @@ def _refuse(
     def reason(
         x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: str, beta: float, statistics: bool, precision: str
     ) -> str | None:
-        many = x.numel() > _triton.ROWS_OF_ALL_LEVELS * x.shape[-1]
+        many = x.numel() > triton_backend.ROWS_OF_ALL_LEVELS * x.shape[-1]
         levels = 1 if many else min(2, codebooks.shape[0]), mask is not None
-        return refuse(x) or _golden.mismatch(
+        return refuse(x) or gate.check_lookup(
             backend,
             x.device,
             _golden_levels(forward, *levels),
@@ -73,17 +76,20 @@ def _refuse(
 
 
 FORWARD = {
-    "cpu": Implementation(cpu.residual_quantize, _native.refuse),
-    "triton": Implementation(_triton_forward, _refuse("triton", _triton.refuse, _triton_forward)),
-    "cuda": Implementation(cuda.residual_quantize, _refuse("cuda", _cuda_native.refuse, cuda.residual_quantize)),
+    "cpu": Implementation(cpu.residual_quantize, cpu_backend.why_unsupported),
+    "triton": Implementation(_triton_forward, _refuse("triton", triton_backend.why_unsupported, _triton_forward)),
+    "cuda": Implementation(
+        cuda.residual_quantize, _refuse("cuda", cuda_backend.why_unsupported, cuda.residual_quantize)
+    ),
     "reference": Implementation(reference.residual_quantize, lambda *_: None),
 }
 BACKWARD = {
-    "cpu": Implementation(cpu.residual_quantize_backward, _native.refuse),
+    "cpu": Implementation(cpu.residual_quantize_backward, cpu_backend.why_unsupported),
     "triton": Implementation(
-        _triton.lazily("fastvq.ops.residual.triton_", "residual_quantize_backward"), _triton.refuse
+        triton_backend.lazy_function("fastvq.ops.residual.triton_ops", "residual_quantize_backward"),
+        triton_backend.why_unsupported,
     ),
-    "cuda": Implementation(cuda.residual_quantize_backward, _cuda_native.refuse),
+    "cuda": Implementation(cuda.residual_quantize_backward, cuda_backend.why_unsupported),
     "reference": Implementation(reference.residual_quantize_backward, lambda *_: None),
 }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _native
-from fastvq._native import address
-from fastvq._rows import Output
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
+from fastvq.backends.views import Output, address
 from fastvq.ops._contract import count_real
+from fastvq.ops.nearest import cpu_isa
 from fastvq.ops.quantize.reference import gather
 from fastvq.ops.residual import reference
 
@@ -17,7 +18,7 @@ __all__ = ["BACKWARD_OP", "residual_quantize", "residual_quantize_backward"]
 BACKWARD_OP = "fastvq.ops.residual_quantize_backward"
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def residual_quantize(
     x: Tensor,  # [..., D]
     codebooks: Tensor,  # [Q, K, D]
@@ -33,22 +34,22 @@ def residual_quantize(
     indices = torch.empty(*x.shape[:-1], n_levels, dtype=torch.int64, device="cpu")
     squares = torch.empty(n_levels, dtype=torch.float64, device="cpu")
     finite_levels = torch.zeros(x.shape[:-1] if statistics else (0,), dtype=torch.int32, device="cpu")
-    x, rows = _native.rows_view(x, None)
-    levels = _native.codes_view(codebooks)
+    x, rows = views.rows_view(x, None)
+    levels = views.codes_view(codebooks)
     mask = None if mask is None else mask.contiguous()
-    metric_code, fast = _native.metric_code(metric), precision == "fast"
-    n_rows = _native._cpu.residual_quantize(
+    metric_code, fast = views.metric_code(metric), precision == "fast"
+    n_rows = cpu_backend._cpu.residual_quantize(
         rows, levels, metric_code, fast, 0 if mask is None else address(mask),
-        _native.rows_of(quantized.rows), address(indices), address(squares), address(finite_levels),
-        _native.lookup_isa(rows, levels, metric_code, fast), threads,
+        views.rows_of(quantized.rows), address(indices), address(squares), address(finite_levels),
+        cpu_isa.lookup_isa(rows, levels, metric_code, fast), threads,
     )  # fmt: skip
     dtype = reference.residual_dtype(x, codebooks)
     sums = torch.empty((n_levels, n_codes, dim) if statistics else (0,), dtype=dtype, device="cpu")
     counts = torch.empty((n_levels, n_codes) if statistics else (0,), dtype=torch.int64, device="cpu")
     if statistics:
         codebooks = codebooks.to(dtype)
-        _native._cpu.residual_statistics(
-            rows, _native.codes_view(codebooks), address(indices), address(finite_levels), address(sums),
+        cpu_backend._cpu.residual_statistics(
+            rows, views.codes_view(codebooks), address(indices), address(finite_levels), address(sums),
             dtype == torch.float64, address(counts), threads,
         )  # fmt: skip
     mean = squares / max(1, n_rows * dim)
@@ -56,7 +57,7 @@ def residual_quantize(
     return quantized.tensor(), indices, (beta * mean).to(loss), mean.to(loss), sums, counts
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def residual_quantize_backward(
     x: Tensor,  # [..., D]
     codebooks: Tensor,  # [Q, K, D]
@@ -71,9 +72,9 @@ def residual_quantize_backward(
 ) -> tuple[Tensor, Tensor]:
     n_levels, dim = codebooks.shape[0], codebooks.shape[-1]
     indices = indices.contiguous()
-    kept, rows = _native.rows_view(x, None)
+    kept, rows = views.rows_view(x, None)
     wide = codebooks.to(reference.residual_dtype(x, codebooks))
-    levels, threads = _native.codes_view(wide), torch.get_num_threads()
+    levels, threads = views.codes_view(wide), torch.get_num_threads()
     scale = 2 / max(1, count_real(BACKWARD_OP, indices, codebooks.shape[1], n_levels) * dim)
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     if need_x:
@@ -85,9 +86,9 @@ def residual_quantize_backward(
         if grad_quantized is not None and estimator != "none":
             if estimator == "rotation" and x.numel() > 0:
                 grad_quantized = _turn(x, codebooks, indices, grad_quantized)
-            incoming, g = _native.rows_view(grad_quantized, None)
-        _native._cpu.residual_backward(
-            rows, levels, address(indices), g, address(scales), _native.rows_of(out.rows), threads
+            incoming, g = views.rows_view(grad_quantized, None)
+        cpu_backend._cpu.residual_backward(
+            rows, levels, address(indices), g, address(scales), views.rows_of(out.rows), threads
         )
         del incoming  # it had to live until here
         grad_x = out.tensor()
@@ -98,7 +99,7 @@ def residual_quantize_backward(
             sums = torch.empty(codebooks.shape, dtype=torch.float64, device="cpu")
             counts = indices.new_empty(codebooks.shape[:2])
             finite = torch.where(kept.isfinite().all(-1), n_levels, 0).to(torch.int32)
-            _native._cpu.residual_statistics(
+            cpu_backend._cpu.residual_statistics(
                 rows, levels, address(indices), address(finite), address(sums), True, address(counts), threads
             )  # fmt: skip
             used = (counts > 0)[..., None]  # a code that is not finite is not used, and zero times it is not zero
@@ -122,10 +123,10 @@ def _turn(
     total = total.view(-1, x.shape[-1])
     own = torch.where(indices[..., 0].reshape(-1) >= 0, torch.arange(total.shape[0], device="cpu"), -1)
     out = Output(x, None)
-    kept, rows = _native.rows_view(x, None)
-    incoming, gradient = _native.rows_view(g, None)
-    _native._cpu.quantize_backward(
-        rows, _native.codes_view(total), address(own), gradient, 0.0, True, _native.rows_of(out.rows), _native.isa(),
+    kept, rows = views.rows_view(x, None)
+    incoming, gradient = views.rows_view(g, None)
+    cpu_backend._cpu.quantize_backward(
+        rows, views.codes_view(total), address(own), gradient, 0.0, True, views.rows_of(out.rows), cpu_backend.isa(),
         torch.get_num_threads(),
     )  # fmt: skip
     del kept, incoming  # they had to live until here

@@ -10,14 +10,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _native
-from fastvq._native import address
-from fastvq._rows import Output
-from fastvq.ops.ema.cuda import code_statistics
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import views
+from fastvq.backends.views import Output, address
 from fastvq.ops.nearest.cuda import nearest
 from fastvq.ops.quantize import reference as one_level
 from fastvq.ops.quantize.cuda import quantize_backward
 from fastvq.ops.residual import reference
+from fastvq.ops.statistics.cuda import code_statistics
 
 __all__ = ["residual_quantize", "residual_quantize_backward"]
 
@@ -34,20 +34,20 @@ def residual_quantize(
     """Same arguments and result as the reference's."""
     n_levels, n_codes, dim = codebooks.shape
     levels = codebooks.to(reference.residual_dtype(x, codebooks))
-    view, rows = _native.rows_view(x, None)
-    codes = _native.codes_view(levels)
-    with _cuda_native.on_device_of(x):
-        if _cuda_native._cuda.residual_fits(rows, codes):
+    view, rows = views.rows_view(x, None)
+    codes = views.codes_view(levels)
+    with cuda_backend.on_device_of(x):
+        if cuda_backend._cuda.residual_fits(rows, codes):
             out = Output(x, None)
             indices = torch.empty(*x.shape[:-1], n_levels, dtype=torch.int64, device=x.device)
-            parts = _cuda_native._cuda.residual_parts(rows, codes)
+            parts = cuda_backend._cuda.residual_parts(rows, codes)
             squares = torch.empty(n_levels, parts, dtype=torch.float64, device=x.device)
             real = None if mask is None else mask.contiguous()
-            room = _cuda_native.workspace(x, _cuda_native._cuda.residual_workspace(codes))
-            _cuda_native._cuda.residual_quantize(
-                rows, codes, _native.metric_code(metric), precision == "fast", 0 if real is None else address(real),
-                _native.rows_of(out.rows), address(indices), address(squares), address(room),
-                _cuda_native.stream(x),
+            room = cuda_backend.workspace(x, cuda_backend._cuda.residual_workspace(codes))
+            cuda_backend._cuda.residual_quantize(
+                rows, codes, views.metric_code(metric), precision == "fast", 0 if real is None else address(real),
+                views.rows_of(out.rows), address(indices), address(squares), address(room),
+                cuda_backend.stream(x),
             )  # fmt: skip
             quantized, square = out.tensor(), squares.sum(1)
         else:
@@ -105,7 +105,7 @@ def residual_quantize_backward(
     indices = indices.contiguous()
     scale = 2 / reference.elements(real, x.shape[-1])
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
-    with _cuda_native.on_device_of(x):
+    with cuda_backend.on_device_of(x):
         if need_x:
             weights = None if grad_commitment is None else (grad_commitment * (beta * scale)).to(levels.dtype)
             g = None if estimator == "none" else grad_quantized
@@ -136,11 +136,11 @@ def _pull(
     turned = g if rotation else None
     out = Output(x if turned is None else x.to(levels.dtype), None)
     total = None if turned is None else levels.new_empty(x.shape)
-    view, rows = _native.rows_view(x, None)
-    incoming, straight = (None, None) if rotation or g is None else _native.rows_view(g, None)
-    _cuda_native._cuda.residual_backward(
-        rows, _native.codes_view(levels), address(indices), 0 if weights is None else address(weights), straight,
-        _native.rows_of(out.rows), 0 if total is None else address(total), _cuda_native.stream(x),
+    view, rows = views.rows_view(x, None)
+    incoming, straight = (None, None) if rotation or g is None else views.rows_view(g, None)
+    cuda_backend._cuda.residual_backward(
+        rows, views.codes_view(levels), address(indices), 0 if weights is None else address(weights), straight,
+        views.rows_of(out.rows), 0 if total is None else address(total), cuda_backend.stream(x),
     )  # fmt: skip
     del view, incoming  # they had to live until here
     if turned is None or total is None:

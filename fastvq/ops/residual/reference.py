@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastvq.ops.ema import reference as ema
 from fastvq.ops.quantize import reference as one_level
+from fastvq.ops.statistics import reference as ema
 
 __all__ = [
     "elements",

@@ -16,8 +16,8 @@ residuals of the open rows alone, to where the sums of their codes go later, and
 8 (LANES + 1) bytes a row. Else each row is read once, its sum and its indices written once, whatever the number of
 levels. The filter keeps its bound and the open rows keep their definition, so indices are those of a launch a level.
 
-``served`` is the rule when this kernel is used; elsewhere triton_.py makes a launch a level. Wider rows than WIDEST do
-not fit: at D = 256 the residual alone takes 64 of a thread's 255 registers, and the compiler spills 300 bytes.
+``served`` is the rule when this kernel is used; elsewhere triton_ops.py makes a launch a level. Wider rows than WIDEST
+do not fit: at D = 256 the residual alone takes 64 of a thread's 255 registers, and the compiler spills 300 bytes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import _triton
-from fastvq._tiles import Tile, pick
-from fastvq.ops.nearest import triton_ as lookup
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.tiles import Tile, pick
+from fastvq.ops.nearest import triton_ops as lookup
 from fastvq.ops.nearest.triton_exact import best_of_all, best_of_candidates
 from fastvq.ops.nearest.triton_filter import LOWEST, multiplied, separated, upper_bounds
 from fastvq.ops.nearest.triton_pack import COLUMNS, FIRST_DATA
@@ -40,7 +40,9 @@ from fastvq.ops.nearest.triton_rows import columns_of, norms_of, round_piece, ro
 __all__ = ["TILES", "as_work", "residual_quantize", "served"]
 
 WIDEST = 128  # elements of a row whose residual the registers hold
-MOST_ROWS = _triton.ROWS_OF_ALL_LEVELS  # more are faster a launch a level: the lookup's kernels keep a card busier
+MOST_ROWS = (
+    triton_backend.ROWS_OF_ALL_LEVELS
+)  # more are faster a launch a level: the lookup's kernels keep a card busier
 
 
 def _rows(capability: int, dim: int, **meta: int) -> Tile:
@@ -326,7 +328,7 @@ def _launch(
     bounds = torch.empty(programs * bm, 2 * lanes, dtype=torch.float32, device=x.device)
     thresholds = torch.empty(programs * bm, dtype=torch.float32, device=x.device)
     listed = torch.empty(programs * bm, dtype=torch.int32, device=x.device)
-    if _triton.interpreting():
+    if triton_backend.interpreting():
         definition = {"FEW": 128, "NAMED": 8, "SCANNED": 128, "SCAN_N": 1024, "UNROLL": 3}
     else:
         definition = {"FEW": 4, "NAMED": 4, "SCANNED": 4, "SCAN_N": 128, "UNROLL": 8}
@@ -336,8 +338,8 @@ def _launch(
         indices if mask is None else mask, indices, total, squares, programs, bounds, thresholds, listed,
         2.0 ** (bits - 22), (dim + 14) * 2.0**-24 * (1 + 2.0**-6),
         METRIC=metric, SHIFT_X=metric == 0, SHIFT_C=metric != 1, MASKED=mask is not None, FAST=fast,
-        INTERPRETED=_triton.interpreting(), NARROW=packed.narrow, SPLIT_BIAS=split_bias, BITS=bits, DP=packed.width,
-        **meta, **definition, enable_fp_fusion=False,
+        INTERPRETED=triton_backend.interpreting(), NARROW=packed.narrow, SPLIT_BIAS=split_bias, BITS=bits,
+        DP=packed.width, **meta, **definition, enable_fp_fusion=False,
     )  # fmt: skip
     return total, indices, squares
 

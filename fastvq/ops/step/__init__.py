@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import _native, _triton
-from fastvq._backends import Implementation, choose
 from fastvq._checks import check_backend_name, check_codebook, check_mask, check_number, check_option
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.registry import Implementation, choose
 from fastvq.ops._contract import check_choices, check_lookup
 from fastvq.ops._library import register, serialisable
 from fastvq.ops._transforms import no_forward_mode
@@ -22,12 +23,12 @@ __all__ = ["VQStep", "vq_step"]
 
 OP = "fastvq.ops.vq_step"
 IMPLEMENTATIONS = {
-    "cpu": Implementation(cpu.vq_step, _native.refuse),
+    "cpu": Implementation(cpu.vq_step, cpu_backend.why_unsupported),
     "triton": Implementation(
-        _triton.lazily("fastvq.ops.step.triton_", "vq_step"),
-        lambda *arguments: QUANTIZE["triton"].refuse(*arguments[:6]),
+        triton_backend.lazy_function("fastvq.ops.step.triton_ops", "vq_step"),
+        lambda *arguments: QUANTIZE["triton"].why_unsupported(*arguments[:6]),
     ),
-    "cuda": Implementation(cuda.vq_step, cuda.refuse),
+    "cuda": Implementation(cuda.vq_step, cuda.why_unsupported),
     "reference": Implementation(reference.vq_step, lambda *_: None),
 }
 

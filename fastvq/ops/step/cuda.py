@@ -12,23 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _golden, _golden_calls
-from fastvq.ops.ema.cuda import refuse_statistics
+from fastvq.backends.golden import calls as golden_calls
+from fastvq.backends.golden import gate
 from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
 from fastvq.ops.quantize.cuda import forward
+from fastvq.ops.statistics.cuda import why_statistics_unsupported
 from fastvq.ops.step import reference
 
-__all__ = ["refuse", "vq_step"]
+__all__ = ["vq_step", "why_unsupported"]
 
 
-def refuse(
+def why_unsupported(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, beta: float, precision: str, *_: Any
 ) -> str | None:
-    if (reason := NEAREST["cuda"].refuse(x, codebook, metric, precision)) is not None:
+    if (reason := NEAREST["cuda"].why_unsupported(x, codebook, metric, precision)) is not None:
         return reason
     heads = codebook.shape[0] if codebook.dim() == 3 else None
-    return refuse_statistics(x, x[..., 0], codebook.shape[-2], heads) or _golden.differs(
-        "cuda", "vq_step", x.device, vq_step, reference.vq_step, _golden_calls.step
+    return why_statistics_unsupported(x, x[..., 0], codebook.shape[-2], heads) or gate.check_op(
+        "cuda", "vq_step", x.device, vq_step, reference.vq_step, golden_calls.step
     )
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastvq.ops.ema import reference as ema
 from fastvq.ops.quantize import reference as quantization
+from fastvq.ops.statistics import reference as ema
 
 __all__ = ["vq_step"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastvq.ops.ema.triton_statistics import code_statistics
 from fastvq.ops.quantize.triton_forward import quantize
+from fastvq.ops.statistics.triton_statistics import code_statistics
 
 __all__ = ["vq_step"]
 

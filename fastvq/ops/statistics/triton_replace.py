@@ -13,16 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import _rows, _tiles
-from fastvq._triton import float64_bits
+from fastvq.backends import tiles, views
+from fastvq.backends.triton import float64_bits
 from fastvq.ops._triton_rows import axis_of, finite, plain, row_offset, saturate, wide
 
 __all__ = ["replace_dead_codes_"]
 
 CODES = 16
 TILES = [
-    _tiles.Tile(80, 16, torch.float64, {"ROWS": 128, "BLOCK_D": 16, "num_warps": 4}),
-    _tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 32, "BLOCK_D": 64, "num_warps": 4}),
+    tiles.Tile(80, 16, torch.float64, {"ROWS": 128, "BLOCK_D": 16, "num_warps": 4}),
+    tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 32, "BLOCK_D": 64, "num_warps": 4}),
 ]
 
 
@@ -103,14 +103,14 @@ def replace_dead_codes_(
 ) -> Tensor:  # [] int64
     if x.dtype == torch.float64 and codebook.dtype == torch.float32:
         x = x.float()  # a row that float32 does not hold is not finite there, and is not taken
-    view = _rows.rows(x, codebook.shape[0] if codebook.dim() == 3 else None)
+    view = views.rows(x, codebook.shape[0] if codebook.dim() == 3 else None)
     if codebook.dim() == 2:
         codebook, embed_sum, cluster_size = (t.unsqueeze(0) for t in (codebook, embed_sum, cluster_size))
     heads, n_codes, dim = codebook.shape
     n_rows = view.n_rows
     if n_rows == 0:
         return torch.zeros((), dtype=torch.int64, device=x.device)
-    tile = _tiles.pick("replace_dead_codes_", TILES, x.device, dim, torch.float64)
+    tile = tiles.pick("replace_dead_codes_", TILES, x.device, dim, torch.float64)
     usable = torch.empty((heads, n_rows), dtype=torch.int8, device=x.device)
     _usable[(triton.cdiv(heads * n_rows, tile["ROWS"]),)](
         view.tensor,

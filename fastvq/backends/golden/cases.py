@@ -1,4 +1,4 @@
-"""Lookups whose nearest codes are hard to tell apart: what ``_golden.mismatch`` runs on a card without a record.
+"""Lookups whose nearest codes are hard to tell apart: what ``gate.check_lookup`` runs on a card without a record.
 
 They have the width, the dtypes, the metric and, as far as the reference can afford it, the number of codes of the call
 that asked, because kernels are compiled for each of these: what is checked is what will run.

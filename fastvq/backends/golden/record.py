@@ -115,5 +115,7 @@ def decode(text: str) -> Tensor:
 
 def recorded() -> dict[str, dict[str, Any]]:
     """Name of a lookup -> its "inputs", a digest, and its "indices", encoded."""
-    record: dict[str, dict[str, Any]] = json.loads(resources.files("fastvq").joinpath(RECORD).read_text())
+    record: dict[str, dict[str, Any]] = json.loads(
+        resources.files("fastvq.backends.golden").joinpath(RECORD).read_text()
+    )
     return record

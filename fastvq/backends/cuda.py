@@ -15,7 +15,7 @@ try:
 except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 
-__all__ = ["built", "on_device_of", "refuse", "refuse_device", "stream", "unavailable", "workspace"]
+__all__ = ["built", "on_device_of", "stream", "unavailable", "why_unsupported", "why_unsupported_on", "workspace"]
 
 OLDEST = (8, 0)  # the first with asynchronous copies to shared memory
 DEVICE = "cuda"  # the type of device whose tensors the kernels take
@@ -42,7 +42,7 @@ def unavailable() -> str | None:
     return None
 
 
-def refuse_device(device: torch.device) -> str | None:
+def why_unsupported_on(device: torch.device) -> str | None:
     if device.type != DEVICE:
         return "it takes CUDA tensors"
     if DEVICE == "cuda" and (found := torch.cuda.get_device_capability(device)) < OLDEST:
@@ -50,11 +50,11 @@ def refuse_device(device: torch.device) -> str | None:
     return None
 
 
-def refuse(x: Tensor, *_: Any) -> str | None:
+def why_unsupported(x: Tensor, *_: Any) -> str | None:
     """Why the CUDA C++ kernels cannot serve a call on ``x``, or None: the predicate of most ops."""
     if x.device.type != DEVICE:
         return f"it takes CUDA tensors, x is on {x.device}"
-    return refuse_device(x.device)
+    return why_unsupported_on(x.device)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -2,7 +2,7 @@
 """Counts and sums of the rows that chose each code, on a GPU.
 
 tensors                                                   H heads, N rows a head, K codes, D columns
-    x         [H, N, D]   any float, any strides that ``fastvq._rows`` can walk
+    x         [H, N, D]   any float, any strides that ``fastvq.backends.views`` can walk
     indices   [H, N]      int64; -1 is no code, and neither is anything out of range
     sums      [H, K, D]   float32 (float64 where asked)     counts  [H, K]  int64
 
@@ -31,10 +31,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import _rows, _tiles
 from fastvq._checks import check_indices
+from fastvq.backends import tiles, views
 from fastvq.ops._triton_rows import finite, plain, row_offset, saturate
-from fastvq.ops.ema import reference
+from fastvq.ops.statistics import reference
 
 __all__ = ["code_statistics"]
 
@@ -43,13 +43,13 @@ KEYS = 1024  # rows a program of _keys where it reads no x
 WIDEST = 1024  # columns of a row that one tile holds
 # By width alone: every element is loaded once and added in float64. ROWS x BLOCK_D elements are in flight a program.
 TILES = [
-    _tiles.Tile(80, 16, torch.float64, {"ROWS": 128, "BLOCK_D": 16, "num_warps": 4}),
-    _tiles.Tile(80, 32, torch.float64, {"ROWS": 64, "BLOCK_D": 32, "num_warps": 4}),
-    _tiles.Tile(80, 64, torch.float64, {"ROWS": 32, "BLOCK_D": 64, "num_warps": 4}),
-    _tiles.Tile(80, 128, torch.float64, {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4}),
-    _tiles.Tile(80, 256, torch.float64, {"ROWS": 8, "BLOCK_D": 256, "num_warps": 4}),
-    _tiles.Tile(80, 512, torch.float64, {"ROWS": 4, "BLOCK_D": 512, "num_warps": 4}),
-    _tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 4, "BLOCK_D": WIDEST, "num_warps": 8}),
+    tiles.Tile(80, 16, torch.float64, {"ROWS": 128, "BLOCK_D": 16, "num_warps": 4}),
+    tiles.Tile(80, 32, torch.float64, {"ROWS": 64, "BLOCK_D": 32, "num_warps": 4}),
+    tiles.Tile(80, 64, torch.float64, {"ROWS": 32, "BLOCK_D": 64, "num_warps": 4}),
+    tiles.Tile(80, 128, torch.float64, {"ROWS": 16, "BLOCK_D": 128, "num_warps": 4}),
+    tiles.Tile(80, 256, torch.float64, {"ROWS": 8, "BLOCK_D": 256, "num_warps": 4}),
+    tiles.Tile(80, 512, torch.float64, {"ROWS": 4, "BLOCK_D": 512, "num_warps": 4}),
+    tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 4, "BLOCK_D": WIDEST, "num_warps": 8}),
 ]
 
 
@@ -199,7 +199,7 @@ def code_statistics(
     if deterministic and x.stride(-1) != 1:
         # Sorted rows are read one here, one there; of elements that lie apart each would fetch a sector of its own.
         x = x.contiguous()
-    view, indices = _rows.rows(x, n_heads), indices.contiguous()
+    view, indices = views.rows(x, n_heads), indices.contiguous()
     n_keys, n_total, dim = view.n_heads * n_codes, view.n_heads * view.n_rows, view.dim
     lead = () if n_heads is None else (n_heads,)
     new = x.new_zeros if n_total == 0 or not deterministic else x.new_empty
@@ -208,7 +208,7 @@ def code_statistics(
     if n_total == 0:
         return sums, counts
 
-    tile = _tiles.pick("code_statistics", TILES, x.device, dim, torch.float64)
+    tile = tiles.pick("code_statistics", TILES, x.device, dim, torch.float64)
     keys = indices.new_empty(n_total, dtype=_key_type(n_keys))
     if dim > tile["BLOCK_D"]:
         source, steps, blocks = view.tensor, view.steps, {"D": dim, "READ_X": True, **tile}

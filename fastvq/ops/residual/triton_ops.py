@@ -8,7 +8,7 @@ tensors                                                     N rows, D columns, K
     found            [N]    int64, the lookup's                                 indices    [N, Q] int64
     squares          [Q, programs] float64
 
-    1. ``nearest`` of the residual (fastvq/ops/nearest/triton_.py)
+    1. ``nearest`` of the residual (fastvq/ops/nearest/triton_ops.py)
     2. ``_advance``, BM rows a program: residual -= code, total += code, the squares of the difference added in float64,
        one sum a program; torch adds the programs' sums in a fixed order
     3. backward, ``_pull``: one pass over the rows retraces all levels in registers
@@ -24,12 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import _triton
-from fastvq.ops.ema import code_statistics
-from fastvq.ops.nearest.triton_ import nearest
+from fastvq.backends import triton as triton_backend
+from fastvq.ops.nearest.triton_ops import nearest
 from fastvq.ops.quantize.triton_backward import quantize_backward
 from fastvq.ops.residual import reference, triton_levels
 from fastvq.ops.residual.triton_levels import as_work
+from fastvq.ops.statistics import code_statistics
 
 __all__ = ["residual_quantize", "residual_quantize_backward"]
 
@@ -99,7 +99,7 @@ def _pull(
 
 def _tile(dim: int) -> tuple[int, int]:
     """Rows and columns of a program: 2048 elements; the interpreter's time is the number of steps, not their size."""
-    if _triton.interpreting():
+    if triton_backend.interpreting():
         return 1024, 256
     columns = min(128, triton.next_power_of_2(dim))
     return 2048 // columns, columns

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _triton
-from fastvq._backends import Implementation, choose
 from fastvq._checks import (
     FLOATS,
     check_backend_name,
@@ -18,9 +16,12 @@ from fastvq._checks import (
     check_option,
     check_same_device,
 )
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.registry import Implementation, choose
 from fastvq.ops._contract import check_overlap, check_tensor
 from fastvq.ops._library import register
-from fastvq.ops.ema import cpu, cuda, reference
+from fastvq.ops.statistics import cpu, cuda, reference
 
 __all__ = ["SMOOTHINGS", "code_statistics", "ema_update_", "replace_dead_codes_"]
 
@@ -31,20 +32,20 @@ SMOOTHINGS = ("laplace", "none")
 _LEARNED = (torch.float32, torch.float64)
 IMPLEMENTATIONS = {
     name: {
-        "cpu": Implementation(getattr(cpu, name), cpu.refuse),
-        "triton": Implementation(_triton.lazily(f"fastvq.ops.ema.{module}", name), refuse),
+        "cpu": Implementation(getattr(cpu, name), cpu.why_unsupported),
+        "triton": Implementation(triton_backend.lazy_function(f"fastvq.ops.statistics.{module}", name), refuse),
         "reference": Implementation(getattr(reference, name), lambda *_: None),
     }
     for name, module, refuse in (
-        ("code_statistics", "triton_statistics", _triton.refuse_rows),
-        ("ema_update_", "triton_update", _triton.refuse_rows),
-        ("replace_dead_codes_", "triton_replace", lambda *arguments: _triton.refuse_rows(arguments[3])),
+        ("code_statistics", "triton_statistics", triton_backend.why_rows_unsupported),
+        ("ema_update_", "triton_update", triton_backend.why_rows_unsupported),
+        ("replace_dead_codes_", "triton_replace", lambda *arguments: triton_backend.why_rows_unsupported(arguments[3])),
     )
 }
-IMPLEMENTATIONS["code_statistics"]["cuda"] = Implementation(cuda.code_statistics, cuda.refuse_statistics)
-IMPLEMENTATIONS["ema_update_"]["cuda"] = Implementation(cuda.ema_update_, cuda.refuse_update)
+IMPLEMENTATIONS["code_statistics"]["cuda"] = Implementation(cuda.code_statistics, cuda.why_statistics_unsupported)
+IMPLEMENTATIONS["ema_update_"]["cuda"] = Implementation(cuda.ema_update_, cuda.why_update_unsupported)
 IMPLEMENTATIONS["replace_dead_codes_"]["cuda"] = Implementation(
-    cuda.replace_dead_codes_, lambda *arguments: _cuda_native.refuse(arguments[3])
+    cuda.replace_dead_codes_, lambda *arguments: cuda_backend.why_unsupported(arguments[3])
 )
 
 

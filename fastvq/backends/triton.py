@@ -23,11 +23,11 @@ __all__ = [
     "capability",
     "float64_bits",
     "interpreting",
-    "lazily",
-    "refuse",
-    "refuse_device",
-    "refuse_rows",
+    "lazy_function",
     "unavailable",
+    "why_rows_unsupported",
+    "why_unsupported",
+    "why_unsupported_on",
 ]
 
 OLDEST_TRITON = (3, 6)
@@ -80,7 +80,7 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def refuse_device(device: torch.device) -> str | None:
+def why_unsupported_on(device: torch.device) -> str | None:
     if device.type == "cpu" and interpreting():
         return None
     if device.type != "cuda":
@@ -90,23 +90,23 @@ def refuse_device(device: torch.device) -> str | None:
     return None
 
 
-def refuse(x: Tensor, *_: Any) -> str | None:
+def why_unsupported(x: Tensor, *_: Any) -> str | None:
     """Why the Triton kernels cannot serve a call on ``x``, or None: the predicate of most ops."""
     if x.device.type == "cpu":
         return None if interpreting() else "it takes CUDA tensors, x is on cpu"
     if x.device.type != "cuda":
         return f"it takes CUDA tensors, x is on {x.device}"
-    return refuse_device(x.device)
+    return why_unsupported_on(x.device)
 
 
-def refuse_rows(x: Tensor, *_: Any) -> str | None:
-    """``refuse``, and the number of vectors of x [..., D]: they are numbered in 32 bits (their addresses have 64)."""
+def why_rows_unsupported(x: Tensor, *_: Any) -> str | None:
+    """``why_unsupported``, and a limit on the vectors of x [..., D]: 32 bits number them (addresses have 64)."""
     if x.numel() // x.shape[-1] > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} vectors in one call, got {x.numel() // x.shape[-1]}; split them"
-    return refuse(x)
+    return why_unsupported(x)
 
 
-def lazily(module: str, name: str) -> Callable[..., Any]:
+def lazy_function(module: str, name: str) -> Callable[..., Any]:
     """The function ``name`` of ``module``, which is imported at its first call, on the device of its first argument."""
 
     def run(*args: Any) -> Any:

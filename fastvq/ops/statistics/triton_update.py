@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import _tiles
-from fastvq._triton import float64_bits
+from fastvq.backends import tiles
+from fastvq.backends.triton import float64_bits
 from fastvq.ops._triton_rows import saturate
 
 __all__ = ["ema_update_"]
@@ -36,9 +36,9 @@ BLOCK_K = 1024  # codes a step of _sizes
 STAYS = tl.constexpr(-1.0)  # marks a code that keeps its row of the codebook
 UNTOUCHED = tl.constexpr(-2.0)  # marks a code of a head that counted nothing
 TILES = [
-    _tiles.Tile(80, 16, torch.float64, {"ROWS": 64, "BLOCK_D": 16, "num_warps": 4}),
-    _tiles.Tile(80, 64, torch.float64, {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4}),
-    _tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 4, "BLOCK_D": 256, "num_warps": 4}),
+    tiles.Tile(80, 16, torch.float64, {"ROWS": 64, "BLOCK_D": 16, "num_warps": 4}),
+    tiles.Tile(80, 64, torch.float64, {"ROWS": 16, "BLOCK_D": 64, "num_warps": 4}),
+    tiles.Tile(80, 1 << 62, torch.float64, {"ROWS": 4, "BLOCK_D": 256, "num_warps": 4}),
 ]
 
 
@@ -135,7 +135,7 @@ def ema_update_(
         float64_bits(eps), float64_bits(n_codes * eps), LAPLACE=smoothing == "laplace", DEBIAS=debias, BLOCK=BLOCK_K,
         enable_fp_fusion=False,
     )  # fmt: skip
-    tile = _tiles.pick("ema_update_", TILES, codebook.device, dim, torch.float64)
+    tile = tiles.pick("ema_update_", TILES, codebook.device, dim, torch.float64)
     _elements[(triton.cdiv(n_plan, tile["ROWS"]), triton.cdiv(dim, tile["BLOCK_D"]))](
         codebook, embed_sum, sums, plan, n_codes, n_plan, *codebook.stride(), *embed_sum.stride(), take,
         D=dim, enable_fp_fusion=False, **tile,

@@ -15,7 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import _cuda_native, _env, _native, _triton
+from fastvq import _env
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import triton as triton_backend
 
 __all__ = [
     "BACKENDS",
@@ -33,7 +36,7 @@ class Backend(NamedTuple):
     name: str
     what: str
     unavailable: Callable[[], str | None]  # why it cannot run on this machine at all, or None
-    refuse_device: Callable[[torch.device], str | None]  # why it cannot serve tensors of that device, or None
+    why_unsupported_on: Callable[[torch.device], str | None]  # why it cannot serve tensors of that device, or None
 
 
 # In order of preference. Triton's interpreter takes CPU tensors too: it is slower than anything, so it stands behind
@@ -42,9 +45,11 @@ class Backend(NamedTuple):
 BACKENDS = {
     b.name: b
     for b in (
-        Backend("cpu", "C++ kernels for CPU tensors", _native.unavailable, _native.refuse_device),
-        Backend("triton", "Triton kernels for CUDA tensors", _triton.unavailable, _triton.refuse_device),
-        Backend("cuda", "CUDA C++ kernels for CUDA tensors", _cuda_native.unavailable, _cuda_native.refuse_device),
+        Backend("cpu", "C++ kernels for CPU tensors", cpu_backend.unavailable, cpu_backend.why_unsupported_on),
+        Backend(
+            "triton", "Triton kernels for CUDA tensors", triton_backend.unavailable, triton_backend.why_unsupported_on
+        ),
+        Backend("cuda", "CUDA C++ kernels for CUDA tensors", cuda_backend.unavailable, cuda_backend.why_unsupported_on),
         Backend("reference", "plain torch, any device", lambda: None, lambda device: None),
     )
 }
@@ -52,7 +57,7 @@ BACKENDS = {
 
 class Implementation(NamedTuple):
     run: Callable[..., Any]
-    refuse: Callable[..., str | None]  # called with run's arguments: why it cannot serve this call, or None
+    why_unsupported: Callable[..., str | None]  # called with run's arguments: why it cannot serve this call, or None
 
 
 _override: ContextVar[str | None] = ContextVar("fastvq_backend", default=None)
@@ -126,7 +131,7 @@ def choose(
         if implementation is None:
             reason: str | None = "it does not have this operation"
         else:
-            reason = BACKENDS[name].unavailable() or implementation.refuse(*args)
+            reason = BACKENDS[name].unavailable() or implementation.why_unsupported(*args)
             if reason is None:
                 if name != "reference":
                     return implementation.run
@@ -160,7 +165,7 @@ def serving(device: torch.device) -> tuple[str, str | None]:
         return named, None
     reasons: list[str] = []
     for backend in BACKENDS.values():
-        reason = backend.refuse_device(device) or backend.unavailable()
+        reason = backend.why_unsupported_on(device) or backend.unavailable()
         if reason is None:
             return backend.name, "; ".join(reasons) if backend.name == "reference" else None
         reasons.append(f"{backend.name}: {reason}")

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _triton
-from fastvq._golden_cases import Configuration, cases, widened
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.golden.cases import Configuration, cases, widened
 
-__all__ = ["RECORDED", "differs", "mismatch"]
+__all__ = ["RECORDED", "check_lookup", "check_op"]
 
 # (backend, capability times ten) whose lookup, as it is, passed every test marked needs_gpu: an H100. Triton's passed
 # them too, but has been made faster since.
@@ -30,7 +30,7 @@ RECORDED: frozenset[tuple[str, int]] = frozenset({("cuda", 90)})
 Lookup = Callable[[Tensor, Tensor, str, str], Tensor]
 
 _passed: set[tuple[str, int, str, tuple[Any, ...]]] = set()  # backend, capability, op, configuration
-_off: dict[tuple[str, int, str], str] = {}  # why, of any configuration
+_disabled: dict[tuple[str, int, str], str] = {}  # why, of any configuration
 
 
 def _at(t: Tensor, device: torch.device) -> Tensor:
@@ -53,7 +53,7 @@ def _run(op: str, device: torch.device, lookup: Lookup, reference: Lookup, call:
     return None
 
 
-def mismatch(
+def check_lookup(
     backend: str,
     device: torch.device,
     lookup: Lookup,
@@ -73,7 +73,7 @@ def mismatch(
     )
 
 
-def differs(
+def check_op(
     backend: str,
     op: str,
     device: torch.device,
@@ -81,7 +81,7 @@ def differs(
     reference: Callable[..., tuple[Tensor, ...]],
     arguments: Callable[[], Iterator[tuple[Any, ...]]],
 ) -> str | None:
-    """As ``mismatch``, of another op: why ``run`` must not serve on ``device``, or None.
+    """As ``check_lookup``, of another op: why ``run`` must not serve on ``device``, or None.
 
     ``arguments`` yields those of a few calls, tensors on the CPU; ``run`` must return what ``reference`` does there, to
     the bit.
@@ -111,11 +111,11 @@ def _once(
 ) -> str | None:
     if device.type != "cuda":
         return None
-    capability = _triton.capability(device)
+    capability = triton_backend.capability(device)
     if (backend, capability) in RECORDED:
         return None
     for name in (op, *rests_on):
-        if (reason := _off.get((backend, capability, name))) is not None:
+        if (reason := _disabled.get((backend, capability, name))) is not None:
             return reason
     key = backend, capability, op, configuration
     if key in _passed or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
@@ -125,7 +125,7 @@ def _once(
     if reason is None:
         _passed.add(key)
         return None
-    _off[backend, capability, op] = reason
+    _disabled[backend, capability, op] = reason
     warnings.warn(
         f"fastvq: the {backend} backend's {op} is switched off on this card (compute capability "
         f"{capability / 10}): {reason}. Calls that name no backend are served by another that passes, or the "

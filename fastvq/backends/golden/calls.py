@@ -1,4 +1,4 @@
-"""Calls whose results are exact in any order of addition: what ``_golden.differs`` runs on a card without a record.
+"""Calls whose results are exact in any order of addition: what ``gate.check_op`` runs on a card without a record.
 
 Numbers are small integers, sums of them and of their squares, and every divisor is a power of two or is met in the same
 float64 operation by the reference: whatever the order, the result has one bit pattern.

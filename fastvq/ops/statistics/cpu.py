@@ -7,21 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq import _native
 from fastvq._checks import raise_bad_index
-from fastvq._native import address
-from fastvq.ops.ema import reference
+from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
+from fastvq.backends.views import address
+from fastvq.ops.statistics import reference
 
-__all__ = ["code_statistics", "ema_update_", "refuse", "replace_dead_codes_"]
+__all__ = ["code_statistics", "ema_update_", "replace_dead_codes_", "why_unsupported"]
 
 
-def refuse(tensor: Tensor, *_: Any) -> str | None:
+def why_unsupported(tensor: Tensor, *_: Any) -> str | None:
     if tensor.device.type != "cpu":
         return f"it takes CPU tensors, got one on {tensor.device}"
     return None
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def code_statistics(
     x: Tensor,  # [..., D] or [H, ..., D]
     indices: Tensor,  # [...] or [H, ...] int64
@@ -36,9 +37,9 @@ def code_statistics(
     sums = torch.empty(*lead, n_codes, x.shape[-1], dtype=sums_dtype, device="cpu")
     counts = torch.empty(*lead, n_codes, dtype=torch.int64, device="cpu")
     indices = indices.contiguous()
-    x, rows = _native.rows_view(x, n_heads)
-    bad = _native._cpu.code_statistics(
-        rows, address(indices), n_codes, _native.statistics_view(sums, counts), _native.isa(),
+    x, rows = views.rows_view(x, n_heads)
+    bad = cpu_backend._cpu.code_statistics(
+        rows, address(indices), n_codes, views.statistics_view(sums, counts), cpu_backend.isa(),
         torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
@@ -46,7 +47,7 @@ def code_statistics(
     return sums, counts
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def ema_update_(
     codebook: Tensor,  # [K, D] or [H, K, D]
     embed_sum: Tensor,  # [K, D] or [H, K, D]
@@ -59,14 +60,14 @@ def ema_update_(
     debias: bool,
 ) -> None:
     sums, counts = sums.contiguous(), counts.contiguous()
-    buffers = _native.ema_view(codebook, embed_sum, cluster_size)
-    _native._cpu.ema_update(
+    buffers = views.ema_view(codebook, embed_sum, cluster_size)
+    cpu_backend._cpu.ema_update(
         buffers, address(sums), sums.dtype == torch.float64, address(counts),
         decay, eps, smoothing == "laplace", debias, torch.get_num_threads() if codebook.numel() > 1 << 17 else 1,
     )  # fmt: skip
 
 
-@_native.cpu_call
+@cpu_backend.cpu_call
 def replace_dead_codes_(
     codebook: Tensor,  # [K, D] or [H, K, D]
     embed_sum: Tensor,  # [K, D] or [H, K, D]

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastvq import _env, _triton
+from fastvq import _env
+from fastvq.backends import triton as triton_backend
 
 __all__ = ["NOT_MEASURED", "Tile", "pick"]
 
@@ -50,7 +51,7 @@ def pick(
     Raises:
         ValueError: no row fits, which a refusal of the backend should have caught.
     """
-    card = _triton.capability(device)
+    card = triton_backend.capability(device)
     rows = [t for t in table if t.capability <= card and t.dim >= dim and t.dtype == dtype]
     if not rows:
         raise ValueError(f"{kernel}: no tile for capability {card}, width {dim} and {dtype}")

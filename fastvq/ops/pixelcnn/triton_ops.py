@@ -9,8 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastvq import _triton
-from fastvq._tiles import Tile, pick
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.tiles import Tile, pick
 from fastvq.ops.pixelcnn import triton_kernels as kernels
 from fastvq.ops.pixelcnn.reference import PER_LAYER
 
@@ -93,7 +93,7 @@ class _Call:
         self.n_codes, self.channels = weights[0].shape
         tall, wide = (1, 1) if condition is None else condition.shape[2:4]
         self.condition_map = (tall, wide, self.height // tall, self.width // wide)
-        self.constants = {"INTERPRETED": _triton.interpreting(), "enable_fp_fusion": False}
+        self.constants = {"INTERPRETED": triton_backend.interpreting(), "enable_fp_fusion": False}
 
     def layer(self, i: int) -> Sequence[Tensor]:
         return self.weights[1 + PACKED * i : 1 + PACKED * (i + 1)]

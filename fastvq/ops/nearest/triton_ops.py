@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq import _triton
-from fastvq._tiles import NOT_MEASURED, Tile, pick
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.tiles import NOT_MEASURED, Tile, pick
 from fastvq.ops.nearest.triton_exact import _exhaustive, _rescore_candidates
 from fastvq.ops.nearest.triton_filter import MAX_CANDIDATE_GROUPS, _certify, _collect_candidates, _filter
 from fastvq.ops.nearest.triton_pack import COLUMNS, FIRST_DATA, _codebook_stats, _pack_codes, gamma
@@ -123,7 +123,7 @@ def _piece(width: int, dim: int, meta: Mapping[str, int]) -> int:
     """Elements that a packing kernel reads at a time. The interpreter's time grows with the number of steps alone."""
     if dim > RESIDENT_WIDTH:
         return meta["BD"]
-    return width if _triton.interpreting() else min(width, 64)
+    return width if triton_backend.interpreting() else min(width, 64)
 
 
 def pack(codebook: Tensor, metric: int, is_bf16: bool, centred: bool, meta: Mapping[str, int]) -> PackedCodes:
@@ -144,7 +144,7 @@ def pack(codebook: Tensor, metric: int, is_bf16: bool, centred: bool, meta: Mapp
         codebook, *strides, n_codes, dim, mean, info, flags, METRIC=metric, CENTRE=centred, BD=8, num_warps=8,
         maxnreg=MAX_REGISTERS,
     )  # fmt: skip
-    bk = meta["BN"] if _triton.interpreting() else 32
+    bk = meta["BN"] if triton_backend.interpreting() else 32
     _pack_codes[(padded // bk, n_heads)](
         codebook, *strides, n_codes, dim, mean, info, flags, codes, columns, norms, factors, padded,
         gamma(width + COLUMNS.value), METRIC=metric, IS_BF16=is_bf16, NARROW=narrow, DP=width, BK=bk,
@@ -170,7 +170,7 @@ def pack_rows(x: Tensor, packed: PackedCodes) -> PackedRows:
     columns = x.new_empty(n_heads, n, COLUMNS.value, dtype=packed.codes.dtype)
     norms, scales = x.new_empty(2, n_heads, n, dtype=torch.float32)
     shift = packed.centred and packed.metric == 0
-    br = 256 if _triton.interpreting() else 16 if x.dtype == torch.float64 else 32  # wider ones spill
+    br = 256 if triton_backend.interpreting() else 16 if x.dtype == torch.float64 else 32  # wider ones spill
     _pack_rows[((n + br - 1) // br, n_heads)](
         x, _stride_h(x), *x.stride()[1:], n, dim, packed.mean, packed.info, packed.flags,
         rows, columns, norms, scales, n,
@@ -184,7 +184,7 @@ def pack_rows(x: Tensor, packed: PackedCodes) -> PackedRows:
 def scan(x: Tensor, codebook: Tensor, metric: int, indices: Tensor) -> None:
     """Every row of ``x`` [H, n, D] against every code by the definition."""
     n_heads, n, dim = x.shape
-    bm, bn = (256, 1024) if _triton.interpreting() else (16, 64)
+    bm, bn = (256, 1024) if triton_backend.interpreting() else (16, 64)
     _exhaustive[((n + bm - 1) // bm, n_heads)](
         x, _stride_h(x), *x.stride()[1:], n, dim, codebook, _stride_h(codebook), *codebook.stride()[1:],
         codebook.shape[1], indices, _stride_h(indices), 0, indices, indices,
@@ -201,13 +201,13 @@ def lookup_slab(x: Tensor, packed: PackedCodes, fast: bool, indices: Tensor) -> 
         tile["BD"] = packed.width
     warps = {"num_warps": meta["num_warps"], "num_stages": meta["num_stages"]}
     common = {
-        "INTERPRETED": _triton.interpreting(), "NARROW": packed.narrow, "RESIDENT": dim <= RESIDENT_WIDTH,
+        "INTERPRETED": triton_backend.interpreting(), "NARROW": packed.narrow, "RESIDENT": dim <= RESIDENT_WIDTH,
         "DP": packed.width, **tile, **warps,
     }  # fmt: skip
     n_blocks = packed.columns.shape[1] // meta["BN"]
     bits = block_bits(n_blocks)
     bm, chunk = 256, 64
-    if not _triton.interpreting():  # a sector of a code at a time, in few registers
+    if not triton_backend.interpreting():  # a sector of a code at a time, in few registers
         bm, chunk = PROGRAM_SCORES // meta["GROUP"], max(8, 32 // codebook.element_size())
     sum_error = (dim / chunk + chunk + 14) * 2.0**-24 * (1 + 2.0**-6)
     rows = pack_rows(x, packed)
@@ -239,9 +239,9 @@ def lookup_slab(x: Tensor, packed: PackedCodes, fast: bool, indices: Tensor) -> 
             x, *x_strides, dim, codebook, *c_strides, codebook.shape[1], indices, _stride_h(indices), n,
             counters, listed, candidates, counts, pending,
             METRIC=metric, GROUP=meta["GROUP"], LANES=lanes,
-            BM=256 if _triton.interpreting() else 8, enable_fp_fusion=False,
+            BM=256 if triton_backend.interpreting() else 8, enable_fp_fusion=False,
         )  # fmt: skip
-    bm, bn = (256, 1024) if _triton.interpreting() else (16, 64)
+    bm, bn = (256, 1024) if triton_backend.interpreting() else (16, 64)
     _exhaustive[programs](
         x, *x_strides, n, dim, codebook, *c_strides, codebook.shape[1], indices, _stride_h(indices), n,
         counters, pending, METRIC=metric, LISTED=True, BM=bm, BN=bn, enable_fp_fusion=False,

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastvq import _triton
-from fastvq._tiles import Tile, pick
+from fastvq.backends import triton as triton_backend
+from fastvq.backends.tiles import Tile, pick
 from fastvq.ops.masked_conv import triton_kernels as kernels
 from fastvq.ops.masked_conv.masks import tap_range
 from fastvq.ops.masked_conv.reference import like_input
@@ -140,7 +140,7 @@ def _constants(x: Tensor, weight: Tensor) -> dict[str, Any]:
         "SUMS": tl.float64 if double else tl.float32,
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee",
         "WIDE": x.shape[0] * x.shape[2] * x.shape[3] >= WIDE_FROM,
-        "INTERPRETED": _triton.interpreting(),
+        "INTERPRETED": triton_backend.interpreting(),
         "enable_fp_fusion": False,  # the default differs from one Triton to the next
     }
 
@@ -319,7 +319,7 @@ def gated_backward(
         inner = t.shape[1] if last else t[0].numel()
         sums = tl.float64 if t.dtype == torch.float64 else tl.float32
         kernels.gate_backward[(triton.cdiv(n, GATE_BLOCK),)](
-            g, t, s, both, n, inner, SUMS=sums, INTERPRETED=_triton.interpreting(), enable_fp_fusion=False,
+            g, t, s, both, n, inner, SUMS=sums, INTERPRETED=triton_backend.interpreting(), enable_fp_fusion=False,
             BLOCK=GATE_BLOCK,
         )  # fmt: skip
     return both

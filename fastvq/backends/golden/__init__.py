@@ -1,0 +1,1 @@
+"""The golden set: calls with known results that run before an unknown GPU is trusted."""
