@@ -58,9 +58,10 @@ def format(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Runs every code block of the README and checks its links."""
-    install(session, "test")
-    session.run("pytest", "-q", "tests/test_readme.py", *session.posargs)
+    """Builds the site in out/site, warnings as errors, then runs every code block and checks every link."""
+    install(session, "docs,test")
+    session.run("sphinx-build", "-q", "-W", "--keep-going", "docs", "out/site")
+    session.run("pytest", "-q", "tests/test_readme.py", "tests/test_docs.py", *session.posargs)
 
 
 @nox.session

@@ -25,10 +25,12 @@ BASE = 1 << 12
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Number of processes in ``group`` (None: all); 1 where torch.distributed is not initialized."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
+    """Number of this process in ``group`` (None: all); 0 where torch.distributed is not initialized."""
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 

@@ -14,7 +14,6 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
     help="Pictures to maps of code ids and back: train a model and its prior, encode, decode, sample, edit.",
 )
