@@ -15,6 +15,7 @@ from fastvq.cli import shared
 from fastvq.cli.pictures import check_picture_path, edit_picture, grid, save_image, save_picture
 from fastvq.data import Source, check_size, normalise, open_data
 from fastvq.models import edit
+from fastvq.models.autoencoder import Autoencoder
 from fastvq.models.editing import region_mask
 from fastvq.training import find_device
 from fastvq.training.log import write_line
@@ -43,11 +44,7 @@ def sample(
 ) -> None:
     """Draw new pictures."""
     with shared.report_errors():
-        check_picture_path("--out", out)
-        remove_leftovers(out.parent)
-        check_size("fastvq sample", size)
-        device = str(find_device(device))
-        autoencoder = shared.read_model(model, device)
+        autoencoder, device = _begin("fastvq sample", out, size, model, device)
         priors = shared.read_priors(prior, autoencoder, model, device)
         n_classes = priors[0].n_classes
         names: list[str] = []
@@ -106,11 +103,7 @@ def edit_command(
 ) -> None:
     """Change a part of a picture: transplant, set or swap its codes, or (else) let the prior draw it again."""
     with shared.report_errors():
-        check_picture_path("--out", out)
-        remove_leftovers(out.parent)
-        check_size("fastvq edit", size)
-        device = str(find_device(device))
-        autoencoder = shared.read_model(model, device)
+        autoencoder, device = _begin("fastvq edit", out, size, model, device)
         if image is not None:
             picture = shared.picture_file(image, autoencoder, size)
             own_label = None
@@ -173,6 +166,15 @@ def edit_command(
         shared.console.print(
             f"{', '.join(map(str, paths))}; each alone in *-picture{out.suffix}", highlight=False, soft_wrap=True
         )
+
+
+def _begin(command: str, out: Path, size: int | None, model: Path, device: str) -> tuple[Autoencoder, str]:
+    """Checks where a picture goes and the size, removes what a killed command left there: (model, its device)."""
+    check_picture_path("--out", out)
+    remove_leftovers(out.parent)
+    check_size(command, size)
+    device = str(find_device(device))
+    return shared.read_model(model, device), device
 
 
 def _held_out(model: Path, index: int) -> tuple[torch.Tensor, int | None]:
