@@ -3,9 +3,13 @@
 The extensions hold no torch header, so they build without torch and serve any version of it. A ninja file is
 written and run: sources compile side by side, and an edited one recompiles alone. A source whose name ends in
 _avx2, _avx512, _avx512_vnni or _amx is compiled for that instruction set, and only on x86-64; which one runs is decided
-at run time. Those that the compiler does not have are left out, _emulated everywhere but with FASTVQ_EMULATED_TILES=1.
+at run time. Those that the compiler does not have are left out.
 
 FASTVQ_CUDA=0 leaves fastvq._cuda out, FASTVQ_CUDA=1 stops where there is no nvcc.
+
+Tests and benchmarks have more, which no wheel holds: fastvq._cpu_testing (csrc/cpu/testing/*.cpp), built into editable
+installs and with FASTVQ_TESTING=1; and with FASTVQ_EMULATED_TILES=1 the AMX kernels of fastvq._cpu on emulated tiles
+(csrc/cpu/testing/emulated_tiles).
 """
 
 import os
@@ -86,11 +90,17 @@ def compiles(compiler: str, flags: list[str], probe: str, work: Path) -> bool:
     return subprocess.run(command, capture_output=True).returncode == 0
 
 
+def switch(name: str, unset: str) -> str:
+    """The value of an environment variable that is 0, 1 or unset; ``unset`` ends the sentence that refuses another."""
+    wish = os.environ.get(name, "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"fastvq: {name}={wish!r}: expected 0 or 1, or unset it to {unset}")
+    return wish
+
+
 def find_nvcc() -> str | None:
     """nvcc of $CUDA_HOME or $CUDA_PATH, else of PATH, else of the usual place; FASTVQ_CUDA may forbid or demand it."""
-    wish = os.environ.get("FASTVQ_CUDA", "")
-    if wish not in ("", "0", "1"):
-        sys.exit(f"fastvq: FASTVQ_CUDA={wish!r}: expected 0 or 1, or unset it to build for CUDA where nvcc is found")
+    wish = switch("FASTVQ_CUDA", "build for CUDA where nvcc is found")
     if wish == "0":
         return None
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -123,78 +133,102 @@ def escape(path: object) -> str:
 
 
 class NinjaBuild(build_ext):
-    """Compiles an extension with a ninja file of its own instead of one compiler call after another."""
+    """Compiles all extensions with one ninja file instead of one compiler call after another."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        wish = switch("FASTVQ_TESTING", "build fastvq._cpu_testing in editable installs")
+        if wish == "0" or (wish == "" and not self.in_source_tree()):
+            self.extensions = [ext for ext in self.extensions if ext.name != TESTING]
+
+    def in_source_tree(self) -> bool:
+        return bool(self.inplace or getattr(self, "editable_mode", False))
+
+    def build_extensions(self) -> None:
         compiler = find_compiler()  # before anything else that may be missing
-        import pybind11
-
-        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         # An editable install is made again and again in one tree: what was compiled stays there, and pip's own folder,
         # another each time, is not used.
         kept = ROOT / "build" / f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        here = self.inplace or getattr(self, "editable_mode", False)
-        work = (kept if here else Path(self.build_temp).resolve()) / ext.name
+        work = kept if self.in_source_tree() else Path(self.build_temp).resolve()
         work.mkdir(parents=True, exist_ok=True)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        includes = [f'-I"{p}"' for p in (sysconfig.get_paths()["include"], pybind11.get_include())]
-        flags = CXXFLAGS + os.environ.get("CXXFLAGS", "").split()
-        left_out = set(ISA_FLAGS) if not X86 else {*PROBES, "emulated"}
-        for isa, (define, isa_flags, probe) in PROBES.items() if X86 else ():
-            if (isa != "amx" or sys.platform == "linux") and compiles(compiler, isa_flags, probe, work):
-                left_out.remove(isa)
-                flags.append(define)
-        if X86 and os.environ.get("FASTVQ_EMULATED_TILES") == "1":
-            left_out.remove("emulated")
-            flags.append("-DFASTVQ_EMULATED")
-        shared = ["-shared", "-pthread"] + (["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])
-        shared += os.environ.get("LDFLAGS", "").split()
-        nvcc = find_nvcc() if ext.name == CUDA else None
-        lines = [
-            f"cxx = {compiler}",
-            f"nvcc = {nvcc}",
-            "rule compile",
-            "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule compile_gpu",
-            "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = $cxx $in {' '.join(shared)} -o $out",
-            "rule link_gpu",  # nvcc knows where its libraries are
-            "  command = $nvcc -shared -cudart static $in -o $out",
-        ]
-        objects = []
-        for source in map(Path, ext.sources):
-            isa = isa_of(source)
-            if isa in left_out:
-                continue
-            gpu = source.suffix == ".cu"
-            own = [*NVCCFLAGS, *gpu_targets(nvcc)] if nvcc and gpu else flags + ISA_FLAGS.get(isa or "", [])
-            if source.stem.startswith("bind"):  # no other source sees Python
-                own = own + includes
-            objects.append(escape(work / source.relative_to("csrc").with_suffix(".o")))
-            lines.append(f"build {objects[-1]}: {'compile_gpu' if gpu else 'compile'} {escape(ROOT / source)}")
-            lines.append(f"  flags = {' '.join(own)}")
-        lines.append(f"build {escape(target)}: {'link_gpu' if nvcc else 'link'} {' '.join(objects)}")
-        lines.append("")
-        (work / "build.ninja").write_text("\n".join(lines))
-        try:
-            subprocess.run([find_ninja(), "-C", str(work)], check=True)
-        except subprocess.CalledProcessError:
-            hint = "; set FASTVQ_CUDA=0 to install without the CUDA C++ kernels" if nvcc else ""
-            sys.exit(f"fastvq: compiling {ext.name} failed; the compiler's message is above{hint}")
+        targets = {ext.name: Path(self.get_ext_fullpath(ext.name)).resolve() for ext in self.extensions}
+        (work / "build.ninja").write_text("\n".join([*ninja_lines(compiler, self.extensions, targets, work), ""]))
+        for name, target in targets.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                subprocess.run([find_ninja(), "-C", str(work), str(target)], check=True)
+            except subprocess.CalledProcessError:
+                hint = "; set FASTVQ_CUDA=0 to install without the CUDA C++ kernels" if name == CUDA else ""
+                sys.exit(f"fastvq: compiling {name} failed; the compiler's message is above{hint}")
 
 
-def sources_of(binding: str, pattern: str) -> list[Path]:
-    return [p.relative_to(ROOT) for p in [ROOT / "csrc" / binding, *sorted((ROOT / "csrc").glob(pattern))]]
+def ninja_lines(compiler: str, extensions: list[Extension], targets: dict[str, Path], work: Path) -> list[str]:
+    """The ninja file: every source once, and the extensions that link it."""
+    import pybind11
+
+    includes = [f'-I"{p}"' for p in (sysconfig.get_paths()["include"], pybind11.get_include())]
+    flags = CXXFLAGS + os.environ.get("CXXFLAGS", "").split()
+    left_out = set(ISA_FLAGS) if not X86 else {*PROBES, "emulated"}
+    for isa, (define, isa_flags, probe) in PROBES.items() if X86 else ():
+        if (isa != "amx" or sys.platform == "linux") and compiles(compiler, isa_flags, probe, work):
+            left_out.remove(isa)
+            flags.append(define)
+    if X86 and switch("FASTVQ_EMULATED_TILES", "leave emulated tiles out") == "1":
+        left_out.remove("emulated")
+        flags.append("-DFASTVQ_EMULATED")
+    shared = ["-shared", "-pthread"] + (["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])
+    shared += os.environ.get("LDFLAGS", "").split()
+    nvcc = find_nvcc()
+    gpu_flags = [*NVCCFLAGS, *gpu_targets(nvcc)] if nvcc else []
+    lines = [
+        f"cxx = {compiler}",
+        f"nvcc = {nvcc}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule compile_gpu",
+        "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx $in {' '.join(shared)} -o $out",
+        "rule link_gpu",  # nvcc knows where its libraries are
+        "  command = $nvcc -shared -cudart static $in -o $out",
+    ]
+    compiled = {}
+    for source in dict.fromkeys(Path(source) for ext in extensions for source in ext.sources):
+        isa = isa_of(source)
+        if isa in left_out:
+            continue
+        gpu = source.suffix == ".cu"
+        own = gpu_flags if gpu else flags + ISA_FLAGS.get(isa or "", [])
+        if source.stem.startswith("bind"):  # no other source sees Python
+            own = own + includes
+        compiled[source] = escape(work / source.relative_to("csrc").with_suffix(".o"))
+        lines.append(f"build {compiled[source]}: {'compile_gpu' if gpu else 'compile'} {escape(ROOT / source)}")
+        lines.append(f"  flags = {' '.join(own)}")
+    for ext in extensions:
+        objects = [compiled[Path(source)] for source in ext.sources if Path(source) in compiled]
+        link = "link_gpu" if ext.name == CUDA else "link"
+        lines.append(f"build {escape(targets[ext.name])}: {link} {' '.join(objects)}")
+    return lines
 
 
-CUDA = "fastvq._cuda"
-cpu_sources = sources_of("bind_cpu.cpp", "cpu/**/*.cpp")
-extensions = [Extension("fastvq._cpu", [str(p) for p in cpu_sources])]
+def sources_of(*patterns: str) -> list[Path]:
+    return [p.relative_to(ROOT) for pattern in patterns for p in sorted((ROOT / "csrc").glob(pattern))]
+
+
+CUDA, TESTING = "fastvq._cuda", "fastvq._cpu_testing"
+testing_sources = sources_of("cpu/testing/*.cpp")
+cpu_sources = [source for source in sources_of("cpu/**/*.cpp") if source not in testing_sources]
+sources = {
+    "fastvq._cpu": [*sources_of("bind_cpu.cpp"), *cpu_sources],
+    TESTING: [*sources_of("bind_cpu_testing.cpp"), *cpu_sources, *testing_sources],
+}
 if find_nvcc():
-    extensions.append(Extension(CUDA, [str(p) for p in sources_of("bind_cuda.cpp", "cuda/*.cu")]))
-setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild})
+    sources[CUDA] = sources_of("bind_cuda.cpp", "cuda/*.cu")
+setup(
+    ext_modules=[Extension(name, [str(p) for p in of]) for name, of in sources.items()],
+    cmdclass={"build_ext": NinjaBuild},
+)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import fastvq
 from harness import Progress, Row, missing_extras, photographs, print_notes, print_table, write_csv
-from harness.machine import commit, describe_machine, describe_versions, read_bandwidth
+from harness.machine import Ceilings, commit, describe_machine, describe_versions, read_bandwidth
 from harness.report import print_cells
 from harness.timing import thread_count
 from lookup.cases import PICTURE_CODES, QUICK_CODES, Case, chosen_cases
@@ -152,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.data.remove("photographs")
         if reason not in absent and importlib.util.find_spec("skimage"):
             absent.append(reason)
+    if reason := Ceilings.unavailable():
+        absent.append(reason)
     reasons = {p.name: p.unavailable() for p in options.chosen}
     print_notes("Left out", absent + [f"{name}: {reason}" for name, reason in reasons.items() if reason])
     runnable = [p for p in options.chosen if reasons[p.name] is None]

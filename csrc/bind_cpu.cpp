@@ -7,7 +7,6 @@
 #include "bind_calls.h"
 #include "bind_conv.h"
 #include "bind_views.h"
-#include "bound_use.h"
 #include "fastvq.h"
 
 namespace py = pybind11;
@@ -32,14 +31,6 @@ PYBIND11_MODULE(_cpu, m) {
                        static_cast<Isa>(isa), n_threads, pointer<void>(kept));
     }
     return py::make_tuple(counts.rescored, counts.scanned);
-  });
-  m.def("bound_use", [](const RowsTuple& x, const CodesTuple& c, int metric, int isa) {
-    BoundUse use;
-    {
-      py::gil_scoped_release release;
-      use = bound_use(rows(x), codes(c), static_cast<Metric>(metric), static_cast<Isa>(isa));
-    }
-    return py::make_tuple(use.largest, use.n_pairs);
   });
   m.def("packed_bytes", [](const CodesTuple& c, int isa) { return packed_bytes(codes(c), static_cast<Isa>(isa)); });
   m.def("said_bytes", [](int64_t kept) { return said_bytes(pointer<const void>(kept)); });
@@ -115,14 +106,6 @@ PYBIND11_MODULE(_cpu, m) {
           residual_backward(rows(x), codes(levels), pointer<const int64_t>(indices), grad_quantized ? &g : nullptr,
                             pointer<const double>(scales), rows(grad_x), n_threads);
         });
-  m.def("fma_peak", [](int isa, double milliseconds) {
-    py::gil_scoped_release release;
-    return fma_peak(static_cast<Isa>(isa), milliseconds);
-  });
-  m.def("read_peak", [](int64_t n_bytes, int n_threads) {
-    py::gil_scoped_release release;
-    return read_peak(n_bytes, n_threads);
-  });
   bind_calls(m);
   bind_masked_conv(m);
   bind_pixelcnn(m);

@@ -109,10 +109,6 @@ void residual_statistics(const Rows& x, const Codes& levels, const int64_t* indi
 void residual_backward(const Rows& x, const Codes& levels, const int64_t* indices, const Rows* grad_quantized,
                        const double* scales, const Rows& grad_x, int n_threads);
 
-// GFLOP/s of float32 multiply-adds on the calling thread; GB/s of reading memory.
-double fma_peak(Isa isa, double milliseconds);
-double read_peak(int64_t n_bytes, int n_threads);
-
 // ---- statistics per code and their moving average (cpu/statistics/statistics.cpp, cpu/statistics/ema.cpp) ----
 
 // Added up in double. Returns -1, or the first h*N + r whose index is neither -1 nor a code; the statistics then hold

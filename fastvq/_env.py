@@ -24,6 +24,7 @@ VARIABLES = {
             "instruction set of the CPU kernels, not the best",
         ),
         Variable("FASTVQ_EMULATED_TILES", ("0", "1"), "build the emulated tiles, for tests without AMX"),  # by setup.py
+        Variable("FASTVQ_TESTING", ("0", "1"), "build fastvq._cpu_testing, for tests and benchmarks"),  # by setup.py
         Variable(
             "FASTVQ_CHECK",
             ("0", "1", "2"),

@@ -23,7 +23,7 @@ copy=$PWD/build/sanitized-$kind
 mkdir -p "$copy"
 rm -rf "$copy/fastvq" "$copy/csrc" "$copy/tests"
 cp -a fastvq csrc tests benchmarks setup.py pyproject.toml README.md "$copy"
-rm -f "$copy"/fastvq/_cpu.*.so "$copy"/fastvq/_cuda.*.so
+rm -f "$copy"/fastvq/_cpu*.so "$copy"/fastvq/_cuda.*.so
 cd "$copy"
 
 export FASTVQ_CUDA=0 FASTVQ_EMULATED_TILES=1

@@ -1,6 +1,7 @@
 """build_info, and what a build that went wrong says."""
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -96,6 +97,40 @@ def test_a_wrong_wish_for_cuda_gives_one_readable_line(tmp_path):
         cwd=ROOT, env={**os.environ, "FASTVQ_CUDA": "yes"}, capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode != 0 and "FASTVQ_CUDA='yes': expected 0 or 1" in run.stderr and "Traceback" not in run.stderr
+
+
+BUILD_PLAN = """
+import runpy, setuptools
+from pathlib import Path
+given = {}
+setuptools.setup = lambda **arguments: given.update(arguments)
+setup = runpy.run_path("setup.py")
+command = setuptools.Distribution(given).get_command_obj("build_ext")
+command.inplace = int(sys.argv[1])
+command.ensure_finalized()
+targets = {e.name: Path(e.name) for e in command.extensions}
+print(*setup["ninja_lines"](setup["find_compiler"](), command.extensions, targets, Path(sys.argv[2])), sep="\\n")
+"""
+
+
+def test_a_wheel_holds_no_testing_code(tmp_path):
+    def links(inplace: int, **variables: str) -> dict[str, str]:
+        """What is linked into each extension."""
+        names = "FASTVQ_TESTING", "FASTVQ_EMULATED_TILES"
+        environment = {name: value for name, value in os.environ.items() if name not in names}
+        plan = subprocess.run(
+            [sys.executable, "-c", "import sys" + BUILD_PLAN, str(inplace), tmp_path], cwd=ROOT,
+            env={**environment, "FASTVQ_CUDA": "0", **variables}, capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
+        return {name: line for name, line in re.findall(r"^build (fastvq\S+): link (.*)$", plan, re.MULTILINE)}
+
+    wheel, editable = links(0), links(1)
+    assert list(wheel) == ["fastvq._cpu"] and "cpu/testing/" not in wheel["fastvq._cpu"]
+    assert editable["fastvq._cpu"] == wheel["fastvq._cpu"] and "testing/testing.o" in editable["fastvq._cpu_testing"]
+    assert list(links(1, FASTVQ_TESTING="0")) == ["fastvq._cpu"]
+    tested = links(0, FASTVQ_TESTING="1", FASTVQ_EMULATED_TILES="1")
+    assert list(tested) == ["fastvq._cpu", "fastvq._cpu_testing"]
+    assert ("isa_emulated.o" in tested["fastvq._cpu"]) == (platform.machine() in ("x86_64", "AMD64"))
 
 
 def test_a_missing_compiler_gives_one_readable_line(tmp_path):

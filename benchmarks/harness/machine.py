@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import statistics
@@ -23,6 +24,10 @@ ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "amx")
 # Variables that hold a competitor to an instruction set or a number of threads: a figure without them is not the same.
 VARIABLES = ("FASTVQ_CPU_ISA", "FAISS_OPT_LEVEL", "OPENBLAS_CORETYPE", "OMP_NUM_THREADS", "MKL_ENABLE_INSTRUCTIONS")
 PROBE_MILLISECONDS = 3
+NO_CEILINGS = (
+    "ceilings: fastvq._cpu_testing, which measures them, is not part of this install; "
+    "pip install -e . builds it, and so does FASTVQ_TESTING=1"
+)
 
 
 def processor_name() -> str:
@@ -67,15 +72,20 @@ class Ceilings:
     """Float32 FMA rate of each instruction set, measured beside the competitors: neighbours move it by the minute.
 
     ``probe()`` once a round; ``gflops(isa)`` is the median over the probes so far, of all threads together. None where
-    the compiled kernels are absent.
+    ``fastvq._cpu_testing`` is absent.
     """
+
+    @staticmethod
+    def unavailable() -> str | None:
+        """Why there are no ceilings, or None."""
+        return NO_CEILINGS if importlib.util.find_spec("fastvq._cpu_testing") is None else None
 
     def __init__(self, n_threads: int, isas: Sequence[str]) -> None:
         self._n_threads = n_threads
-        try:
-            self._peak = importlib.import_module("fastvq._cpu").fma_peak
-        except (ImportError, AttributeError):
+        if self.unavailable():
             isas = ()
+        else:
+            self._peak = importlib.import_module("fastvq._cpu_testing").peak_gflops
         self._measured: dict[str, list[float]] = {isa: [] for isa in isas if isa in ISAS}
 
     def probe(self) -> None:

@@ -23,10 +23,7 @@ LIBRARY.failing_seen.restype = ctypes.c_long
 OTHER = {
     "amx_unavailable",
     "available_isas",
-    "bound_use",
     "compiler",
-    "fma_peak",
-    "read_peak",
     "set_main_thread",
 }  # no op calls these
 

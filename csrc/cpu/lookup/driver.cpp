@@ -64,21 +64,6 @@ LookupCounts nearest(const Rows& x, const Codes& codes, Metric metric, bool fast
   return {rescored, scanned};
 }
 
-BoundUse bound_use(const Rows& x, const Codes& codes, Metric metric, Isa isa) {
-  check(x, codes);
-  BoundUse use;
-  if (x.n_heads * x.n_rows() == 0) return use;
-  const NearestKernels& kernels = nearest_kernels(isa, x.dim);
-  const PackedHeads packed(kernels, codes, metric, false, 1);
-  const Lookup lookup{&x, &codes, metric, false, nullptr, nullptr};
-  for_blocks(x, 1, kernels.search_bytes(x.dim), [&](int64_t h, int64_t first, int64_t n, int64_t, char* scratch) {
-    const BoundUse here = kernels.prove(lookup, packed[h], h, first, n, scratch);
-    use.largest = here.largest <= use.largest ? use.largest : here.largest;
-    use.n_pairs += here.n_pairs;
-  });
-  return use;
-}
-
 QuantizeSums quantize_forward(const Rows& x, const Codes& codes, Metric metric, bool fast, const uint8_t* mask,
                               const Rows& quantized, int64_t* indices, Isa isa, int n_threads, void* kept,
                               const StatisticsOut* statistics) {

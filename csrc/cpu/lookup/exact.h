@@ -133,7 +133,8 @@ void gather_codes(const Codes& codes, int64_t h, int64_t k0, int64_t d0, int64_t
 }
 
 // Scores rows `pending` (counted from row `first`) against every code.
-void scan_rows(const Lookup& lookup, int64_t h, int64_t first, int64_t n_pending, ExactScratch& s, int64_t* indices) {
+inline void scan_rows(const Lookup& lookup, int64_t h, int64_t first, int64_t n_pending, ExactScratch& s,
+                      int64_t* indices) {
   const Rows& x = *lookup.x;
   const Codes& codes = *lookup.codes;
   const int64_t D = x.dim, K = codes.n_codes;

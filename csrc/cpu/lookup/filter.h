@@ -29,7 +29,7 @@ constexpr int kGroupTiles = 3;
 // the scores of the few panels that matter are made again.
 constexpr int64_t kKeepScoresDim = 32;
 
-int64_t panel_bytes(int64_t D) { return 4 * panel_floats(D); }
+inline int64_t panel_bytes(int64_t D) { return 4 * panel_floats(D); }
 
 // Step 2 for one tile and a chunk of panels; the last panel of a codebook may be partly empty.
 template <bool KeepScores>

@@ -1,5 +1,5 @@
 // The lookup's filter on matrix tiles: operands rounded to bfloat16, sums in float32. The including file names its tiles
-// first (simd/amx_tiles.h, or testing/emulated_tiles.h for tests).
+// first (simd/amx_tiles.h, or testing/emulated_tiles/tiles.h for tests).
 //
 //            codes, 32 a panel [step][2][16 pairs][16 codes]       a step is 32 elements of D, one instruction deep
 //   rows     +-------+-------+                                     1. pack a block of rows, measuring what rounding takes
@@ -36,7 +36,7 @@ constexpr int kMaximaStride = kChunkPanels * kLanes + 16;
 constexpr int64_t kWholeBytes = 512 << 10;  // a codebook that stays in the second-level cache
 
 inline int64_t steps(int64_t D) { return (D + kStep - 1) / kStep; }
-int64_t panel_bytes(int64_t D) { return steps(D) * 2 * kTile * 2; }
+inline int64_t panel_bytes(int64_t D) { return steps(D) * 2 * kTile * 2; }
 
 // The nearest bfloat16, ties to even, small numbers flushed as the unit does it. For numbers below 2^127.
 inline uint32_t round_bits(float v) {
@@ -274,30 +274,6 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
       }
     }
   }
-}
-
-// The ceiling: four accumulators, nothing loaded. Returns the operations done.
-double fma_chains(int64_t n, float* out) {
-  alignas(64) float zeros[16] = {}, sums[16 * 16];
-  const tile::Scope tiles;
-  tile::load<0>(zeros, 0);
-  tile::load<1>(zeros, 0);
-  tile::load<2>(zeros, 0);
-  tile::load<3>(zeros, 0);
-  tile::load<4>(zeros, 0);
-  tile::load<5>(zeros, 0);
-  tile::load<6>(zeros, 0);
-  tile::load<7>(zeros, 0);
-  const int64_t rounds = n / 16 + 1;  // as long as the rounds of the other instruction sets
-  for (int64_t i = 0; i < rounds; ++i) {
-    tile::multiply<0, 0>();
-    tile::multiply<0, 1>();
-    tile::multiply<1, 0>();
-    tile::multiply<1, 1>();
-  }
-  tile::store<0>(sums, 64);
-  for (int i = 0; i < 16; ++i) out[i] = sums[i];
-  return 2.0 * 4 * 16 * 16 * 32 * static_cast<double>(rounds);
 }
 
 }  // namespace

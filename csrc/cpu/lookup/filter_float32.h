@@ -105,23 +105,6 @@ __attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first
   transpose8(eight, D, out, kTileRows);
 }
 
-// The ceiling: independent chains of multiply-adds on registers alone. Returns the operations done.
-constexpr int kChains = kTileRows * kTileVectors;
-double fma_chains(int64_t n, float* out) {
-  V sums[kChains];
-  const V a = spread(0.5f), b = spread(out[0] + 1);  // every chain stays near 2: zeros and denormals take other times
-#pragma GCC unroll 32
-  for (int i = 0; i < kChains; ++i) sums[i] = spread(static_cast<float>(i));
-  for (int64_t t = 0; t < n; ++t) {
-#pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i) sums[i] = mul_add(sums[i], a, b);
-  }
-  V total = sums[0];
-  for (int i = 1; i < kChains; ++i) total = larger(total, sums[i]);
-  store(out, sub(total, total));
-  return 2.0 * static_cast<double>(n) * kChains * kLanes;
-}
-
 }  // namespace
 }  // namespace fastvq
 

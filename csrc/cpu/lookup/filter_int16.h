@@ -189,27 +189,6 @@ __attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first
   transpose8(eight, W, out, kTileRows);
 }
 
-// The ceiling: independent chains on registers alone. Returns the operations done.
-double fma_chains(int64_t n, float* out) {
-  __m512i sums[kTileRows][kTileVectors];
-  const __m512i pairs = _mm512_set1_epi32(static_cast<int>(out[0]) + 0x00010001);
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) sums[i][v] = _mm512_set1_epi32(i * kTileVectors + v);
-  for (int64_t t = 0; t < n; ++t) {
-#pragma GCC unroll 8
-    for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) sums[i][v] = multiply_pairs(sums[i][v], pairs, pairs);
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < kTileRows; ++i)
-#pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) asm volatile("" ::"v"(sums[i][v]));  // or all of it would be removed
-  return 2.0 * 2 * static_cast<double>(n) * kTileRows * kTileVectors * kLanes;
-}
-
 }  // namespace
 }  // namespace fastvq
 

@@ -2,7 +2,6 @@
 // (simd_*.h), then its filter (lookup/filter.h, lookup/filter_bf16_tiles.h), and defines FASTVQ_NEAREST_TABLE.
 #pragma once
 #include "resolve.h"
-#include "../testing/bound_check.h"
 #include "quantize_rows.h"
 
 namespace fastvq {
@@ -25,7 +24,7 @@ NearestKernels::Found pack(const Codes& codes, int64_t h, Metric metric, int64_t
 
 }  // namespace
 
-const NearestKernels FASTVQ_NEAREST_TABLE = {kWidth, kRounded, panel_bytes, centre, pack,      search_bytes,
-                                             search, gather,   backward,    prove,  fma_chains};
+const NearestKernels FASTVQ_NEAREST_TABLE = {kWidth,       kRounded, panel_bytes, centre,  pack,
+                                             search_bytes, search,   gather,      backward};
 
 }  // namespace fastvq

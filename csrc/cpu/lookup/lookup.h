@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../../bound_use.h"
 #include "../../fastvq.h"
 #include "../common/checkpoint.h"
 
@@ -76,9 +75,6 @@ struct NearestKernels {
   // room: 4 dim doubles.
   void (*backward)(const Rows& x, const Codes&, const int64_t* indices, const Rows* grad_quantized, double scale,
                    bool rotation, const Rows& grad_x, int64_t head, int64_t first, int64_t n, double* room);
-  BoundUse (*prove)(const Lookup&, const PackedCodes&, int64_t head, int64_t first, int64_t n, char* scratch);
-  // n rounds of independent multiply-adds; out: 16 floats. Returns the operations done.
-  double (*fma_chains)(int64_t n, float* out);
 };
 
 extern const NearestKernels nearest_generic;

@@ -1,5 +1,5 @@
 // Products of the masked convolution on matrix tiles. The including file names its tiles first (simd/amx_tiles.h, or
-// testing/emulated_tiles.h for tests) and the function that gives its kernels, FASTVQ_CONV_TILES.
+// testing/emulated_tiles/tiles.h for tests) and the function that gives its kernels, FASTVQ_CONV_TILES.
 //
 //               16 channels out   16 more            product:  a row of pixels times the weights of a block of channels
 //   16 pixels   | sum 0         | sum 1 |            gradient: channels in (lines of pixels) times channels out

@@ -1,4 +1,4 @@
-// Tiles of the processor: 8 registers of 16 rows of 64 bytes. testing/emulated_tiles.h is the same in plain vectors.
+// Tiles of the processor: 8 registers of 16 rows of 64 bytes. testing/emulated_tiles/tiles.h is the same in plain vectors.
 #pragma once
 #include <immintrin.h>
 

@@ -1,15 +1,16 @@
-// How much of its error bound the filter uses: the largest |score - truth| / bound over rows and codes. Above 1 the bound
-// would be wrong, near 0 empty. For tests; scores and bounds are those of the lookup itself.
+// How much of its error bound the filter uses: the largest |score - truth| / bound over rows and codes. A ratio above 1
+// means that the bound is wrong, a ratio near 0 that it is too wide. Scores and bounds are those of the lookup itself.
 //
-// What the certificate needs is that  t_k - bound_k <= truth_k <= t_k + bound_k  with truth_k any number that orders the
-// codes of a row as the definition's d_k do, so truth_k = constant of the row - d_k (euclidean: - d_k / 2), d_k evaluated
-// as the definition says. The constant is |x - m|^2 / 2, or minus x.m (dot), in twice the precision of double.
+// The certificate needs  t_k - bound_k <= truth_k <= t_k + bound_k,  where truth_k is any number that orders the codes of
+// a row as the definition's d_k do. So truth_k = constant of the row - d_k (euclidean: - d_k / 2), d_k evaluated by the
+// definition. The constant is |x - m|^2 / 2, or minus x.m (dot), in twice the precision of double.
 #pragma once
 #include <cmath>
 #include <cstdint>
 
 #include "../lookup/exact.h"
 #include "../lookup/rows.h"
+#include "testing.h"
 
 namespace fastvq {
 namespace {
@@ -36,12 +37,32 @@ inline void add_square(Wide& to, double a, double b) {
   to.add(2 * t * rest);
 }
 
-// Rows [first, first + n) of a block, at most block_rows; scores as the filter made them.
-BoundUse prove(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n, char* scratch) {
+struct CheckWorkspace {
+  FilterScratch filter;
+  RowState* rows;
+};
+inline size_t check_layout(int64_t D, char* base, CheckWorkspace* out) {
+  size_t used = 0;
+  const auto take = [&](int64_t bytes) {
+    char* at = base + used;
+    used += (static_cast<size_t>(bytes) + 63) / 64 * 64;
+    return at;
+  };
+  CheckWorkspace w;
+  w.filter = filter_scratch(D <= kMaxFilterDim ? D : 1, take);  // wider rows are not filtered
+  w.rows = reinterpret_cast<RowState*>(take(static_cast<int64_t>(sizeof(RowState)) * block_rows(D)));
+  if (out) *out = w;
+  return used;
+}
+size_t workspace_bytes(int64_t dim) { return check_layout(dim, nullptr, nullptr); }
+
+// Rows [first, first + n) of a block, at most block_rows.
+BoundUse check_bound(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+                     char* workspace) {
   BoundUse use;
   if (packed.only_exact) return use;
-  SearchScratch s;
-  search_layout(packed.dim, scratch, &s);
+  CheckWorkspace s;
+  check_layout(packed.dim, workspace, &s);
   const int64_t D = packed.dim, K = packed.n_codes;
   double *row = s.filter.room, *code = row + D;
   const bool euclidean = lookup.metric == Metric::euclidean;

@@ -1,6 +1,6 @@
 // The tiles of simd/amx_tiles.h in plain vectors, as Intel's manual describes TDPBF16PS: float32 fused multiply-adds in two
 // chains, even and odd elements, from zero; then their sum; then the sum with the accumulator. Rounded to nearest even,
-// small numbers flushed to zero going in and coming out, whatever MXCSR says. It is there for tests, never for speed.
+// small numbers flushed to zero going in and coming out, whatever MXCSR says. For tests; slow.
 #pragma once
 #include <immintrin.h>
 

@@ -1,6 +1,0 @@
-#define FASTVQ_TILE_VECTORS 2
-#include "../simd/avx512.h"
-#include "emulated_tiles.h"
-#include "../lookup/filter_bf16_tiles.h"
-#define FASTVQ_NEAREST_TABLE nearest_emulated
-#include "../lookup/kernel_table.h"

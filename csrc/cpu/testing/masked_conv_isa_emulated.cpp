@@ -1,3 +1,0 @@
-#include "emulated_tiles.h"
-#define FASTVQ_CONV_TILES conv_tiles_emulated
-#include "../masked_conv/tiles.h"
