@@ -42,6 +42,7 @@ def edit(
     image: Tensor,  # [B, C, H, W]
     region: Region,
     *,
+    maps: Sequence[Tensor] | None = None,
     codes: Sequence[Tensor | int] | Tensor | int | None = None,
     source: Tensor | None = None,
     swap: Mapping[int, int] | Sequence[Mapping[int, int]] | None = None,
@@ -62,6 +63,8 @@ def edit(
         image: normalised pictures, sides multiples of the top level's stride.
         region: a box (x0, y0, x1, y1) in pixels, x1 and y1 excluded, or a bool mask [H, W] or [B, H, W]. A position of
             a map is in the region if at least one of its pixels is.
+        maps: the ids to start from, L maps [B, h, w] or [1, h, w]: for a picture that was edited before, the ``maps``
+            of that edit. Default: those that ``image`` encodes to.
         codes: the new ids, one entry a level, top first: one id for all positions of the region; a map [h, w] or
             [B, h, w], of which only the region is read; or None to keep the level. A model of one level needs no
             list around the entry.
@@ -75,7 +78,7 @@ def edit(
             on the ids below and right of the region. Draft j is chosen with probability proportional to
             prod_i p(ids_i | before, draft j) over the positions i outside the region: sampling-importance-resampling
             of the region given everything around it (Rubin 1987), exact as n_candidates grows.
-        temperature, sampling (top_k, top_p, cached): for the drafts, as in ``PixelCNN.sample``.
+        temperature, sampling (top_k, top_p, cached, progress): for the drafts, as in ``PixelCNN.sample``.
         blend: True or the width of a ramp in pixels (True: one position of the bottom map). Outside the region the
             result fades to the original picture over the ramp. Beyond it ``image`` equals the original bit for bit.
         generator: source of random numbers.
@@ -85,7 +88,8 @@ def edit(
 
     Raises:
         ValueError: not exactly one of the four arguments is given; the region is empty, lies outside the picture or has
-            the wrong shape; an id is not a code; ``source`` has another shape; the priors are not one a level.
+            the wrong shape; ``maps`` have another size than the picture's; an id is not a code; ``source`` has another
+            shape; the priors are not one a level.
 
     Example:
         >>> edited = edit(model, picture, (8, 8, 16, 16), source=other)       # doctest: +SKIP
@@ -105,31 +109,44 @@ def edit(
     training = model.training
     model.eval()
     try:
-        old_maps = model.encode_maps(image)
+        old_maps = model.encode_maps(image) if maps is None else _given_maps(model, image, maps)
         inside = region_mask(region, image)
         masks = [positions(inside, stride) for stride in model.strides]
         if codes is not None:
-            maps = _set(model, old_maps, masks, codes)
+            new_maps = _set(model, old_maps, masks, codes)
         elif source is not None:
-            maps = _transplant(model, image, old_maps, masks, source)
+            new_maps = _transplant(model, image, old_maps, masks, source)
         elif swap is not None:
-            maps = _swap(model, old_maps, masks, swap)
+            new_maps = _swap(model, old_maps, masks, swap)
         else:
-            maps = _resample(
+            new_maps = _resample(
                 model, old_maps, masks, prior, labels, n_candidates, generator, temperature=temperature, **sampling
             )
         reconstruction = model.decode_maps(old_maps)
-        edited = model.decode_maps(maps)
+        edited = model.decode_maps(new_maps)
     finally:
         model.train(training)
-    changed = [(a != b).flatten(3).any(-1) if a.dim() == 4 else a != b for a, b in zip(maps, old_maps, strict=True)]
+    changed = [(a != b).flatten(3).any(-1) if a.dim() == 4 else a != b for a, b in zip(new_maps, old_maps, strict=True)]
     difference = (edited - reconstruction).abs().float().mean(1)  # [B, H, W]
     if blend:
         edited = _blend(edited, image, inside, model.strides[-1] if blend is True else int(blend))
     return Edited(
-        edited, reconstruction, maps, changed, _mean(difference, inside), _mean(difference, ~inside),
+        edited, reconstruction, new_maps, changed, _mean(difference, inside), _mean(difference, ~inside),
         model.reach(changed),
     )  # fmt: skip
+
+
+def _given_maps(model: Autoencoder, image: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+    """The maps as int64 on the picture's device, one for each picture; ValueError where they are not its size."""
+    checked = model._checked_maps(maps)
+    batch, shapes = image.shape[0], model.map_shapes(*image.shape[2:])
+    found = [tuple(ids.shape[1:3]) for ids in checked]
+    if found != shapes or checked[0].shape[0] not in (1, batch):
+        raise ValueError(
+            f"{OP}: maps must be 1 or {batch} a level, of {shapes} positions as image has, "
+            f"got {checked[0].shape[0]} of {found}"
+        )
+    return [ids.to(image.device).expand(batch, *ids.shape[1:]) for ids in checked]
 
 
 def region_mask(

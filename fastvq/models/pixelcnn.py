@@ -223,7 +223,7 @@ class PixelCNN(nn.Module):
         top_p: float | None = None,
         generator: torch.Generator | None = None,
         cached: bool = True,
-        progress: bool = False,
+        progress: bool | sampling.Progress = False,
     ) -> Tensor:  # [B, h, w] int64
         """Samples id maps position by position, in raster order.
 
@@ -240,7 +240,8 @@ class PixelCNN(nn.Module):
             top_k: only the k likeliest ids (ties: lower ids first).
             top_p: only the likeliest ids whose probabilities, largest first, reach p (at least one), after ``top_k``.
             generator: on the model's device.
-            progress: shows a bar (needs rich).
+            progress: True shows a bar (needs rich). A function is called with (positions done, positions in all); an
+                exception that it raises ends the drawing.
 
         Raises:
             ValueError: sizes, ranges or conditions that do not fit.

@@ -14,10 +14,14 @@ from fastvq.backends import triton as triton_backend
 from fastvq.ops import DRAWING_BACKENDS, PixelCNNState, PixelCNNSteps, pixelcnn_draw_
 from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
 
-__all__ = ["Choice", "sample", "sample_ids"]
+__all__ = ["Choice", "Progress", "sample", "sample_ids"]
 
 OP = "fastvq.models.PixelCNN.sample"
 _CHOICE = "fastvq.ops.pixelcnn.triton_choice"
+
+
+# Called with (positions done, positions in all) while a map is drawn. An exception that it raises ends the drawing.
+Progress = Callable[[int, int], object]
 
 
 class Choice(NamedTuple):
@@ -125,11 +129,13 @@ def sample(
     choice: Choice,
     generator: torch.Generator | None,
     cached: bool,
-    progress: bool,
+    progress: bool | Progress,
 ) -> Tensor:  # [B, h, w] int64
     """See ``PixelCNN.sample``."""
     _check(model, shape, labels, known, keep, choice)
     check_generator(OP, generator)
+    if not isinstance(progress, bool) and not callable(progress):
+        raise TypeError(f"{OP}: progress must be a bool or a function of (done, total), got {type(progress).__name__}")
     shape = (shape[0], shape[1], shape[2])
     device = model.embedding.weight.device
     uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=device)
@@ -179,9 +185,20 @@ def sample(
 
 
 @contextmanager
-def _bar(total: int, show: bool) -> Iterator[Callable[..., object]]:
-    if not show:
+def _bar(total: int, progress: bool | Progress) -> Iterator[Callable[..., object]]:
+    """Yields ``advance(n=1)``, which a loop calls after n more positions."""
+    if not progress:
         yield lambda n=1: None
+        return
+    if callable(progress):
+        done = 0
+
+        def advance(n: int = 1) -> None:
+            nonlocal done
+            done += n
+            progress(done, total)
+
+        yield advance
         return
     try:
         from rich.console import Console

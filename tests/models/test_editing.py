@@ -101,6 +101,23 @@ def test_a_swap_exchanges_two_codes():
     assert torch.equal(done.maps[0], torch.where(where, expected, before))
 
 
+@pytest.mark.parametrize("make", [small_vqvae, small_vqvae2])
+def test_an_edit_goes_on_from_the_maps_of_another(make):
+    model, image = large(make)
+    first = edit(model, image, BOX, codes=[7] * model.levels)
+    second = edit(model, image[:1].expand(2, -1, -1, -1), (0, 0, 8, 8), maps=[m[:1] for m in first.maps],
+                  codes=[3] * model.levels)  # fmt: skip
+    assert torch.equal(second.reconstruction, model.decode_maps([m[:1].expand(2, -1, -1) for m in first.maps]))
+    for level, ids in enumerate(second.maps):
+        where = positions(region_mask((0, 0, 8, 8), image), model.strides[level])
+        assert (ids[where] == 3).all() and torch.equal(ids[0][~where[0]], first.maps[level][0][~where[0]])
+    again = edit(model, image, BOX, codes=[7] * model.levels, maps=model.encode_maps(image))
+    assert torch.equal(again.image, first.image)
+    for maps in ([m[:, : m.shape[1] // 2] for m in first.maps], [m.repeat(2, 1, 1) for m in first.maps]):
+        with pytest.raises(ValueError, match="maps must be 1 or 2"):
+            edit(model, image, BOX, maps=maps, codes=[1] * model.levels)
+
+
 @pytest.mark.parametrize("box", [True, False])
 def test_regions_become_the_positions_that_hold_their_pixels(box):
     image = pictures(2)

@@ -210,6 +210,28 @@ def test_progress_bar(capsys):
     assert "sampling" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_function_follows_the_progress_and_may_end_it(backend, cached):
+    def stop(done, total):
+        if done >= 3:
+            raise KeyError(done)
+
+    seen = []
+    keep = torch.zeros(2, 3, 3, dtype=torch.bool)
+    keep[:, 2, 1:] = True  # nothing is drawn after position 6
+    with use_backend(backend):
+        options = dict(known=torch.zeros(2, 3, 3, dtype=torch.int64), keep=keep, cached=cached)
+        plain = make().sample((2, 3, 3), generator=generator(14), **options)
+        followed = make().sample(
+            (2, 3, 3), generator=generator(14), progress=lambda *numbers: seen.append(numbers), **options
+        )
+        with pytest.raises(KeyError):
+            make().sample((2, 3, 3), progress=stop)
+    assert torch.equal(plain, followed)
+    assert seen == sorted(set(seen)) and seen[-1] == (7, 7)
+
+
 BAD = [
     (dict(shape=(2, 0, 3)), "each >= 1"),
     (dict(temperature=-1.0), "temperature must be >= 0"),
