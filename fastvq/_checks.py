@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _env
+from fastvq._shorten import shorten
 
 __all__ = [
     "FLOATS",
@@ -36,7 +37,7 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def check_option(op: str, argument: str, value: object, allowed: Iterable[str]) -> None:
     if value not in (allowed := tuple(allowed)):
-        raise ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, allowed))}, got {shorten(value)}")
 
 
 def check_backend_name(op: str, backend: object) -> None:

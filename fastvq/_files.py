@@ -12,6 +12,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fastvq._shorten import shorten_text
+
 __all__ = ["lock_folder", "remove_leftovers", "write_atomically"]
 
 TEMPORARY = ".fastvq-tmp"  # ends the name of a file that is being written
@@ -145,7 +147,7 @@ def lock_folder(op: str, folder: Path | str) -> Iterator[None]:
     if handle is None:
         holder = ""
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            holder = f" ({path.read_text()})"
+            holder = f" ({shorten_text(path.read_text())})"
         raise ValueError(f"{op}: another run{holder} is writing to {folder}; wait for its end, or take another folder")
     _handles.add(handle)
     token = _held.set(_held.get() | {key})

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastvq._files import write_atomically
+from fastvq._shorten import shorten, shorten_text
 
 __all__ = [
-    "Kind", "any_of", "anything", "flag", "list_of", "mapping_of", "nothing", "number", "parse_json", "read_json",
-    "record", "shorten", "text", "whole", "write_json",
+    "Kind", "any_of", "anything", "flag", "list_of", "mapping_of", "matching", "nothing", "number", "parse_json",
+    "read_json", "record", "text", "whole", "write_json",
 ]  # fmt: skip
 
 SEAL = "__sha256__"  # entry of a file: the digest of all its other entries
-SHOWN = 80  # characters of a value in an error
 
 # Checks a value; the second argument says where in the file it stands ("": it is the whole). Raises _Misfit.
 Kind = Callable[[Any, str], None]
@@ -27,12 +28,6 @@ class _Misfit(Exception):
         super().__init__(f"{where and ': '}{where} must be {expected}, got {shorten(value)}")
 
 
-def shorten(value: Any) -> str:
-    """The start of a value's repr."""
-    shown = repr(value)
-    return shown if len(shown) <= SHOWN else f"{shown[:SHOWN]}..."
-
-
 def anything(value: Any, where: str) -> None:
     """Any value that JSON can hold."""
 
@@ -40,6 +35,16 @@ def anything(value: Any, where: str) -> None:
 def text(value: Any, where: str) -> None:
     if not isinstance(value, str):
         raise _Misfit(where, "a string", value)
+
+
+def matching(pattern: str, expected: str) -> Kind:
+    """A string that the regular expression matches as a whole; ``expected`` describes it."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise _Misfit(where, expected, value)
+
+    return check
 
 
 def flag(value: Any, where: str) -> None:
@@ -123,7 +128,7 @@ def parse_json(op: str, source: str, content: str | bytes, kind: Kind = anything
     try:
         value = json.loads(content, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        reason = "its nesting is too deep" if isinstance(error, RecursionError) else str(error)
+        reason = "its nesting is too deep" if isinstance(error, RecursionError) else shorten_text(error)
         raise ValueError(f"{op}: {source} must be JSON, and is not ({reason}); it may be truncated") from None
     sealed = isinstance(value, dict) and SEAL in value
     try:

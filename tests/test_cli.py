@@ -240,6 +240,43 @@ def test_info_describes_what_it_is_given(runs):
     assert json.loads(fastvq("info", runs / "prior" / "level1").stdout)["class"] == "Prior"
 
 
+def test_info_names_a_damaged_file(runs, tmp_path):
+    def refused(folder, *named):
+        lines = fastvq("info", folder, status=2).stderr.splitlines()
+        assert len(lines) == 1 and all(part in lines[0] for part in named), lines
+
+    def whole(folder):
+        return fastvq("info", folder).stdout
+
+    model, expected = tmp_path / "model", whole(runs / "vqvae")
+    shutil.copytree(runs / "vqvae", model)
+    for name in ("config.json", "data.json", "model.safetensors", "state.safetensors"):
+        content = (model / name).read_bytes()
+        (model / name).write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        refused(model, name)
+        (model / name).write_bytes(content)
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(json.dumps(json.loads(config)))  # in another layout
+    assert whole(model) == expected
+    shutil.copy(runs / "prior" / "level0" / "config.json", model)
+    refused(model, "config.json must describe the model in model.safetensors")
+    (model / "config.json").unlink()  # it is inside the weights' file too
+    assert whole(model) == expected
+
+    ids = tmp_path / "ids"
+    fastvq("encode", runs / "pictures", "--model", runs / "vqvae", "--out", ids, "--shard-size", 10, "--device", "cpu")
+    expected = whole(ids)
+    for path in (ids / "order.json", ids / "manifest.json", *sorted(ids.glob("ids-*"))):
+        content = path.read_bytes()
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        refused(ids, path.name)
+        path.write_bytes(content)
+    path.unlink()
+    refused(ids, f"there is no file {path}")
+    path.write_bytes(content)
+    assert whole(ids) == expected
+
+
 def test_errors_are_one_line(runs, tmp_path):
     both = ["--model", runs / "vqvae", "--prior", runs / "prior"]
     broken = runs / "pictures" / "a" / "broken.png"

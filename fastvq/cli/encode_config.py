@@ -16,6 +16,7 @@ from typing import Any
 
 from fastvq._files import write_atomically
 from fastvq._json import read_json, write_json
+from fastvq._shorten import shorten, shorten_text
 from fastvq.cli.id_shards import CONFIG, CONFIG_KIND, MANIFEST, SHARDS, load_shard
 from fastvq.data import Shards, Source
 from fastvq.models.checkpoints import WEIGHTS
@@ -56,7 +57,7 @@ def open_output(
         begun = read_json(OP, out / CONFIG, CONFIG_KIND)
         differing = [
             f"{ENTRY_NAMES.get(name, name)}"
-            + ("" if name in ENTRY_NAMES else f" ({begun[name]!r}, now {config[name]!r})")
+            + ("" if name in ENTRY_NAMES else f" ({shorten(begun[name])}, now {shorten(config[name])})")
             for name in sorted(config)
             if name in begun and name != "listing" and not same_option(name, begun[name], config[name])
         ]
@@ -111,9 +112,8 @@ def _difference(out: Path, begun: dict[str, Any], listing: Listing) -> str:
         ("of another size", [name for name in now if name in before and now[name] != before[name]]),
     ):
         if names:
-            parts.append(
-                f"{len(names)} {change} ({', '.join(names[:MAX_NAMED])}{', ...' if len(names) > MAX_NAMED else ''})"
-            )
+            named = [shorten_text(name) for name in names[:MAX_NAMED]] + ["..."] * (len(names) > MAX_NAMED)
+            parts.append(f"{len(names)} {change} ({', '.join(named)})")
     return ", ".join(parts) or "in another order"
 
 
@@ -137,4 +137,6 @@ def _check_earlier(
         except ValueError:
             continue  # a damaged shard is made again
         if other := [name for name in names if name not in expected]:
-            raise ValueError(f"{out} was begun with other pictures: {other[0]} is not where it was; {ADVICE}")
+            raise ValueError(
+                f"{out} was begun with other pictures: {shorten_text(other[0])} is not where it was; {ADVICE}"
+            )

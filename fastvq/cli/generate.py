@@ -11,6 +11,7 @@ import torch
 import typer
 
 from fastvq._files import remove_leftovers
+from fastvq._shorten import SHOWN_NOTE, shorten_text
 from fastvq.cli import shared
 from fastvq.cli.pictures import check_picture_path, edit_picture, grid, save_image, save_picture
 from fastvq.data import Source, check_size, normalise, open_data
@@ -182,12 +183,13 @@ def _held_out(model: Path, index: int) -> tuple[torch.Tensor, int | None]:
     name, options = shared.read_data(model)
     source = open_data(name, "held-out", **options)
     if not isinstance(source, Source):
-        raise ValueError(f"{name} holds no pictures out; give a picture's file")
+        raise ValueError(f"{shorten_text(name)} holds no pictures out; give a picture's file")
     if not 0 <= index < len(source):
-        raise ValueError(f"{name} holds out pictures 0 .. {len(source) - 1}, got {index}")
+        raise ValueError(f"{shorten_text(name)} holds out pictures 0 .. {len(source) - 1}, got {index}")
     found = source.get(index)
     if found is None:
-        raise ValueError(f"picture {index} of {name} cannot be used: {next(iter(source.skipped.values()))}")
+        reason = shorten_text(next(iter(source.skipped.values())), SHOWN_NOTE)
+        raise ValueError(f"picture {index} of {shorten_text(name)} cannot be used: {reason}")
     return normalise(found.pixels[None]), found.label
 
 

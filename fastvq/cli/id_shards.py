@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq._json import any_of, list_of, mapping_of, nothing, parse_json, record, shorten, text, whole
+from fastvq._json import any_of, list_of, mapping_of, matching, nothing, parse_json, record, text, whole
+from fastvq._shorten import shorten
 from fastvq.models.checkpoints import DIGEST, load_tensors, save_tensors
 
 __all__ = [
@@ -48,13 +49,14 @@ CONFIG_OPTIONS = {
     "odd": text, "field": any_of(nothing, text),
     "listing": record({"entries": whole(0, MOST), "sha256": text}),
 }  # fmt: skip
+SHARD_NAME = matching(r"ids-[^/\\\0]{1,200}\.safetensors", "the name of a shard")
 CONFIG_KIND = record(CONFIG_ENTRIES, CONFIG_OPTIONS)
 SKIPPED_KIND = mapping_of(text)
 MANIFEST_KIND = record(
     {
         **CONFIG_ENTRIES, "levels": whole(1, MOST), "n_codes": list_of(whole(1, MOST)),
         "strides": list_of(whole(1, MOST)), "pictures": whole(0, MOST), "skipped": SKIPPED_KIND,
-        "shards": list_of(record({"name": text, "pictures": whole(0, MOST)}, {"sha256": text})),
+        "shards": list_of(record({"name": SHARD_NAME, "pictures": whole(0, MOST)}, {"sha256": text})),
     },
     CONFIG_OPTIONS,
 )  # fmt: skip
@@ -110,10 +112,12 @@ def load_shard(op: str, path: Path, n_codes: Sequence[int]) -> IdShard:
         _refuse(op, path, f"must hold {', '.join(expected)}, got {shorten(sorted(tensors))}")
     labels, maps = tensors[LABELS], [tensors[name] for name in expected[1:]]
     if labels.shape != (len(names),) or labels.dtype != torch.int64:
-        _refuse(op, path, f"must hold labels [{len(names)}] int64, got {list(labels.shape)} {labels.dtype}")
+        _refuse(op, path, f"must hold labels [{len(names)}] int64, got {shorten(list(labels.shape))} {labels.dtype}")
     for level, (ids, k) in enumerate(zip(maps, n_codes, strict=False)):
         if ids.dtype not in ID_TYPES or ids.dim() not in (3, 4) or len(ids) != len(names):
-            _refuse(op, path, f"must hold level{level} [{len(names)}, h, w], got {list(ids.shape)} {ids.dtype}")
+            _refuse(
+                op, path, f"must hold level{level} [{len(names)}, h, w], got {shorten(list(ids.shape))} {ids.dtype}"
+            )
         low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
         if not 0 <= low <= high < k:
             _refuse(op, path, f"must hold ids in 0 .. {k - 1} at level {level}, got {low} .. {high}")

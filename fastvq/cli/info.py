@@ -12,11 +12,21 @@ import fastvq
 from fastvq import _verify as verification
 from fastvq._json import read_json
 from fastvq.cli import shared
-from fastvq.cli.id_shards import CONFIG, MANIFEST, MANIFEST_KIND, find_manifest
-from fastvq.models.checkpoints import Pretrained
+from fastvq.cli.id_shards import (
+    CONFIG,
+    CONFIG_KIND,
+    MANIFEST,
+    MANIFEST_KIND,
+    check_listed,
+    find_manifest,
+    load_shard,
+)
+from fastvq.models.checkpoints import Pretrained, check_config
 from fastvq.training.state import STATE, saved_step
 
 __all__ = ["info"]
+
+OP = "fastvq info"
 
 
 def info(
@@ -28,7 +38,8 @@ def info(
         ),
     ] = False,
 ) -> None:
-    """Describe the installation, or a folder: a model, a prior or maps that `encode` wrote. JSON on stdout."""
+    """Describe the installation, or a folder: a model, a prior or maps that `encode` wrote. JSON on stdout. Status 2: a
+    file of the folder is lost or damaged; one line names it."""
     with shared.report_errors():
         if verify:
             _verify()
@@ -37,10 +48,11 @@ def info(
         if folder is None:
             described = {"version": fastvq.__version__, "build": fastvq.build_info()}
         elif (folder / MANIFEST).is_file() or (folder / CONFIG).is_file():
-            manifest = read_json("fastvq info", find_manifest("fastvq info", folder), MANIFEST_KIND)
-            described = {name: value for name, value in manifest.items() if name != "shards"}
+            described = _maps(folder)
         else:
             model = Pretrained.from_pretrained(folder)
+            check_config(OP, folder)
+            shared.check_data(OP, folder)
             described = {
                 "class": type(model).__name__,
                 "config": model.config,
@@ -49,6 +61,17 @@ def info(
             if (folder / STATE).is_file():
                 described["step"] = saved_step(folder)
         typer.echo(json.dumps(described, indent=2, default=str))
+
+
+def _maps(folder: Path) -> dict[str, Any]:
+    """What the manifest of id maps says, after every file that it lists was checked."""
+    manifest = read_json(OP, find_manifest(OP, folder), MANIFEST_KIND)
+    if (folder / CONFIG).is_file():
+        read_json(OP, folder / CONFIG, CONFIG_KIND)
+    for listed in manifest["shards"]:
+        path = folder / listed["name"]
+        check_listed(OP, path, listed, load_shard(OP, path, manifest["n_codes"]))
+    return {name: value for name, value in manifest.items() if name != "shards"}
 
 
 def _verify() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fastvq._json import any_of, nothing, read_json, record, text, whole, write_json
+from fastvq._shorten import SHOWN_NOTE, printable, shorten, shorten_text
 from fastvq.cli.encode_config import listing_digest, same_option
 from fastvq.data import Batch, Loader, Shards, check_size, is_archive, normalise, open_data, read_picture
 from fastvq.data.sources import Digits, Photographs, Source
@@ -33,6 +35,7 @@ __all__ = [
     "MODEL",
     "PRIOR",
     "Field",
+    "check_data",
     "check_label",
     "check_outside",
     "console",
@@ -40,7 +43,6 @@ __all__ = [
     "fingerprint",
     "output_folder",
     "picture_file",
-    "printable",
     "progress",
     "raise_on_sigterm",
     "read_data",
@@ -116,7 +118,7 @@ def check_outside(folder: Path, data: str) -> None:
     Pictures written there would count as data in the next call, and could overwrite pictures of the data.
     """
     pictures = Path(data)
-    is_folder = data not in (Digits.name, Photographs.name) and pictures.is_dir()
+    is_folder = data not in (Digits.name, Photographs.name) and os.path.isdir(data)  # Path's raises for long names
     if is_folder and folder.resolve().is_relative_to(pictures.resolve()):
         raise ValueError(
             f"--out must lie outside the folder of pictures {data}, got {folder}; what is written there would count as "
@@ -142,11 +144,6 @@ def output_folder(folder: Path, data: str | None = None) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty, or never created
             for path in made:
                 path.rmdir()
-
-
-def printable(text: str) -> str:
-    """The text as one line. Names from files may hold line breaks, terminal codes and undecodable bytes."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in " ".join(text.split()))
 
 
 @contextmanager
@@ -196,7 +193,7 @@ def write_data(folder: Path, name: str, source: Source | Shards, odd: str, field
 
 
 def _shown(entry: Any) -> str:
-    return f"of {entry['entries']} files ({entry['sha256'][:8]})" if isinstance(entry, dict) else repr(entry)
+    return f"of {entry['entries']} files ({entry['sha256'][:8]})" if isinstance(entry, dict) else shorten(entry)
 
 
 def write_prior_model(folder: Path, model: Path) -> None:
@@ -213,6 +210,12 @@ def _check_prior_model(folder: Path, model: Path) -> None:
             f"{folder} was trained on the ids of another model than {model}, which mean nothing to this one; "
             f"train a prior for it with `fastvq train prior --model {model} --out` another folder"
         )
+
+
+def check_data(op: str, folder: Path) -> None:
+    """ValueError where the file that says what a model was trained on is damaged. A model without the file is whole."""
+    if (folder / DATA).is_file():
+        read_json(op, folder / DATA, DATA_KIND)
 
 
 def read_data(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -244,7 +247,8 @@ def show_skipped(skipped: Mapping[str, str]) -> None:
     if skipped:
         console.print(f"[yellow]{len(skipped)} left out:[/]", highlight=False)
         for name, reason in list(skipped.items())[:MAX_NAMED]:
-            console.print(f"  {printable(f'{name}: {reason}')}", highlight=False, markup=False, soft_wrap=True)
+            line = shorten_text(f"{name}: {reason}", SHOWN_NOTE)
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def some_pictures(name: str, n: int, **options: Any) -> tuple[Tensor, Tensor | None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
+from fastvq._shorten import shorten
 from fastvq.data.loader import AUGMENTATIONS, Batch, Loader
 from fastvq.data.pictures import BadPicture, Picture, check_size, normalise, psnr, read_picture, to_pixels
 from fastvq.data.samples import check_field
@@ -48,10 +49,10 @@ def open_data(
         return Photographs(split, size or 64)
     if name.startswith("torchvision:"):
         return Torchvision(name.partition(":")[2], split, size or 32, channels or 3)
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return ImageFolder(name, split, size or 64, channels or 3, odd)
     if is_archive(name):
         return Shards(name, size or 64, channels or 3, odd, field=field)
     raise ValueError(
-        f"fastvq.data: data must be digits, photographs, torchvision:NAME, a folder or tar shards, got {name!r}"
+        f"fastvq.data: data must be digits, photographs, torchvision:NAME, a folder or tar shards, got {shorten(name)}"
     )

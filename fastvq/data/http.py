@@ -14,6 +14,8 @@ from collections.abc import Callable
 from http.client import HTTPException
 from typing import Any
 
+from fastvq._shorten import shorten_text
+
 __all__ = ["HttpFile"]
 
 TIMEOUT_S = 30.0  # limit on waiting for a connection, for an answer, or for the next bytes
@@ -97,7 +99,7 @@ class HttpFile(io.RawIOBase):
             request = urllib.request.Request(self._address, headers=headers)
             response = _within(TIMEOUT_S, lambda: urllib.request.urlopen(request, timeout=TIMEOUT_S))
         except ValueError as error:  # not a valid address
-            raise _FinalError(f"{self._address} cannot be opened: {error}") from None
+            raise _FinalError(f"{shorten_text(self._address)} cannot be opened: {shorten_text(error)}") from None
         self._response = response
         length, tag, at = response.length, response.headers.get("ETag"), 0
         if response.status == 206 and self._at:

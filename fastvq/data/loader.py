@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvq._checks import check_option
+from fastvq._shorten import SHOWN_NOTE, shorten_text
 from fastvq.data.pictures import Picture, normalise
 from fastvq.data.shards import Shards
 from fastvq.data.sources import OP, Source
@@ -123,4 +124,4 @@ def _shifted(pixels: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _first(skipped: dict[str, str]) -> str:
-    return next((f"{name}: {reason}" for name, reason in skipped.items()), "it is empty")
+    return next((shorten_text(f"{name}: {reason}", SHOWN_NOTE) for name, reason in skipped.items()), "it is empty")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastvq._checks import check_option
+from fastvq._shorten import shorten_text
 
 __all__ = ["MAX_SIZE", "BadPicture", "Picture", "check_size", "normalise", "psnr", "read_picture", "to_pixels"]
 
@@ -126,7 +127,7 @@ def read_picture(
     except UnidentifiedImageError:  # Pillow's message holds a memory address
         raise BadPicture(name, f"cannot be read: no picture of a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise many types on foreign bytes, and a run must go on
-        raise BadPicture(name, f"cannot be read: {type(error).__name__}: {error}") from None
+        raise BadPicture(name, f"cannot be read: {type(error).__name__}: {shorten_text(error)}") from None
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))  # a copy: PIL's memory is read-only
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
 

@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from fastvq._shorten import shorten, shorten_text
 from fastvq.data.sources import EXTENSIONS, OP, OTHER_FORMATS
 from fastvq.data.tar import BROKEN, Member, TarReader
 
@@ -44,7 +45,7 @@ def check_field(field: str | None) -> None:
     if f".{inner.lower().rpartition('.')[2]}" not in EXTENSIONS or ("." in inner and inner != field):
         raise ValueError(
             f"{OP}: field must be a picture's, jpg or seg.png say, or *.jpg or * where periods belong to names, "
-            f"got {field!r}"
+            f"got {shorten(field)}"
         )
 
 
@@ -111,10 +112,11 @@ class _Group:
     def finish(self, seen: set[str], early: dict[str, int]) -> Iterator[Sample]:
         """Yields the sample, if the members have a picture."""
         if len(self.pictures) > 1 and self.field is None:
-            names = ", ".join(self.pictures[:NAMED]) + (", ..." if len(self.pictures) > NAMED else "")
+            names = shorten_text(", ".join(self.pictures[:NAMED]) + (", ..." if len(self.pictures) > NAMED else ""))
             kind = self.pictures[0].rpartition(".")[2]
             raise ValueError(
-                f"{OP}: {self.name} holds several pictures ({names}); choose one with --field {self.pictures[0]}, or "
+                f"{OP}: {shorten_text(self.name)} holds several pictures ({names}); choose one with --field "
+                f"{shorten_text(self.pictures[0])}, or "
                 f"with --field '*.{kind}' where periods belong to the names of pictures"
             )
         label = self._label()
@@ -208,17 +210,12 @@ def _read_label(data: bytes, kind: str, n_classes: int | None) -> int | None:
             entries = json.loads(text)
             value = entries.get("label") if isinstance(entries, dict) else None
     except (ValueError, RecursionError) as error:
-        reason = "metadata that is no JSON" if kind == "json" else f"a label that is no whole number: {_short(data)}"
+        reason = "metadata that is no JSON" if kind == "json" else f"a label that is no whole number: {shorten(data)}"
         raise ValueError(reason) from error
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"a label that is no whole number: {_short(str(value).encode())}")
+        raise ValueError(f"a label that is no whole number: {shorten(value)}")
     if not 0 <= value <= MAX_LABEL or (n_classes is not None and value >= n_classes):
-        raise ValueError(f"an impossible label, {_short(str(value).encode())}")
+        raise ValueError(f"an impossible label, {shorten(value)}")
     return value
-
-
-def _short(data: bytes) -> str:
-    text = data[:40].decode("utf-8", "replace").strip()
-    return repr(text) + ("..." if len(data) > 40 else "")

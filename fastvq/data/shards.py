@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastvq._shorten import SHOWN_NOTE, shorten_text
 from fastvq.data.http import HttpFile
 from fastvq.data.pictures import BadPicture, Picture, read_picture
 from fastvq.data.samples import Sample, check_field, read_samples
@@ -92,8 +93,9 @@ class Shards:
                     last = sample.name
                     yield sample
         except BROKEN as error:
-            after = f"; what follows {last} is left out" if last else ""
-            self.skipped[shard] = f"shard cannot be read to its end: {str(error) or type(error).__name__}{after}"
+            after = f"; what follows {shorten_text(last)} is left out" if last else ""
+            reason = shorten_text(error, SHOWN_NOTE) or type(error).__name__
+            self.skipped[shard] = f"shard cannot be read to its end: {reason}{after}"
 
     def is_whole(self, number: int) -> bool:
         """Whether a shard was read to its end. Call it after all of its ``samples`` were taken."""
@@ -179,13 +181,13 @@ def expand(pattern: str) -> list[str]:
     if braces:
         low, high = braces.group(1), braces.group(2)
         if int(high) - int(low) >= MAX_SHARDS:
-            raise ValueError(f"{OP}: {pattern} stands for more than {MAX_SHARDS} shards")
+            raise ValueError(f"{OP}: {shorten_text(pattern)} stands for more than {MAX_SHARDS} shards")
         numbers = (str(i).zfill(len(low)) for i in range(int(low), int(high) + 1))
         found = [s for n in numbers for s in expand(pattern[: braces.start()] + n + pattern[braces.end() :])]
     elif _is_address(pattern):
         found = [pattern]
     else:
-        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern))
+        found = [pattern] if os.path.isfile(pattern) else sorted(glob.glob(pattern))
     if not found:
-        raise ValueError(f"{OP}: there is no shard {pattern}")
+        raise ValueError(f"{OP}: there is no shard {shorten_text(pattern)}")
     return found

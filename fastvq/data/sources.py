@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastvq._checks import check_option
+from fastvq._shorten import SHOWN_NOTE, shorten, shorten_text
 from fastvq.data.pictures import BadPicture, Picture, read_picture
 
 __all__ = ["Digits", "ImageFolder", "Photographs", "Source", "Torchvision"]
@@ -138,7 +139,7 @@ class ImageFolder(Source):
         self.n_classes = None if any(p.parent == self.folder for p in found) else len(classes) or None
         self.paths: list[Path] = self._split(found)
         if not self.paths:
-            why = next((f"; {name}: {reason}" for name, reason in self.skipped.items()), "")
+            why = next((shorten_text(f"; {name}: {reason}", SHOWN_NOTE) for name, reason in self.skipped.items()), "")
             raise ValueError(
                 f"{OP}: {folder} must hold pictures ({', '.join(EXTENSIONS)}), split {split!r} of {len(found)} "
                 f"has none{why}"
@@ -186,17 +187,20 @@ class Torchvision(Source):
     def __init__(self, name: str, split: str = "train", size: int = 32, channels: int = 3, root: str = "data"):
         super().__init__(split)
         if importlib.util.find_spec("torchvision") is None:
-            raise ValueError(f"{OP}: torchvision:{name} needs torchvision, which is not installed; pip install it")
+            raise ValueError(
+                f"{OP}: torchvision:{shorten_text(name)} needs torchvision, which is not installed; pip install it"
+            )
         from torchvision import datasets
 
         make = getattr(datasets, name, None)
         if make is None:
-            raise ValueError(f"{OP}: torchvision has no data set {name!r}; see torchvision.datasets")
+            raise ValueError(f"{OP}: torchvision has no data set {shorten(name)}; see torchvision.datasets")
         self.name, self.size, self.channels = name, size, channels
         try:
             self.items = make(root=root, train=split != "held-out", download=False)
         except (TypeError, RuntimeError) as error:
-            raise ValueError(f"{OP}: torchvision's {name} cannot be opened in {root!r} ({error})") from None
+            reason = shorten_text(error)
+            raise ValueError(f"{OP}: torchvision's {name} cannot be opened in {root!r} ({reason})") from None
         classes = getattr(self.items, "classes", None)
         self.n_classes = len(classes) if classes else None
 
@@ -210,7 +214,7 @@ class Torchvision(Source):
             data = io.BytesIO()
             picture.save(data, "png")
         except Exception as error:  # its decoder may raise any type
-            raise BadPicture(name, f"cannot be read: {type(error).__name__}: {error}") from None
+            raise BadPicture(name, f"cannot be read: {type(error).__name__}: {shorten_text(error)}") from None
         pixels = read_picture(data.getvalue(), name, channels=self.channels, size=self.size)
         return Picture(name, pixels, int(label) if isinstance(label, int) else None)
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from http.client import HTTPException
 from typing import NamedTuple, Protocol
 
+from fastvq._shorten import shorten_text
+
 __all__ = ["BROKEN", "BrokenArchive", "Member", "TarReader"]
 
 BLOCK = 512
@@ -131,9 +133,9 @@ class TarReader:
     def _expect(self, size: int, name: str = "a header") -> None:
         """Declares the next ``size`` bytes to be a member's data; BrokenArchive where there are fewer."""
         if self._end is not None and self._at + size > self._end:
-            raise BrokenArchive(f"cut off at byte {self._end}, inside {name} of {size} bytes")
+            raise BrokenArchive(f"cut off at byte {self._end}, inside {shorten_text(name)} of {size} bytes")
         if self._end is None and size > MAX_SKIPPED_BYTES:
-            raise BrokenArchive(f"damaged at byte {self._at}: {name} of {size} bytes")
+            raise BrokenArchive(f"damaged at byte {self._at}: {shorten_text(name)} of {size} bytes")
         self._left, self._padding = size, -size % BLOCK
 
     def _some(self, n: int) -> bytes:

@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 from fastvq._files import write_atomically
 from fastvq._json import Kind, anything, mapping_of, parse_json, text, write_json
+from fastvq._shorten import shorten, shorten_text
 
-__all__ = ["Pretrained", "load_state", "load_tensors", "save_tensors"]
+__all__ = ["Pretrained", "check_config", "load_state", "load_tensors", "save_tensors"]
 
 Model = TypeVar("Model", bound="Pretrained")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 METADATA = "fastvq"
+SHOWN = 200  # characters of the tensors of one fault in an error
 DIGEST = "sha256"  # entry of the metadata: SHA-256 of the file, computed with zeros in the digest's place
 ZEROS = "0" * 64
 # Limits on the whole numbers of a config, checked before a tensor is made. A number may be as large as the number of
@@ -79,9 +81,8 @@ def _read_tensors(op: str, path: Path | str) -> tuple[dict[str, Tensor], dict[st
             described = (file.metadata() or {}).get(METADATA, "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except Exception as error:  # safetensors and torch raise many types for a damaged header
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{op}: {path} must be a safetensors file, and cannot be read as one ({reason}); "
+            f"{op}: {path} must be a safetensors file, and cannot be read as one ({shorten_text(error)}); "
             "it is truncated or of another format: take an older checkpoint or write it again"
         ) from None
     metadata, _ = parse_json(op, f"the metadata of {path}", described, mapping_of(text))
@@ -96,7 +97,7 @@ def _read_tensors(op: str, path: Path | str) -> tuple[dict[str, Tensor], dict[st
 def _check_format(op: str, path: Path | str, metadata: Mapping[str, str], kind: str, entries: Sequence[str]) -> None:
     if metadata.get("format") != kind:
         raise ValueError(
-            f"{op}: {path} must hold a {kind}, got format {metadata.get('format')!r}; "
+            f"{op}: {path} must hold a {kind}, got format {shorten(metadata.get('format'))}; "
             "it is a safetensors file of something else"
         )
     needed = {"format", *(name for name in entries if not name.endswith("?"))}
@@ -105,7 +106,7 @@ def _check_format(op: str, path: Path | str, metadata: Mapping[str, str], kind: 
         missing, unknown = sorted(needed - metadata.keys()), sorted(metadata.keys() - known)
         raise ValueError(
             f"{op}: {path} must have the metadata {', '.join(sorted(needed))} (missing: {missing}, not known: "
-            f"{unknown[:3]}); it is damaged or of another version"
+            f"{shorten(unknown[:3])}); it is damaged or of another version"
         )
 
 
@@ -142,7 +143,7 @@ def load_state(op: str, path: Path | str, module: nn.Module, tensors: Mapping[st
     ]
     if missing or unknown or shapes or types:
         parts = [("missing", missing), ("not known", unknown), ("of another shape", shapes), ("of another type", types)]
-        said = "; ".join(f"{what}: {', '.join(names[:3])}" for what, names in parts if names)
+        said = "; ".join(f"{what}: {shorten_text(', '.join(names[:3]), SHOWN)}" for what, names in parts if names)
         raise ValueError(
             f"{op}: {path} must hold the weights of this {type(module).__name__}, and does not ({said}); "
             "it belongs to a model of another configuration"
@@ -237,10 +238,27 @@ def _read_model(op: str, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor
         config, _ = parse_json(op, f"the config in {folder / WEIGHTS}", metadata["config"], described)
     kind = (config or {}).get("class")
     if not isinstance(kind, str) or kind not in Pretrained._kinds:
-        raise ValueError(f"{op}: {path} must describe a model of this version, got class {kind!r}")
+        raise ValueError(f"{op}: {path} must describe a model of this version, got class {shorten(kind)}")
     _check_format(op, folder / WEIGHTS, metadata, kind, ["config?"])
     assert config is not None
     return config, tensors
+
+
+def check_config(op: str, folder: Path) -> None:
+    """ValueError where ``config.json`` of a model that can be loaded describes another model. Loading takes the config
+    inside the weights' file, but other readers of ``config.json`` are misled."""
+    from safetensors import safe_open
+
+    if not (folder / CONFIG).is_file():
+        return
+    config, sealed = parse_json(op, str(folder / CONFIG), (folder / CONFIG).read_bytes())
+    with safe_open(str(folder / WEIGHTS), framework="pt") as file:
+        inside = json.loads((file.metadata() or {}).get(METADATA, "{}")).get("config")
+    if sealed and inside is not None and config != json.loads(inside):
+        raise ValueError(
+            f"{op}: {folder / CONFIG} must describe the model in {WEIGHTS}, and describes another one; "
+            "load the model and save it again"
+        )
 
 
 def _check_sizes(op: str, folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -252,13 +270,13 @@ def _check_sizes(op: str, folder: Path, config: dict[str, Any], tensors: Mapping
         for number in _numbers(value):
             if abs(number) > limit:
                 raise ValueError(
-                    f"{op}: the config of {folder} must fit its weights, got {name} {str(number)[:20]}, which no part "
-                    f"of them can have (at most {limit}); it is damaged"
+                    f"{op}: the config of {folder} must fit its weights, got {shorten_text(name)} {str(number)[:20]}, "
+                    f"which no part of them can have (at most {limit}); it is damaged"
                 )
         if isinstance(value, list) and len(value) > most_count:
             raise ValueError(
-                f"{op}: the config of {folder} must fit its weights, got {name} with {len(value)} elements, "
-                f"and {WEIGHTS} has {len(tensors)} tensors; it is damaged"
+                f"{op}: the config of {folder} must fit its weights, got {shorten_text(name)} with {len(value)} "
+                f"elements, and {WEIGHTS} has {len(tensors)} tensors; it is damaged"
             )
 
 
@@ -285,5 +303,6 @@ def _config_errors(op: str, folder: Path, kind: str) -> Iterator[None]:
             raise
         if isinstance(error, RuntimeError) and "meta" in str(error):
             raise NotImplementedError from error
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{op}: the config of {folder} does not fit this version of {kind} ({reason})") from None
+        raise ValueError(
+            f"{op}: the config of {folder} does not fit this version of {kind} ({shorten_text(error)})"
+        ) from None

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvq._files import lock_folder
+from fastvq._shorten import shorten_text
 
 __all__ = [
     "ProcessContext", "Stopped", "average", "barrier", "find_device", "from_first", "handled", "processes",
@@ -47,7 +48,7 @@ def find_device(name: str, index: int = 0) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise ValueError(
-            f"fastvq.training: device must be one that this torch can use, got {name!r} ({str(error).splitlines()[0]})"
+            f"fastvq.training: device must be one that this torch can use, got {name!r} ({shorten_text(error)})"
         ) from None
     return device
 

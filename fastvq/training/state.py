@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvq._json import anything, list_of, mapping_of, parse_json, shorten, whole
+from fastvq._json import anything, list_of, mapping_of, parse_json, whole
+from fastvq._shorten import SHOWN_NOTE, shorten, shorten_text
 from fastvq.models.checkpoints import Pretrained, load_state, load_tensors, save_tensors
 from fastvq.training.config import TrainConfig
 
@@ -96,8 +97,9 @@ def load_run(
             if saved.get(name) != current.get(name)
         ]
         if differing:
+            named = shorten_text("; ".join(differing), SHOWN_NOTE)
             raise ValueError(
-                f"{OP}: {path} belongs to a run with another {part} ({'; '.join(differing)}); "
+                f"{OP}: {path} belongs to a run with another {part} ({named}); "
                 "resume with the same ones or train into another folder"
             )
     groups = _by_prefix(tensors)
@@ -161,7 +163,7 @@ def _check_tensors(path: Path, tensors: dict[str, Tensor], expected: dict[str, t
         elif name not in expected:
             fault = f"has {shorten(name)}, which this run does not"
         elif tuple(tensors[name].shape) != expected[name]:
-            fault = f"has {name} of shape {list(tensors[name].shape)}, not {list(expected[name])}"
+            fault = f"has {name} of shape {shorten(list(tensors[name].shape))}, not {list(expected[name])}"
         elif not tensors[name].is_floating_point():
             fault = f"has {name} as {tensors[name].dtype}, not as floating"
         else:

@@ -6,6 +6,7 @@ The short mode is part of the test suite. The long mode: pytest tests/fuzz/test_
 import collections
 import contextlib
 import io
+import json
 import os
 import random
 import resource
@@ -26,6 +27,7 @@ from tests.fuzz.damage import damaged
 
 SHORT = 60  # files of the short mode, whatever --fuzz says
 SECONDS, MEMORY = 120, 4 << 30  # of one command
+LINE = 1000  # characters of an error
 SIZE = ["--size", "8", "--channels", "1", "--device", "cpu"]
 MODEL = ["--levels", "1", "--hidden", "4", "--codes", "4", "--code-dim", "2", "--blocks", "1", "--batch-size", "2",
          "--save-every", "1", "--log-every", "1", "--ema", "0.9", *SIZE]  # fmt: skip
@@ -37,15 +39,16 @@ COMMAND = typer.main.get_command(app)
 JSON, TENSORS = "*.json", "*.safetensors"
 # (files that it reads, command, folder that it may write to, share of the examples)
 COMMANDS = [
-    (["vqvae/config.json", f"vqvae/{TENSORS}"], ["info", "vqvae"], None, 8),
-    (["prior/level0/config.json", f"prior/level0/{TENSORS}"], ["info", "prior/level0"], None, 5),
-    (["ids/manifest.json"], ["info", "ids"], None, 3),
+    ([f"vqvae/{JSON}", f"vqvae/{TENSORS}"], ["info", "vqvae"], None, 8),
+    ([f"prior/level0/{JSON}", f"prior/level0/{TENSORS}"], ["info", "prior/level0"], None, 5),
+    ([f"ids/{JSON}", f"ids/{TENSORS}"], ["info", "ids"], None, 4),
     (["ids/manifest.json", f"ids/{TENSORS}"], ["decode", "ids", "--model", "vqvae", "--out", "decoded"], "decoded", 6),
     ([f"ids/{JSON}", f"ids/{TENSORS}", "ids/*.jsonl"], ENCODE, "ids", 4),
     ([f"vqvae/{JSON}", "vqvae/model.safetensors"], ENCODE, "ids", 2),
     (["set.tar"], ["encode", "set.tar", "--model", "vqvae", "--out", "other", "--device", "cpu"], "other", 2),
     ([f"vqvae/{JSON}", f"vqvae/{TENSORS}", "vqvae/*.jsonl"], [*TRAIN, "--steps", "2", "--resume"], "vqvae", 5),
     ([f"prior/{JSON}"], [*TRAIN_PRIOR, "--steps", "1", "--resume"], "prior", 1),
+    ([f"vqvae/{JSON}", "vqvae/model.safetensors"], [*TRAIN_PRIOR, "--steps", "1", "--resume"], "prior", 2),
     ([f"prior/level0/{JSON}", f"prior/level0/{TENSORS}"], [*TRAIN_PRIOR, "--steps", "1", "--resume"], "prior", 3),
     (
         [f"prior/{JSON}", "prior/level0/config.json", "prior/level0/model.safetensors"],
@@ -75,10 +78,19 @@ def run(arguments):
     return status or 0, output.getvalue(), said.getvalue().splitlines()
 
 
-def contents(root, folder=None):
+def values(path):
+    """The content of a file; of JSON the values, in any layout: a digest is of these."""
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(content)
+    return content
+
+
+def contents(root, folder=None, read=Path.read_bytes):
     """{path: content} below a folder, but for logs and pictures of a run, which name times."""
     return {
-        str(path.relative_to(root)): path.read_bytes()
+        str(path.relative_to(root)): read(path)
         for path in sorted((root / (folder or ".")).rglob("*"))
         if path.is_file() and path.suffix != ".jsonl" and "tfevents" not in path.name
     }
@@ -141,10 +153,10 @@ def check(arguments, before, root, written, expected, hidden):
     if left := [p for p in after if p not in before and "/." in p]:
         yield f"left {left}"
     if status == 2:
-        if len(errors) != 1 or not errors[0].startswith("error: ") or len(errors[0]) > 1000:
+        if len(errors) != 1 or not errors[0].startswith("error: ") or len(errors[0]) > LINE:
             yield f"said {len(errors)} lines: {errors[:3]}"
     elif status == 0:
-        if not hidden and (output, contents(root / "a/b/c/d", written)) != expected:
+        if not hidden and (output, contents(root / "a/b/c/d", written, values)) != expected:
             yield "took a damaged file for a whole one"
     elif status != 1 or arguments[0] != "encode":
         yield f"ended with {status}: {errors[:3]}"
@@ -167,7 +179,7 @@ def test_a_damaged_file_is_one_line_of_error_or_does_no_harm(fuzz, whole, tmp_pa
                 with inside(work):
                     status, output, errors = run(arguments)
                     assert status == 0, errors
-                    expected[which] = output, contents(work, written)
+                    expected[which] = output, contents(work, written, values)
             copy(whole, work)
             with inside(work):
                 path = rng.choice(sorted(path for pattern in patterns for path in Path().glob(pattern)))
@@ -188,5 +200,5 @@ def test_a_damaged_file_is_one_line_of_error_or_does_no_harm(fuzz, whole, tmp_pa
                 for fault in found:
                     faults[fault.partition(":")[0]].append(f"{case}: {fault}")
     print(f"damaged files: {sum(counts.values())} {dict(counts)}")
-    shown = "\n".join(f"{len(cases)} x {cases[0]}" for cases in faults.values())
+    shown = "\n".join(f"{len(cases)} x " + "\n  ".join(case[:LINE] for case in cases[:3]) for cases in faults.values())
     assert not faults, f"{sum(map(len, faults.values()))} faults of {sum(counts.values())} files\n{shown}"
