@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastvq._checks import check_codebook, check_option
 from fastvq.ops import nearest
-from fastvq.ops.nearest import METRICS, reference
+from fastvq.ops.nearest import METRICS
+from fastvq.ops.nearest.common import norms
 
 __all__ = ["all_reduce_packed", "check_same", "gather_rows", "nearest_sharded", "rank", "world_size"]
 
@@ -162,7 +163,7 @@ def _scores_of(x: Tensor, codebook: Tensor, indices: Tensor, metric: str) -> Ten
     if metric != "euclidean":
         total = -total
     if metric == "cosine":
-        norm = reference.norms(wide)[indices]
+        norm = norms(wide)[indices]
         total = torch.where(norm == 0, torch.inf, total / norm)
     usable = codebook.isfinite().all(dim=1)[indices] & x.isfinite().all(dim=1) & ~total.isnan()
     return torch.where(usable, total, torch.inf)

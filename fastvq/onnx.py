@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvq.ops.quantize.reference import gather
+from fastvq.ops.quantize.common import gather
 
 __all__ = ["decompositions"]
 

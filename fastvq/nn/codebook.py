@@ -18,7 +18,7 @@ from fastvq.nn._usage import CodeUsage, count_codes, usage_of
 from fastvq.ops import ema_update_, nearest
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS
-from fastvq.ops.statistics.reference import choose_rows
+from fastvq.ops.statistics.common import choose_rows
 
 __all__ = ["CodeUsage", "LearnedCodebook", "update_codebooks"]
 

@@ -7,7 +7,8 @@ import torch
 
 from fastvq.backends import views
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
-from fastvq.ops.masked_conv import MASKS, cuda, reference
+from fastvq.ops.masked_conv import MASKS, cuda
+from fastvq.ops.masked_conv.common import like_input
 from tests.cases import generator
 from tests.cuda_on_host import host
 from tests.ops import test_masked_conv as plain
@@ -182,7 +183,7 @@ def test_under_sanitizers(kind, tmp_path):
         def empty(t):
             return torch.full_like(t, torch.nan)
 
-        out = reference.like_input(x, weight.shape[0])
+        out = like_input(x, weight.shape[0])
         calls.add(
             "masked_conv_forward",
             [whole(x), host.as_bytes(weight), host.as_bytes(bias), whole(empty(out)),
@@ -226,7 +227,7 @@ def test_gated_under_sanitizers(kind, tmp_path):
         x, weight, bias, _ = case((2, 6, 74, 4, 5, (3, 3)), i, dtype, LAST if i % 2 else FIRST)
         condition = torch.randn(2, 74, generator=generator(10)).to(dtype)
         wide = condition[:, :, None, None].expand(-1, -1, *x.shape[2:])
-        out = reference.like_input(x, 37)
+        out = like_input(x, 37)
         empty = torch.full_like(out, torch.nan)
         view = cuda._weight_view(weight, "B", None, 1)
         room = np.full(host.module().masked_conv_workspace(view, True, False), 0xFF, np.uint8)

@@ -14,6 +14,7 @@ from fastvq.ops._contract import check_gradient
 from fastvq.ops._library import register
 from fastvq.ops._transforms import active, no_forward_mode
 from fastvq.ops.masked_conv import cpu, cuda, reference
+from fastvq.ops.masked_conv.common import like_input
 from fastvq.ops.masked_conv.contract import check_backward, check_gate, check_operands
 from fastvq.ops.masked_conv.masks import COLOUR_MASKS, MASKS
 
@@ -234,7 +235,7 @@ def _run(
 def _fake(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: str, taps: Tensor | None, colours: int, backend: str | None
 ) -> Tensor:
-    return reference.like_input(x, weight.shape[0])
+    return like_input(x, weight.shape[0])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -288,8 +289,8 @@ def _fake_gated(
     save: bool, backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     channels = weight.shape[0] // 2
-    tanh_a, sigmoid_b = (reference.like_input(x, channels) if save else x.new_empty(0) for _ in range(2))
-    return reference.like_input(x, channels), tanh_a, sigmoid_b
+    tanh_a, sigmoid_b = (like_input(x, channels) if save else x.new_empty(0) for _ in range(2))
+    return like_input(x, channels), tanh_a, sigmoid_b
 
 
 def _setup_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -331,7 +332,7 @@ def _run_gate_backward(grad: Tensor, tanh_a: Tensor, sigmoid_b: Tensor, backend:
 
 
 def _fake_gate_backward(grad: Tensor, tanh_a: Tensor, sigmoid_b: Tensor, backend: str | None) -> Tensor:
-    return reference.like_input(tanh_a, 2 * tanh_a.shape[1])
+    return like_input(tanh_a, 2 * tanh_a.shape[1])
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:

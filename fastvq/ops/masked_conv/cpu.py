@@ -10,8 +10,8 @@ from torch import Tensor
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
 from fastvq.backends.views import address
+from fastvq.ops.masked_conv.common import like_input
 from fastvq.ops.masked_conv.masks import active_taps
-from fastvq.ops.masked_conv.reference import like_input
 
 __all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward", "why_unsupported"]
 

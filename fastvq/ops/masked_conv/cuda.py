@@ -15,8 +15,8 @@ from fastvq.backends.golden import calls as golden_calls
 from fastvq.backends.golden import gate
 from fastvq.backends.views import address
 from fastvq.ops.masked_conv import reference
+from fastvq.ops.masked_conv.common import like_input
 from fastvq.ops.masked_conv.masks import tap_range
-from fastvq.ops.masked_conv.reference import like_input
 
 __all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward", "why_unsupported"]
 

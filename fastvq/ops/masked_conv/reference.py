@@ -7,21 +7,47 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-from fastvq.ops.masked_conv.masks import active_weights
-
-__all__ = ["gated", "gated_backward", "like_input", "masked_conv2d", "masked_conv2d_backward"]
+__all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward"]
 
 
-def like_input(
+def _used_weights(
+    mask: str,
+    taps: Tensor | None,  # [kh, kw] bool, for mask "custom"
+    colours: int,
+    weight: Tensor,  # [C_out, C_in, kh, kw]
+) -> Tensor:  # bool, broadcasts to weight's shape
+    """True where a weight counts, from the place of its tap relative to the centre and the groups of its channels."""
+    c_out, c_in, kh, kw = weight.shape
+    row = torch.arange(kh, device=weight.device)[:, None] - kh // 2
+    column = torch.arange(kw, device=weight.device) - kw // 2
+    above, left, centre = row < 0, (row == 0) & (column < 0), (row == 0) & (column == 0)
+    up_to = mask.endswith("B")  # the row, respectively the tap, of the centre counts too
+    if taps is not None:
+        used = taps
+    elif mask.startswith("vertical"):
+        used = (above | (row == 0) & up_to).expand(kh, kw)
+    elif mask.startswith("horizontal"):
+        used = left | centre & up_to
+    else:
+        used = above | left | centre & up_to
+    if colours == 1:
+        return used
+    group_out = (torch.arange(c_out, device=weight.device) // (c_out // colours))[:, None, None, None]
+    group_in = (torch.arange(c_in, device=weight.device) // (c_in // colours))[:, None, None]
+    sees = group_in < group_out + up_to
+    return torch.where(centre, sees, used)
+
+
+def _as_input(
+    y: Tensor,  # [B, C, H, W]
     x: Tensor,  # [B, C_in, H, W]
-    channels: int,
-) -> Tensor:  # [B, channels, H, W], empty
-    """Channels-last where x is, contiguous otherwise."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(
-        (x.shape[0], channels, *x.shape[2:]), dtype=x.dtype, device=x.device, memory_format=memory_format
-    )
+) -> Tensor:  # [B, C, H, W]
+    """``y`` in x's dtype; channels-last where x is that and not contiguous, else contiguous."""
+    _, channels, height, width = y.shape
+    strides = (channels * height * width, height * width, width, 1)
+    if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+        strides = (height * width * channels, 1, width * channels, channels)
+    return torch.empty_strided(y.shape, strides, dtype=x.dtype, device=x.device).copy_(y)
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -30,7 +56,7 @@ def _wide(t: Tensor) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, mask: str, taps: Tensor | None, colours: int) -> Tensor:
-    used = active_weights(mask, taps, colours, weight.shape, weight.device)
+    used = _used_weights(mask, taps, colours, weight)
     # where, not a product: a masked weight may be NaN.
     weight = torch.where(used, _wide(weight), 0)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
@@ -46,7 +72,7 @@ def masked_conv2d(
     colours: int,
 ) -> Tensor:  # [B, C_out, H, W]
     """conv2d with the weights outside the mask replaced by zero, same padding, stride 1."""
-    return like_input(x, weight.shape[0]).copy_(_convolve(x, weight, bias, mask, taps, colours))
+    return _as_input(_convolve(x, weight, bias, mask, taps, colours), x)
 
 
 def masked_conv2d_backward(
@@ -61,7 +87,7 @@ def masked_conv2d_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to x, weight and bias; an empty tensor for one that is not needed."""
-    used = active_weights(mask, taps, colours, weight.shape, weight.device)
+    used = _used_weights(mask, taps, colours, weight)
     padding = (weight.shape[2] // 2, weight.shape[3] // 2)
     wide = _wide(grad)
     grad_x, grad_weight, grad_bias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
@@ -91,11 +117,10 @@ def gated(
         y = y + _wide(condition if condition.dim() == 4 else condition[:, :, None, None])
     a, b = y.chunk(2, dim=1)
     tanh_a, sigmoid_b = a.tanh(), b.sigmoid()
-    channels = weight.shape[0] // 2
-    out = like_input(x, channels).copy_(tanh_a * sigmoid_b)
+    out = _as_input(tanh_a * sigmoid_b, x)
     if not save:
         return out, x.new_empty(0), x.new_empty(0)
-    return out, like_input(x, channels).copy_(tanh_a), like_input(x, channels).copy_(sigmoid_b)
+    return out, _as_input(tanh_a, x), _as_input(sigmoid_b, x)
 
 
 def gated_backward(
@@ -106,4 +131,4 @@ def gated_backward(
     """Gradient at the pre-activations."""
     g, t, s = _wide(grad), _wide(tanh_a), _wide(sigmoid_b)
     both = torch.cat([g * s * (1 - t * t), g * t * (s * (1 - s))], dim=1)
-    return like_input(tanh_a, both.shape[1]).copy_(both)
+    return _as_input(both, tanh_a)

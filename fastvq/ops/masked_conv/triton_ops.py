@@ -13,8 +13,8 @@ from torch import Tensor
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.tiles import Tile, pick
 from fastvq.ops.masked_conv import triton_kernels as kernels
+from fastvq.ops.masked_conv.common import like_input
 from fastvq.ops.masked_conv.masks import tap_range
-from fastvq.ops.masked_conv.reference import like_input
 
 __all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward"]
 

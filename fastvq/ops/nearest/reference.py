@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["nearest", "norms", "scores"]
+__all__ = ["nearest", "scores"]
 
 # Scores held at once, in elements: the N x K matrix is never whole.
 TILE = 1 << 20
@@ -33,11 +33,11 @@ def scores(
         return accumulator
     if metric == "dot":
         return -accumulator
-    norm = norms(codebook)
+    norm = _norms(codebook)
     return torch.where(norm == 0, torch.inf, -accumulator / norm)
 
 
-def norms(
+def _norms(
     codebook: Tensor,  # [K, D] float64
 ) -> Tensor:  # [K] float64
     square = codebook.new_zeros(codebook.shape[0])

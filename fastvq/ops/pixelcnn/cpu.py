@@ -12,7 +12,7 @@ from fastvq.backends import cpu as cpu_backend
 from fastvq.backends.views import address
 from fastvq.ops._contract import check_tensor
 from fastvq.ops._library import register
-from fastvq.ops.pixelcnn.reference import PER_LAYER
+from fastvq.ops.pixelcnn.common import PER_LAYER
 
 __all__ = ["prepare", "step", "why_unsupported"]
 

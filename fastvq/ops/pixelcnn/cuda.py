@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvq.backends import cuda as cuda_backend
 from fastvq.backends.views import address
-from fastvq.ops.pixelcnn.reference import PER_LAYER
+from fastvq.ops.pixelcnn.common import PER_LAYER
 
 __all__ = ["draw", "prepare", "step", "why_unsupported"]
 

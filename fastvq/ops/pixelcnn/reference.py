@@ -9,18 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["PER_LAYER", "cache_size", "prepare", "step"]
-
-# Tensors a layer: weight and bias of its vertical convolution, link, horizontal convolution and output.
-PER_LAYER = 8
+__all__ = ["prepare", "step"]
 
 
 def prepare(
     weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int, isa: int
 ) -> tuple[list[Tensor], Tensor]:
     """The weights as ``step`` takes them, and an empty cache."""
-    size = cache_size(kernel_sizes, batch, width, weights[0].shape[1])
+    size = _cache_size(kernel_sizes, batch, width, weights[0].shape[1])
     return list(weights), weights[0].new_zeros(size)
+
+
+class _LayerWeights(NamedTuple):
+    vertical: Tensor  # [2C, C, k, k]
+    vertical_bias: Tensor
+    link: Tensor  # [2C, C, 1, 1]
+    link_bias: Tensor
+    horizontal: Tensor  # [2C, C, 1, k]
+    horizontal_bias: Tensor
+    out: Tensor  # [2C, C, 1, 1], of the last layer [C, C, 1, 1]
+    out_bias: Tensor
 
 
 class _LayerCache(NamedTuple):
@@ -29,7 +37,7 @@ class _LayerCache(NamedTuple):
     link: Tensor  # [B, 2C, W] what the vertical stack adds to the horizontal gate
 
 
-def cache_size(kernel_sizes: Sequence[int], batch: int, width: int, channels: int) -> int:
+def _cache_size(kernel_sizes: Sequence[int], batch: int, width: int, channels: int) -> int:
     return sum(
         batch * channels * ((k // 2 + 1) * (width + 2 * (k // 2)) + k // 2 + width + 2 * width) for k in kernel_sizes
     )
@@ -71,8 +79,8 @@ def step(
     batch, height, width = ids.shape
     channels = embedding.shape[1]
     layers = list(_layers(cache, kernel_sizes, batch, width, channels))
-    per_layer = [weights[1 + PER_LAYER * i : 1 + PER_LAYER * (i + 1)] for i in range(len(kernel_sizes))]
-    head = weights[1 + PER_LAYER * len(kernel_sizes) :]
+    *of_layers, head_1, head_1_bias, head_2, head_2_bias = weights[1:]
+    per_layer = [_LayerWeights(*of_layers[at : at + 8]) for at in range(0, len(of_layers), 8)]
 
     def conditions(layer: int) -> tuple[Tensor | float, Tensor | float]:
         """What is added to the vertical and to the horizontal pre-activations of the row, [B, 2C, W] each."""
@@ -91,12 +99,12 @@ def step(
             r = kernel_sizes[0] // 2
             if r:
                 layers[0].above[:, :, r - 1, r : r + width] = F.embedding(ids[:, row - 1], embedding).movedim(-1, 1)
-        for i, (layer, (v_weight, v_bias, link, link_bias, *_)) in enumerate(zip(layers, per_layer, strict=True)):
+        for i, (layer, w) in enumerate(zip(layers, per_layer, strict=True)):
             r = kernel_sizes[i] // 2
             rows = r if i == 0 else r + 1  # the first layer does not see the row itself
-            pre = v_bias[:, None].expand(batch, -1, width)
+            pre = w.vertical_bias[:, None].expand(batch, -1, width)
             if rows:
-                pre = F.conv2d(layer.above[:, :, :rows], v_weight[:, :, :rows], v_bias)[:, :, 0]
+                pre = F.conv2d(layer.above[:, :, :rows], w.vertical[:, :, :rows], w.vertical_bias)[:, :, 0]
             of_vertical, of_horizontal = conditions(i)
             v = _gate(pre + of_vertical)
             if i > 0:
@@ -104,22 +112,22 @@ def step(
             if i + 1 < len(layers):
                 r_next = kernel_sizes[i + 1] // 2
                 layers[i + 1].above[:, :, r_next, r_next : r_next + width] = v
-            layer.link.copy_(F.conv1d(v, link[:, :, 0], link_bias) + of_horizontal)
+            layer.link.copy_(F.conv1d(v, w.link[:, :, 0], w.link_bias) + of_horizontal)
 
     if column > 0:
         layers[0].left[:, :, kernel_sizes[0] // 2 + column - 1] = F.embedding(ids[:, row, column - 1], embedding)
     skip = embedding.new_zeros(batch, channels)
-    for i, (layer, (*_, h_weight, h_bias, out, out_bias)) in enumerate(zip(layers, per_layer, strict=True)):
+    for i, (layer, w) in enumerate(zip(layers, per_layer, strict=True)):
         r = kernel_sizes[i] // 2
         seen = r if i == 0 else r + 1
         window = layer.left[:, :, column : column + seen]
-        pre = torch.einsum("bck,ock->bo", window, h_weight[:, :, 0, :seen]) + h_bias + layer.link[:, :, column]
-        y = F.linear(_gate(pre), out[:, :, 0, 0], out_bias)
+        pre = torch.einsum("bck,ock->bo", window, w.horizontal[:, :, 0, :seen])
+        y = F.linear(_gate(pre + w.horizontal_bias + layer.link[:, :, column]), w.out[:, :, 0, 0], w.out_bias)
         skip = skip + y[:, -channels:]
         if i + 1 < len(layers):
             residual = y[:, :channels]
             if i > 0:
                 residual = residual + layer.left[:, :, r + column]
             layers[i + 1].left[:, :, kernel_sizes[i + 1] // 2 + column] = residual
-    hidden = F.linear(skip.relu(), head[0][:, :, 0, 0], head[1])
-    return F.linear(hidden.relu(), head[2][:, :, 0, 0], head[3])
+    hidden = F.linear(skip.relu(), head_1[:, :, 0, 0], head_1_bias)
+    return F.linear(hidden.relu(), head_2[:, :, 0, 0], head_2_bias)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.tiles import Tile, pick
 from fastvq.ops.pixelcnn import triton_kernels as kernels
-from fastvq.ops.pixelcnn.reference import PER_LAYER
+from fastvq.ops.pixelcnn.common import PER_LAYER
 
 __all__ = ["horizontal", "prepare", "step", "vertical"]
 

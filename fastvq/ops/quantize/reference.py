@@ -7,18 +7,22 @@ from torch import Tensor
 
 from fastvq.ops.nearest import reference
 
-__all__ = ["gather", "quantize", "quantize_backward", "rotate_back"]
+__all__ = ["codes_of", "quantize", "quantize_backward", "rotate_back"]
+
+# |x^ + c^| of opposite unit vectors is rounding noise, about 1e-7 in float32. Below this r is noise too.
+DEGENERATE = 1e-6
 
 
-def gather(
+def codes_of(
     codebook: Tensor,  # [K, D] or [H, K, D]
     indices: Tensor,  # [...] or [H, ...]
 ) -> Tensor:  # [..., D] or [H, ..., D]
-    """The code of every index; -1, which stands for no vector, gives code 0, and an index beyond the codes the last."""
-    indices = indices.clamp(min=0, max=codebook.shape[-2] - 1)
-    if codebook.dim() == 2:
-        return codebook[indices]
-    return torch.stack([c[i] for c, i in zip(codebook, indices, strict=True)])
+    """The code of every index; code 0 for an index that is no code."""
+    heads = codebook if codebook.dim() == 3 else codebook[None]
+    n_codes, dim = codebook.shape[-2:]
+    is_code = (indices >= 0) & (indices < n_codes)
+    flat = torch.where(is_code, indices, 0).reshape(heads.shape[0], indices.numel() // heads.shape[0], 1)
+    return heads.gather(1, flat.expand(-1, -1, dim)).reshape(*indices.shape, dim)
 
 
 def quantize(
@@ -32,7 +36,7 @@ def quantize(
     """(quantized, commitment_loss, codebook_loss, indices) of ``fastvq.ops.quantize``, sums in float64."""
     indices = reference.nearest(x, codebook, metric, precision)
     real = torch.ones_like(indices, dtype=torch.bool) if mask is None else mask
-    codes = gather(codebook, indices)
+    codes = codes_of(codebook, indices)
     quantized = torch.empty_like(x).copy_(torch.where(real[..., None], codes, 0))
     difference = torch.where(real[..., None], x.double() - codes.double(), 0)
     difference = torch.where(real[..., None] & x.isinf(), torch.nan, difference)  # no distance at all, as of NaN
@@ -63,10 +67,6 @@ def rotate_back(
     return torch.where(defined | ~x.isfinite().all(-1, keepdim=True), norm_c / norm_x * rotated, g)
 
 
-# |x^ + c^| of opposite unit vectors is rounding noise, about 1e-7 in float32; below this r is noise too.
-DEGENERATE = 1e-6
-
-
 def quantize_backward(
     x: Tensor,  # [..., D] or [H, ..., D]
     codebook: Tensor,  # [K, D] or [H, K, D]
@@ -86,7 +86,7 @@ def quantize_backward(
     indices = torch.where(indices < codebook.shape[-2], indices, -1)  # no code is there to read
     real = (indices >= 0)[..., None]
     wide = x.double()
-    codes = gather(codebook, indices).double()
+    codes = codes_of(codebook, indices).double()
     scale = 2 / max(1, int(real.sum()) * x.shape[-1])
     grad_x, grad_codebook = x.new_empty(0), codebook.new_empty(0)
     if need_x:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastvq.backends import tiles, views
 from fastvq.backends.triton import float64_bits
 from fastvq.ops._triton_rows import axis_of, code_strides, narrow, plain, row_offset, wide
-from fastvq.ops.quantize.reference import DEGENERATE
+from fastvq.ops.quantize.common import DEGENERATE
 from fastvq.ops.statistics.triton_statistics import code_statistics
 
 __all__ = ["quantize_backward"]

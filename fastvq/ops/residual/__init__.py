@@ -29,6 +29,7 @@ from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS
 from fastvq.ops.residual import cpu, cuda, reference
+from fastvq.ops.residual.common import residual_dtype
 
 __all__ = ["ResidualQuantized", "residual_quantize"]
 
@@ -221,7 +222,7 @@ def _fake(
         x.new_empty(n_levels, dtype=loss),
         x.new_empty(n_levels, dtype=loss),
         x.new_empty((*x.shape[:-1], n_levels), dtype=torch.int64),
-        x.new_empty((n_levels, n_codes, dim) if statistics else (0,), dtype=reference.residual_dtype(x, codebooks)),
+        x.new_empty((n_levels, n_codes, dim) if statistics else (0,), dtype=residual_dtype(x, codebooks)),
         x.new_empty((n_levels, n_codes) if statistics else (0,), dtype=torch.int64),
     )
 

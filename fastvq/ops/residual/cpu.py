@@ -10,8 +10,8 @@ from fastvq.backends import views
 from fastvq.backends.views import Output, address
 from fastvq.ops._contract import count_real
 from fastvq.ops.nearest import cpu_isa
-from fastvq.ops.quantize.reference import gather
-from fastvq.ops.residual import reference
+from fastvq.ops.quantize.common import gather
+from fastvq.ops.residual.common import residual_dtype
 
 __all__ = ["BACKWARD_OP", "residual_quantize", "residual_quantize_backward"]
 
@@ -43,7 +43,7 @@ def residual_quantize(
         views.rows_of(quantized.rows), address(indices), address(squares), address(finite_levels),
         cpu_isa.lookup_isa(rows, levels, metric_code, fast), threads,
     )  # fmt: skip
-    dtype = reference.residual_dtype(x, codebooks)
+    dtype = residual_dtype(x, codebooks)
     sums = torch.empty((n_levels, n_codes, dim) if statistics else (0,), dtype=dtype, device="cpu")
     counts = torch.empty((n_levels, n_codes) if statistics else (0,), dtype=torch.int64, device="cpu")
     if statistics:
@@ -73,7 +73,7 @@ def residual_quantize_backward(
     n_levels, dim = codebooks.shape[0], codebooks.shape[-1]
     indices = indices.contiguous()
     kept, rows = views.rows_view(x, None)
-    wide = codebooks.to(reference.residual_dtype(x, codebooks))
+    wide = codebooks.to(residual_dtype(x, codebooks))
     levels, threads = views.codes_view(wide), torch.get_num_threads()
     scale = 2 / max(1, count_real(BACKWARD_OP, indices, codebooks.shape[1], n_levels) * dim)
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
@@ -117,7 +117,7 @@ def _turn(
     """The rotation estimator's gradient for x and its sum of codes: to the kernel of one level, each its own code."""
     if x.numel() == 0:
         return torch.empty_like(x)  # the kernel needs at least one code
-    total = torch.zeros(x.shape, dtype=reference.residual_dtype(x, codebooks), device="cpu")
+    total = torch.zeros(x.shape, dtype=residual_dtype(x, codebooks), device="cpu")
     for level, i in zip(codebooks, indices.unbind(-1), strict=True):
         total += gather(level, i)
     total = total.view(-1, x.shape[-1])

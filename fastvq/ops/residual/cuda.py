@@ -14,9 +14,9 @@ from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import views
 from fastvq.backends.views import Output, address
 from fastvq.ops.nearest.cuda import nearest
-from fastvq.ops.quantize import reference as one_level
+from fastvq.ops.quantize.common import gather
 from fastvq.ops.quantize.cuda import quantize_backward
-from fastvq.ops.residual import reference
+from fastvq.ops.residual.common import elements, residual_dtype, residuals, rows_with_codes
 from fastvq.ops.statistics.cuda import code_statistics
 
 __all__ = ["residual_quantize", "residual_quantize_backward"]
@@ -33,7 +33,7 @@ def residual_quantize(
 ) -> tuple[Tensor, ...]:
     """Same arguments and result as the reference's."""
     n_levels, n_codes, dim = codebooks.shape
-    levels = codebooks.to(reference.residual_dtype(x, codebooks))
+    levels = codebooks.to(residual_dtype(x, codebooks))
     view, rows = views.rows_view(x, None)
     codes = views.codes_view(levels)
     with cuda_backend.on_device_of(x):
@@ -55,10 +55,10 @@ def residual_quantize(
         sums = levels.new_empty((n_levels, n_codes, dim) if statistics else (0,))
         counts = indices.new_empty((n_levels, n_codes) if statistics else (0,))
         if statistics:
-            for q, residual in enumerate(reference.residuals(x, levels, indices)):
+            for q, residual in enumerate(residuals(x, levels, indices)):
                 sums[q], counts[q] = code_statistics(residual, indices[..., q], n_codes, None)
     del view  # it had to live until here
-    mean = square / reference.elements(indices[..., 0].numel() if mask is None else mask, dim)
+    mean = square / elements(indices[..., 0].numel() if mask is None else mask, dim)
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
     return quantized, indices, (beta * mean).to(loss), mean.to(loss), sums, counts
 
@@ -75,7 +75,7 @@ def _level_by_level(
     total, indices, squares = torch.zeros_like(residual), [], []
     for codes in levels:
         found = nearest(residual, codes, metric, precision)
-        chosen = one_level.gather(codes, found)
+        chosen = gather(codes, found)
         gap = residual.double() - chosen.double()
         gap = torch.where(residual.isinf(), torch.nan, gap)  # infinity stands for no distance at all, as NaN does
         if mask is not None:
@@ -100,10 +100,10 @@ def residual_quantize_backward(
     need_codebooks: bool,
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and result as the reference's."""
-    levels = codebooks.to(reference.residual_dtype(x, codebooks))
-    real, indices = reference.rows_with_codes(indices, codebooks.shape[1])
+    levels = codebooks.to(residual_dtype(x, codebooks))
+    real, indices = rows_with_codes(indices, codebooks.shape[1])
     indices = indices.contiguous()
-    scale = 2 / reference.elements(real, x.shape[-1])
+    scale = 2 / elements(real, x.shape[-1])
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     with cuda_backend.on_device_of(x):
         if need_x:
@@ -114,7 +114,7 @@ def residual_quantize_backward(
             grad_codebooks = torch.zeros_like(codebooks)
         if need_codebooks and grad_codebook is not None:
             # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
-            for q, residual in enumerate(reference.residuals(x, levels, indices)):
+            for q, residual in enumerate(residuals(x, levels, indices)):
                 sums, counts = code_statistics(
                     residual, indices[..., q], levels.shape[1], None, sums_dtype=torch.float64
                 )

@@ -2,56 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from fastvq.ops.quantize import reference as one_level
 from fastvq.ops.statistics import reference as ema
 
-__all__ = [
-    "elements",
-    "residual_dtype",
-    "residual_quantize",
-    "residual_quantize_backward",
-    "residuals",
-    "rows_with_codes",
-]
+__all__ = ["residual_quantize", "residual_quantize_backward"]
 
 
-def residual_dtype(x: Tensor, codebooks: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (x.dtype, codebooks.dtype) else torch.float32
-
-
-def residuals(
-    x: Tensor,  # [..., D]
-    levels: Tensor,  # [Q, K, D] of residual_dtype
-    indices: Tensor,  # [..., Q]
-) -> Iterator[Tensor]:  # [..., D]
-    """What each level quantized, formed again from the indices; of masked rows anything."""
-    residual = x.to(levels.dtype)
-    for codes, chosen in zip(levels, indices.unbind(-1), strict=True):
-        yield residual
-        residual = residual - one_level.gather(codes, chosen)
-
-
-def rows_with_codes(
-    indices: Tensor,  # [..., Q]
-    n_codes: int,
-) -> tuple[Tensor, Tensor]:
-    """Which rows have a code on every level [...], and the indices with -1 on all levels of the other rows.
-
-    A masked row has none. Neither has a row of which an index was changed since the forward to one that is no code: on
-    a GPU, where an error would have to wait for the device, the backward leaves such a row out.
-    """
-    real = (indices.clamp(0, n_codes - 1) == indices).all(dim=-1)
-    return real, torch.where(real[..., None], indices, -1)
-
-
-def elements(real: Tensor | int, dim: int) -> Tensor | float:
-    """How many elements a mean is over, at least 1. On the device, where a mask has to be counted."""
-    return real.sum().clamp(min=1).double() * dim if isinstance(real, Tensor) else max(1, real) * dim
+def _residual_dtype(x: Tensor, codebooks: Tensor) -> torch.dtype:
+    """float64 where one of them is float64, else float32."""
+    return torch.promote_types(torch.promote_types(x.dtype, codebooks.dtype), torch.float32)
 
 
 def residual_quantize(
@@ -64,7 +26,7 @@ def residual_quantize(
     precision: str,
 ) -> tuple[Tensor, ...]:
     """(quantized, indices, commitment_losses, codebook_losses, sums, counts) of ``fastvq.ops.residual_quantize``."""
-    dtype = residual_dtype(x, codebooks)
+    dtype = _residual_dtype(x, codebooks)
     residual, codes = x.to(dtype), codebooks.to(dtype)
     quantized, levels = torch.zeros_like(residual), []
     for level in codes:
@@ -107,15 +69,17 @@ def residual_quantize_backward(
     x: the estimator's gradient for x and the sum of its codes, plus beta * 2 (r_q - c_q) / (n D) for each level, r_q
     being x less constants. Codebook q: 2 (c_q - r_q) / (n D) summed over the vectors that chose the code.
     """
-    dtype = residual_dtype(x, codebooks)
+    dtype = _residual_dtype(x, codebooks)
     residual = x.to(dtype)
-    real, indices = rows_with_codes(indices, codebooks.shape[1])
+    # A row has codes on every level, or it counts as masked.
+    real = ((indices >= 0) & (indices < codebooks.shape[1])).all(dim=-1)
+    indices = indices.masked_fill(~real[..., None], -1)
     scale = 2 / max(1, int(real.sum()) * x.shape[-1])
     grad_x = torch.zeros_like(residual)
     grad_codebooks = torch.zeros_like(codebooks, dtype=torch.float64)
     total = torch.zeros_like(residual)
     for q, codes in enumerate(codebooks.to(dtype)):
-        chosen = one_level.gather(codes, indices[..., q])
+        chosen = one_level.codes_of(codes, indices[..., q])
         if need_codebooks and grad_codebook is not None:
             sums, counts = ema.code_statistics(residual.double(), indices[..., q], codes.shape[0], None)
             pull = torch.where(counts[:, None] > 0, counts[:, None] * codes.double() - sums, 0)

@@ -27,7 +27,8 @@ from torch import Tensor
 from fastvq.backends import triton as triton_backend
 from fastvq.ops.nearest.triton_ops import nearest
 from fastvq.ops.quantize.triton_backward import quantize_backward
-from fastvq.ops.residual import reference, triton_levels
+from fastvq.ops.residual import triton_levels
+from fastvq.ops.residual.common import elements, residual_dtype, residuals, rows_with_codes
 from fastvq.ops.residual.triton_levels import as_work
 from fastvq.ops.statistics import code_statistics
 
@@ -70,7 +71,7 @@ def _pull(
 ):  # fmt: skip
     """out = grad (straight-through) + sum over levels of weights_q r_{q+1}; total = the sum of the codes.
 
-    ``indices`` are those of ``reference.rows_with_codes``: codes on every level of a row, or -1 on every level.
+    ``indices`` are those of ``common.rows_with_codes``: codes on every level of a row, or -1 on every level.
     """
     r = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     d = tl.program_id(1) * BD + tl.arange(0, BD)
@@ -120,7 +121,7 @@ def _level_by_level(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the codes [N, D], the indices [N, Q], and the squares of the differences [Q, programs]."""
     (n_levels, n_codes, dim), n = codebooks.shape, x.shape[0]
-    residual = x.to(reference.residual_dtype(x, codebooks)).clone(memory_format=torch.contiguous_format)
+    residual = x.to(residual_dtype(x, codebooks)).clone(memory_format=torch.contiguous_format)
     total = torch.zeros_like(residual)
     bm, bd = _tile(dim)
     programs = triton.cdiv(n, bm)
@@ -150,7 +151,7 @@ def residual_quantize(
 ) -> tuple[Tensor, ...]:
     """Same arguments and result as the reference's."""
     n_levels, n_codes, dim = codebooks.shape
-    dtype = reference.residual_dtype(x, codebooks)
+    dtype = residual_dtype(x, codebooks)
     rows = x.reshape(-1, dim)
     n = rows.shape[0]
     real = None if mask is None else mask.reshape(-1).contiguous()
@@ -159,11 +160,11 @@ def residual_quantize(
     if triton_levels.served(x, codebooks):
         total, indices, squares = triton_levels.residual_quantize(rows, codebooks, real, metric, precision)
         if statistics:
-            for q, residual in enumerate(reference.residuals(rows, codebooks.to(dtype), indices)):
+            for q, residual in enumerate(residuals(rows, codebooks.to(dtype), indices)):
                 sums[q], counts[q] = code_statistics(residual, indices[:, q].contiguous(), n_codes)
     else:
         total, indices, squares = _level_by_level(rows, codebooks, real, metric, precision, sums, counts)
-    mean = squares.sum(1) / reference.elements(n if real is None else real, dim)
+    mean = squares.sum(1) / elements(n if real is None else real, dim)
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
     quantized = torch.empty_like(x).copy_(total.view(x.shape))
     return (
@@ -185,11 +186,11 @@ def residual_quantize_backward(
 ) -> tuple[Tensor, Tensor]:
     """Same arguments and result as the reference's."""
     n_levels, n_codes, dim = codebooks.shape
-    dtype = reference.residual_dtype(x, codebooks)
+    dtype = residual_dtype(x, codebooks)
     rows, chosen = x.reshape(-1, dim).contiguous(), indices.reshape(-1, n_levels)
     n = rows.shape[0]
-    real, chosen = reference.rows_with_codes(chosen, n_codes)
-    scale = 2 / reference.elements(real, dim)
+    real, chosen = rows_with_codes(chosen, n_codes)
+    scale = 2 / elements(real, dim)
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     if need_x:
         out = rows.new_empty(rows.shape, dtype=dtype)
@@ -215,7 +216,7 @@ def residual_quantize_backward(
     if need_codebooks:
         grad_codebooks = torch.zeros_like(codebooks)
     if need_codebooks and grad_codebook is not None:
-        for q, residual in enumerate(reference.residuals(rows, codebooks.to(dtype), chosen)):
+        for q, residual in enumerate(residuals(rows, codebooks.to(dtype), chosen)):
             # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
             sums, counts = code_statistics(residual.double(), chosen[:, q].contiguous(), n_codes)
             pull = torch.where(counts[:, None] > 0, counts[:, None] * codebooks[q].double() - sums, 0)

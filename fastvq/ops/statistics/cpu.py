@@ -11,7 +11,7 @@ from fastvq._checks import raise_bad_index
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
 from fastvq.backends.views import address
-from fastvq.ops.statistics import reference
+from fastvq.ops.statistics import common
 
 __all__ = ["code_statistics", "ema_update_", "replace_dead_codes_", "why_unsupported"]
 
@@ -43,7 +43,7 @@ def code_statistics(
         torch.get_num_threads(),
     )  # fmt: skip
     if bad >= 0:
-        raise_bad_index(reference.STATISTICS, "indices", indices, -1, n_codes, bad)
+        raise_bad_index(common.STATISTICS, "indices", indices, -1, n_codes, bad)
     return sums, counts
 
 
@@ -79,4 +79,4 @@ def replace_dead_codes_(
     # Here the answer is at hand, and nearly always it is that nothing is to be done.
     if not (cluster_size < threshold).any():
         return torch.zeros((), dtype=torch.int64, device="cpu")
-    return reference.replace_dead_codes_(codebook, embed_sum, cluster_size, x, uniforms, threshold)
+    return common.replace_dead_codes_(codebook, embed_sum, cluster_size, x, uniforms, threshold)

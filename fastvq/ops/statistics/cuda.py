@@ -15,6 +15,7 @@ from fastvq.backends.golden import calls as golden_calls
 from fastvq.backends.golden import gate
 from fastvq.backends.views import address
 from fastvq.ops.statistics import reference
+from fastvq.ops.statistics.common import STATISTICS
 
 __all__ = [
     "code_statistics",
@@ -62,7 +63,7 @@ def code_statistics(
     deterministic: bool = True,
     sums_dtype: torch.dtype | None = None,  # float32 or float64; x's own, at least float32, where None
 ) -> tuple[Tensor, Tensor]:
-    check_indices(reference.STATISTICS, "indices", indices, -1, n_codes)
+    check_indices(STATISTICS, "indices", indices, -1, n_codes)
     if sums_dtype is None:
         sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     lead = () if n_heads is None else (n_heads,)

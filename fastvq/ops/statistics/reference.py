@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastvq._checks import check_indices
 
-__all__ = ["choose_rows", "code_statistics", "ema_update_", "replace_dead_codes_", "saturate"]
-
-STATISTICS = "fastvq.ops.code_statistics"
+__all__ = ["code_statistics", "ema_update_", "replace_dead_codes_"]
 
 
-def saturate(
+def _saturate(
     wide: Tensor,  # float64
     dtype: torch.dtype,
 ) -> Tensor:
     """``wide`` as ``dtype``; what lies beyond its largest finite number becomes that number. NaN stays NaN."""
-    most = torch.finfo(dtype).max
-    return wide.clamp(-most, most).to(dtype)
+    return torch.nan_to_num(wide.to(dtype), nan=math.nan)
 
 
 def code_statistics(
@@ -33,7 +32,7 @@ def code_statistics(
     Rows with index -1 and rows that hold NaN or infinity are left out. A sum beyond the largest finite number of its
     type is that number. float64 x: float64 sums.
     """
-    check_indices(STATISTICS, "indices", indices, -1, n_codes)
+    check_indices("fastvq.ops.code_statistics", "indices", indices, -1, n_codes)
     if n_heads is not None:
         each = [code_statistics(a, i, n_codes, None) for a, i in zip(x, indices, strict=True)]
         return torch.stack([s for s, _ in each]), torch.stack([c for _, c in each])
@@ -44,7 +43,7 @@ def code_statistics(
     wide = torch.where(used[:, None], rows, 0).double()
     sums = wide.new_zeros(n_codes + 1, x.shape[-1]).index_add_(0, index, wide)[:n_codes]
     counts = index.new_zeros(n_codes + 1).index_add_(0, index, torch.ones_like(index))[:n_codes]
-    return saturate(sums, torch.float64 if x.dtype == torch.float64 else torch.float32), counts.clone()
+    return _saturate(sums, torch.float64 if x.dtype == torch.float64 else torch.float32), counts.clone()
 
 
 def ema_update_(
@@ -67,7 +66,7 @@ def ema_update_(
     if debias:
         keep = torch.where(empty_before, 0, keep)
     old = torch.where(keep[..., None] == 0, 0, keep[..., None] * embed_sum.double())
-    average = saturate(old + (1 - decay) * saturate(sums.double(), sums.dtype).double(), dtype)
+    average = _saturate(old + (1 - decay) * _saturate(sums.double(), sums.dtype).double(), dtype)
     wide = size.double()
     total = wide.sum(dim=-1, keepdim=True)
     laplace = (wide + eps) / (total + size.shape[-1] * eps) * total
@@ -75,29 +74,10 @@ def ema_update_(
     stays = total == 0
     if debias:
         stays = stays | (size == 0)
-    new = torch.where(stays[..., None], codebook, saturate(average.double() / divisor[..., None], dtype))
+    new = torch.where(stays[..., None], codebook, _saturate(average.double() / divisor[..., None], dtype))
     codebook.copy_(torch.where(counted, new, codebook))
     embed_sum.copy_(torch.where(counted, average, embed_sum))
     cluster_size.copy_(torch.where(counted[..., 0], size, cluster_size))
-
-
-def choose_rows(
-    usable: Tensor,  # [N] bool, N >= 1
-    slots: Tensor,  # [M] int64: which of the n_slots draws each is, 0 ... n_slots-1
-    n_slots: Tensor,  # [] int64
-    uniforms: Tensor,  # [M] in [0, 1)
-) -> Tensor:  # [M] int64
-    """Randomly chosen usable rows, no two alike as long as there are n_slots usable ones; without host synchronisation.
-
-    Of n usable rows draw j takes one at random from the j-th of n_slots equal stretches [j*n // m, (j+1)*n // m). With
-    fewer usable rows than draws, rows repeat; with none the result means nothing.
-    """
-    rank = usable.cumsum(0)
-    n, m = rank[-1], n_slots.clamp(min=1)
-    low, high = slots * n // m, (slots + 1) * n // m
-    nth = low + (uniforms.double() * (high - low)).long()
-    nth = torch.minimum(nth, torch.maximum(high - 1, low))
-    return torch.searchsorted(rank, nth + 1).clamp(max=usable.shape[0] - 1)
 
 
 def replace_dead_codes_(
@@ -108,20 +88,26 @@ def replace_dead_codes_(
     uniforms: Tensor,  # [K] or [H, K]
     threshold: float,
 ) -> Tensor:  # [] int64
+    """Every code with a size below the threshold becomes a row of x that is finite in the codebook's dtype.
+
+    Of n such rows and m dead codes, dead code j takes one at random from the j-th of m equal stretches,
+    j*n // m ... (j+1)*n // m - 1; the first of an empty stretch. Its size becomes the threshold, its sum the row times
+    the threshold.
+    """
     if codebook.dim() == 3:
         heads = zip(codebook, embed_sum, cluster_size, x, uniforms, strict=True)
         return torch.stack([replace_dead_codes_(*head, threshold) for head in heads]).sum()
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0:
+    rows = x.reshape(-1, x.shape[-1]).to(codebook.dtype)
+    usable = rows.isfinite().all(dim=-1).nonzero()[:, 0]
+    dead = (cluster_size < threshold).nonzero()[:, 0]
+    n, m = len(usable), len(dead)
+    if n == 0 or m == 0:
         return torch.zeros((), dtype=torch.int64, device=x.device)
-    # NaN and infinity come through, and no N x D tensor is made. Rows must be finite as codes will be.
-    low, high = (t.to(codebook.dtype) for t in torch.aminmax(rows, dim=-1))
-    usable = low.isfinite() & high.isfinite()
-    dead = (cluster_size < threshold) & usable.any()
-    chosen = choose_rows(usable, dead.cumsum(0) - 1, dead.sum(), uniforms)
-    samples = rows[chosen].to(codebook.dtype)
-    sums = saturate((samples * threshold).double(), codebook.dtype)
-    codebook.copy_(torch.where(dead[:, None], samples, codebook))
-    embed_sum.copy_(torch.where(dead[:, None], sums, embed_sum))
-    cluster_size.masked_fill_(dead, threshold)
-    return dead.sum()
+    stretch = torch.arange(m + 1, device=x.device) * n // m
+    low, size = stretch[:-1], stretch.diff()
+    nth = low + torch.minimum((uniforms[dead].double() * size).long(), (size - 1).clamp(min=0))
+    samples = rows[usable[nth]]
+    codebook[dead] = samples
+    embed_sum[dead] = _saturate((samples * threshold).double(), codebook.dtype)
+    cluster_size[dead] = threshold
+    return torch.full((), m, dtype=torch.int64, device=x.device)

@@ -66,7 +66,7 @@ def _replace(
     n_slots = tl.load(slots + head * n_codes + n_codes - 1)
     taken = tl.load(dead + key, mask=mine, other=0).to(tl.int1) & (n > 0)
     slot = tl.load(slots + key, mask=taken, other=1) - 1
-    # The reference's choose_rows: one of an even share of the usable rows.
+    # As ``choose_rows`` of common.py: one of an even share of the usable rows.
     n_slots = tl.maximum(n_slots, 1)
     first, last = _quotient(slot * n, n_slots), _quotient((slot + 1) * n, n_slots)
     uniform = tl.load(uniforms + key, mask=taken, other=0.0).to(tl.float64)

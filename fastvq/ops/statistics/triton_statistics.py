@@ -34,7 +34,7 @@ from torch import Tensor
 from fastvq._checks import check_indices
 from fastvq.backends import tiles, views
 from fastvq.ops._triton_rows import finite, plain, row_offset, saturate
-from fastvq.ops.statistics import reference
+from fastvq.ops.statistics.common import STATISTICS
 
 __all__ = ["code_statistics"]
 
@@ -193,7 +193,7 @@ def code_statistics(
     deterministic: bool = True,
     sums_dtype: torch.dtype | None = None,  # float32 or float64; x's own, at least float32, where None
 ) -> tuple[Tensor, Tensor]:
-    check_indices(reference.STATISTICS, "indices", indices, -1, n_codes)
+    check_indices(STATISTICS, "indices", indices, -1, n_codes)
     if sums_dtype is None:
         sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if deterministic and x.stride(-1) != 1:
