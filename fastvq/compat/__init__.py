@@ -4,9 +4,9 @@ Or as an import: ``from fastvq.compat.vector_quantize_pytorch import VectorQuant
 the peer's constructor and forward.
 """
 
-from fastvq.compat._apply import Patched, PatchReport, Skipped
 from fastvq.compat._class import patch_class, unpatch_class
 from fastvq.compat._patch import patch, unpatch
+from fastvq.compat._report import Patched, PatchReport, Skipped
 from fastvq.compat._target import FallbackWarning
 
 __all__ = [

@@ -9,52 +9,16 @@ import functools
 import importlib.metadata
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 from torch import nn
 
+from fastvq.compat._others import other_quantizers
+from fastvq.compat._report import Patched, PatchReport, Skipped
 from fastvq.compat._target import PatchedModule, PatchTarget, swap, type_of
 
-__all__ = ["PatchReport", "Patched", "Skipped", "apply", "find_target"]
+__all__ = ["apply", "find_target"]
 
 OP = "fastvq.patch"
-
-
-@dataclass(frozen=True)
-class Patched:
-    """One module that runs on fastvq's kernels; ``limits`` says which of its calls still use the original code."""
-
-    name: str
-    cls: str
-    limits: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One quantizer that stays as it was, and why."""
-
-    name: str
-    cls: str
-    reason: str
-
-
-@dataclass
-class PatchReport:
-    """What ``patch`` did. True if anything runs on fastvq now; ``print`` shows a line a module."""
-
-    replaced: list[Patched] = field(default_factory=list)
-    left: list[Skipped] = field(default_factory=list)
-
-    def __bool__(self) -> bool:
-        return bool(self.replaced)
-
-    def __str__(self) -> str:
-        lines = [f"fastvq: {len(self.replaced)} replaced, {len(self.left)} left as they were"]
-        for done in self.replaced:
-            lines.append(f"  replaced {done.name or '(the module itself)'}: {done.cls}")
-            lines += [f"    original code for {limit}" for limit in done.limits]
-        lines += [f"  left {one.name or '(the module itself)'}: {one.cls}: {one.reason}" for one in self.left]
-        return "\n".join(lines)
 
 
 def apply(module: nn.Module, targets: Sequence[PatchTarget], *, strict: bool = False) -> PatchReport:
@@ -69,14 +33,21 @@ def apply(module: nn.Module, targets: Sequence[PatchTarget], *, strict: bool = F
             "compiled; patch the plain model first, then compile it"
         )
     report, swaps = PatchReport(), []
+    own_code: dict[str, str] = {}  # modules that always run their own code, and so do those inside them
     for name, one, target, definer in found:
         shown = f"{type_of(one).__module__}.{type_of(one).__qualname__}"
-        if (reason := _objection(one, target, definer)) is not None:
+        reason = next((why for outer, why in own_code.items() if not outer or name.startswith(f"{outer}.")), None)
+        reason = reason or _objection(one, target, definer)
+        if reason is None and (reason := target.fast.always_original(one)) is not None:
+            own_code[name] = reason
+        if reason is not None:
             report.left.append(Skipped(name, shown, reason))
             continue
         if not isinstance(one, PatchedModule):
             swaps.append((one, target.fast))
-        report.replaced.append(Patched(name, shown, (*target.fast.limits(one), *_untested(target))))
+        report.replaced.append(Patched(name, shown, tuple(target.fast.limits(one))))
+    report.others += other_quantizers(module, [name for name, *_ in found])
+    report.notes += dict.fromkeys(note for _, _, target, _ in found if (note := _untested(target)))
     if strict and (report.left or not report.replaced):
         why = str(report) if report.left else "it holds no quantizer that fastvq knows; see fastvq.compat"
         raise ValueError(f"{OP}: strict=True and not every quantizer can be replaced; nothing was changed. {why}")
@@ -126,13 +97,16 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 @functools.cache
-def _untested(target: PatchTarget) -> tuple[str, ...]:
-    """A line where the installed version is newer than any that was compared."""
+def _untested(target: PatchTarget) -> str:
+    """A note where the installed version is newer than any that was compared, else empty."""
     try:
         version = importlib.metadata.version(target.distribution) if target.distribution else ""
     except importlib.metadata.PackageNotFoundError:
-        return ()
+        return ""
     installed, tested = (tuple(map(int, re.findall(r"\d+", v)[:2])) for v in (version, target.tested))
     if installed > tested:
-        return (f"nothing, but {target.distribution} {version} is newer than {target.tested}, the newest compared",)
-    return ()
+        return (
+            f"{target.distribution} {version} is newer than {target.tested}, the newest version compared with fastvq; "
+            "compare its results before and after"
+        )
+    return ""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from fastvq.compat._apply import PatchReport, apply
+from fastvq.compat._apply import apply
 from fastvq.compat._registry import TARGETS
+from fastvq.compat._report import PatchReport
 from fastvq.compat._target import swap_back
 
 __all__ = ["patch", "unpatch"]
@@ -30,7 +31,8 @@ def patch(module: nn.Module, *, strict: bool = False) -> PatchReport:
         strict: raise unless every quantizer was replaced, and at least one.
 
     Returns:
-        ``PatchReport(replaced, left)``, with the reason for every one left.
+        ``PatchReport(replaced, left, others, notes)``: what is faster; what fastvq knows and left as it is, with the
+        reason; what is none of its quantizers (FSQ, LFQ and the like); and notes on installed versions.
 
     Raises:
         ValueError: a quantizer lies inside a module that ``torch.compile`` has compiled; patch, then compile. With

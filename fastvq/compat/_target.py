@@ -103,8 +103,13 @@ class PatchedModule(nn.Module):
         return (_rebuild, (cls.__bases__[0], cls.original), *rest)
 
     @classmethod
+    def always_original(cls, module: nn.Module) -> str | None:
+        """Why every call of this instance would run its original code, so that it is left as it is; else None."""
+        return None
+
+    @classmethod
     def limits(cls, module: nn.Module) -> list[str]:
-        """Which calls of this instance will use its original code, as far as its options tell."""
+        """Where calls of this instance will use its original code, as far as its options tell: "in training: why"."""
         return []
 
     def _fall_back(self, reason: str) -> None:

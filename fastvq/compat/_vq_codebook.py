@@ -11,15 +11,29 @@ from fastvq import ops
 from fastvq.compat._lookup import kmeans_lloyd, nearest, statistics
 from fastvq.compat._target import PatchedModule, peer_module
 
-__all__ = ["WITHOUT_DISTANCES", "FastCodebook"]
+__all__ = ["WITHOUT_DISTANCES", "FastCodebook", "samples_or_moves"]
 
 # Travels from VectorQuantize to its Codebook in the place of the sampling temperature, which a deterministic lookup
 # does not read: state on the module instead would be shared by threads that serve one model.
 WITHOUT_DISTANCES = "fastvq: the distances are not used"
 
 
+def samples_or_moves(codebook: Any) -> str | None:
+    """Why a codebook's choice is never a lookup of nearest codes; None where it is one."""
+    sampling = getattr(codebook.gumbel_sample, "keywords", {})
+    if sampling.get("stochastic") or sampling.get("straight_through"):
+        return "codes are sampled (stochastic_sample_codes or straight_through), not the nearest ones"
+    if codebook.affine_param:
+        return "affine_param moves the codebook with every batch"
+    return None
+
+
 class FastCodebook(PatchedModule):
     """``Codebook`` with the lookup, the statistics and k-means of fastvq; moving averages stay the peer's."""
+
+    @classmethod
+    def always_original(cls, module: nn.Module) -> str | None:
+        return samples_or_moves(module)
 
     def forward(
         self,

@@ -6,11 +6,12 @@ import random
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvq import ops
 from fastvq.compat._residual import all_levels
 from fastvq.compat._target import PatchedModule, peer_module
+from fastvq.compat._vq_codebook import samples_or_moves
 
 __all__ = ["FastResidualVQ", "FastSimVQ"]
 
@@ -19,6 +20,26 @@ class FastResidualVQ(PatchedModule):
     """``ResidualVQ``: in eval all levels in one pass; in training without the peer's copy of all residuals, which only
     two of its options read. (There a level passes on what its estimator made of its codes, and changes them.)
     """
+
+    @classmethod
+    def always_original(cls, module: nn.Module) -> str | None:
+        rvq: Any = module
+        if rvq.implicit_neural_codebook:
+            return "implicit_neural_codebook gives every vector its own codebook"
+        if (rvq.beam_size or 1) > 1 and (rvq.eval_beam_size or 1) > 1:
+            return "beam search needs more than the nearest code of a level"
+        reasons = [samples_or_moves(layer._codebook) for layer in rvq.layers if hasattr(layer, "_codebook")]
+        return reasons[0] if reasons and all(reasons) else None
+
+    @classmethod
+    def limits(cls, module: nn.Module) -> list[str]:
+        rvq: Any = module
+        beams = {"in training": rvq.beam_size, "in eval": rvq.eval_beam_size}
+        return [
+            f"{when}: beam search needs more than the nearest code of a level"
+            for when, size in beams.items()
+            if (size or 1) > 1
+        ]
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastvq.compat._exports import subclasses_of
 from fastvq.compat._target import PatchedModule, PatchTarget, all_of, hooked, peer_module, require
-from fastvq.compat._vq_codebook import WITHOUT_DISTANCES, FastCodebook
+from fastvq.compat._vq_codebook import WITHOUT_DISTANCES, FastCodebook, samples_or_moves
 from fastvq.compat._vq_residual import FastResidualVQ, FastSimVQ
 
 __all__ = ["TARGETS", "FastVectorQuantize"]
@@ -65,8 +65,13 @@ class FastVectorQuantize(PatchedModule):
         )
 
     @classmethod
+    def always_original(cls, module: nn.Module) -> str | None:
+        codebook: Any = module._codebook
+        return samples_or_moves(codebook)
+
+    @classmethod
     def limits(cls, module: nn.Module) -> list[str]:
-        return [*_always_original(module), *_original_in_training(module)]
+        return [f"in training: {reason}" for reason in _original_in_training(module)]
 
     def looks_up(self, x: Tensor) -> bool:
         """Whether calling it on x does no more than to look up one euclidean codebook."""
@@ -92,8 +97,8 @@ class FastVectorQuantize(PatchedModule):
             return "codebook_transform_fn gives every vector its own codebook"
         if not isinstance(self._codebook, FastCodebook):
             return "its codebook is not patched"
-        reasons = [*_always_original(self), *(_original_in_training(self) if self.training else ())]
-        return reasons[0] if reasons else None
+        reasons = _original_in_training(self) if self.training else []
+        return samples_or_moves(self._codebook) or (reasons[0] if reasons else None)
 
     def _is_plain(self, x: Tensor) -> bool:
         """Whether one pass gives all that this call returns."""
@@ -162,16 +167,6 @@ class FastVectorQuantize(PatchedModule):
         if self._is_map() or not self.channel_last:
             return q.transpose(1, 2).unflatten(2, space)
         return q
-
-
-def _always_original(module: Any) -> list[str]:
-    reasons = []
-    sampling = getattr(module._codebook.gumbel_sample, "keywords", {})
-    if sampling.get("stochastic") or sampling.get("straight_through"):
-        reasons.append("codes are sampled (stochastic_sample_codes or straight_through), not the nearest ones")
-    if module._codebook.affine_param:
-        reasons.append("affine_param moves the codebook with every batch")
-    return reasons
 
 
 def _original_in_training(module: Any) -> list[str]:

@@ -45,7 +45,7 @@ def test_what_stays_as_it_was():
     optimiser.step()
     assert calls == [1]
     assert report and [r.name for r in report.replaced] == ["quantizer"] and not report.left
-    assert "replaced quantizer: vqvae.Quantize" in str(report)
+    assert "faster:\n  quantizer: vqvae.Quantize" in str(report)
     assert fastvq.unpatch(model) == 1 and type(model.quantizer) is kind
     assert fastvq.unpatch(model) == 0
 
@@ -135,7 +135,7 @@ def test_copies_are_patched_and_stand_alone(how, monkeypatch):
 
 def test_nothing_to_replace():
     report = fastvq.patch(nn.Linear(2, 2))
-    assert not report and "0 replaced" in str(report)
+    assert not report and "0 faster" in str(report)
     with pytest.raises(ValueError, match="holds no quantizer that fastvq knows"):
         fastvq.patch(nn.Linear(2, 2), strict=True)
     with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):

@@ -243,8 +243,6 @@ RESIDUAL_VQ_ONE_BY_ONE = {
     "shared": ({"shared_codebook": True}, {}),
     "sizes": ({"codebook_size": (K, K + 1, K, K)}, {}),
     "k-means to come": ({"kmeans_init": True}, {}),
-    "sampled": ({"stochastic_sample_codes": True}, {"sample_codebook_temp": 0.5}),
-    "affine": ({"affine_param": True}, {}),
     "mask": ({}, {"mask": torch.arange(T) < torch.tensor([T, 5])[:, None]}),
     "channels first": ({"accept_image_fmap": True}, {}),
 }
