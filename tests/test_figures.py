@@ -1,0 +1,33 @@
+"""Every figure of README and docs is the one in the file of benchmarks/results that it comes from."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+tables, sentences, results = (importlib.import_module(name) for name in ("tables", "sentences", "results"))
+sys.path.pop(0)
+
+
+@pytest.mark.parametrize("page", sorted({page for page, _ in tables.TABLES}))
+def test_tables_are_those_of_the_files(page):
+    """``python docs/tables.py`` writes them."""
+    text = (ROOT / page).read_text()
+    assert text == tables.written(page, text)
+
+
+@pytest.mark.parametrize(("page", "sentence"), list(sentences.sentences()))
+def test_sentences_state_the_figures_of_the_files(page, sentence):
+    assert sentence in " ".join((ROOT / page).read_text().split())
+
+
+def test_a_peer_is_the_best_of_its_table():
+    """Against a slower peer than the best one a ratio would say too much."""
+    fastest = results.best("masked_conv.csv", shape="16x128->256 32x32 5x5", case="forward+backward")
+    assert fastest["provider"] == "cropped channels-last"
+    for row in results.rows("masked_conv.csv"):
+        if (row["shape"], row["case"]) == (fastest["shape"], fastest["case"]) and "fastvq" not in row["provider"]:
+            assert float(row["p50_ms"]) >= float(fastest["p50_ms"])
