@@ -13,22 +13,22 @@ import torch
 # imported, because Triton reads the variable when a kernel is decorated.
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-    from tests import triton_guard
+    from tests.support import triton_guard
 
     triton_guard.install()
 
 from fastvq._env import VARIABLES
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import triton as triton_backend
-from tests import kinds
 from tests.fuzz import shares
+from tests.support import kinds
 
 # reference, then the CPU kernels once for each instruction set that this machine has.
 ENGINES = ["reference", *(f"cpu-{isa}" for isa in cpu_backend.available_isas())]
 CPU_ENGINES = ENGINES[1:]
-# What the instruction sets beyond AVX-512 serve themselves; everything else would only run AVX-512's kernels again.
+# Beyond AVX-512, these instruction sets have kernels of their own for some ops alone: the files of those ops are marked
+# `every_isa`. Every other test would run AVX-512's kernels again.
 BEYOND = ("emulated", "avx512_vnni")
-OWN = ("test_nearest", "test_quantize", "test_residual", "test_step", "test_pack_codebook", "test_masked_conv_tiles")
 # The Triton kernels on CPU tensors: a hundred times slower, so only for tests marked `interpreted`.
 INTERPRETED = ["triton"] if triton_backend.interpreting() and triton_backend.unavailable() is None else []
 SHARES = pytest.StashKey[dict[str, int]]()  # examples of each fuzz test
@@ -113,7 +113,7 @@ def pytest_itemcollected(item):
 @pytest.hookimpl(trylast=True)  # the tests that -k and -m have left
 def pytest_collection_modifyitems(config, items):
     config.stash[SHARES] = shares.share(items, config.getoption("--fuzz"))
-    repeated = [i for i in items if any(isa in i.nodeid for isa in BEYOND) and not i.path.name.startswith(OWN)]
+    repeated = [i for i in items if any(isa in i.name for isa in BEYOND) and not i.get_closest_marker("every_isa")]
     if repeated:
         config.hook.pytest_deselected(items=repeated)
         items[:] = [i for i in items if i not in set(repeated)]

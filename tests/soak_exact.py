@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastvq.backends import cpu as cpu_backend
 from fastvq.ops import nearest
-from tests import oracle
-from tests.cases import DTYPES, HARD, METRICS, generator
-from tests.distributions import DISTRIBUTIONS
 from tests.ops.test_nearest_bound import use_of_bound
 from tests.ops.test_nearest_kernel import lookup
+from tests.support import oracle
+from tests.support.cases import DTYPES, HARD, METRICS, generator
+from tests.support.distributions import DISTRIBUTIONS
 
 ROWS = 4000  # a batch
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from fastvq.data import Shards, http, open_data, read_picture
-
-from .archives import BLOCK, END, archive, header, padded, png, send, server, with_tarfile
+from tests.support.archives import BLOCK, END, archive, header, padded, png, send, server, with_tarfile
 
 PICTURES = [(f"{i}.png", png(i)) for i in range(6)]
 

@@ -19,8 +19,7 @@ from PIL import Image
 from fastvq import data
 from fastvq.data import BadPicture, ImageFolder, Loader, Shards, normalise, open_data, psnr, read_picture, to_pixels
 from fastvq.data.shards import expand
-
-from .models.small import Squares
+from tests.support.models.small import Squares
 
 
 def encoded(mode="RGB", size=(20, 16), form="png", **options):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from fastvq import distributed
 from fastvq.nn import GroupedVQ, ResidualVQ, VectorQuantizer, update_codebooks
 from fastvq.ops import nearest
-from tests.cases import HARD, METRICS, generator
+from tests.support.cases import HARD, METRICS, generator
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="torch has no gloo here")
 TIMEOUT = 120

@@ -19,9 +19,9 @@ from fastvq.cli.file_names import FileNames
 from fastvq.data import Shards, http
 from fastvq.models import VQVAE
 from fastvq.training import ProcessContext
+from tests.support.archives import archive, header, png, send, server
+from tests.support.models.small import small_vqvae
 
-from .archives import archive, header, png, send, server
-from .models.small import small_vqvae
 from .test_cli import fastvq
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastvq import kmeans
-from tests.cases import DTYPES, generator
+from tests.support.cases import DTYPES, generator
 
 
 def clusters(n, k, d, seed, spread=0.05):

@@ -20,9 +20,9 @@ from fastvq.ops import (
     residual_quantize,
     vq_step,
 )
-from tests import oracle
-from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
-from tests.tolerance import assert_within, gamma
+from tests.support import oracle
+from tests.support.cases import DTYPES, HARD, METRICS, gaussian, generator
+from tests.support.tolerance import assert_within, gamma
 
 pytestmark = pytest.mark.needs_gpu
 ON_GPU = [b.name for b in BACKENDS.values() if b.name not in ("cpu", "reference")]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastvq.ops import nearest, quantize
-from tests import oracle
-from tests.cases import gaussian, generator
+from tests.support import oracle
+from tests.support.cases import gaussian, generator
 
 
 class Tokens(torch.utils.data.Dataset):

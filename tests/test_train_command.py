@@ -6,8 +6,8 @@ import pytest
 
 from fastvq.cli import train as module
 from fastvq.models import VQVAE, Prior
+from tests.support.archives import png
 
-from .archives import png
 from .test_cli import fastvq
 
 SMALL = ["--size", "16", "--hidden", "8", "--codes", "16", "--code-dim", "4", "--blocks", "1", "--levels", "1",

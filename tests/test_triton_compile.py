@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="needs the package triton")
-from tests.triton_calls import CALLS, REPEATS, TENSOR_CORES
+from tests.support.triton_calls import CALLS, REPEATS, TENSOR_CORES
 
 ROOT = Path(__file__).parent.parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use, CUDA programming guide
@@ -26,7 +26,7 @@ def compilations(tmp_path_factory):
     for card in SHARED_LIMIT:
         path = folder / f"{card}.jsonl"
         with path.open("w") as out, path.with_suffix(".log").open("w") as log:
-            command = [sys.executable, "-m", "tests.triton_offline", str(card)]
+            command = [sys.executable, "-m", "tests.support.triton_offline", str(card)]
             started[card] = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=log), path
     yield started
     for process, _ in started.values():

@@ -13,7 +13,7 @@ from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
 from fastvq.backends.golden import record as packaged
 from fastvq.cli.main import app
-from tests import golden_record
+from tests.support import golden_record
 
 
 def info_verify():

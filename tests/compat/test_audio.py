@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fastvq
-from tests.compat.lockstep import Lookup, lockstep
-from tests.compat.peers import peer, peer_part
+from tests.support.compat.lockstep import Lookup, lockstep
+from tests.support.compat.peers import peer, peer_part
 
 B, D, K, T, Q = 2, 16, 24, 60, 3
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastvq
-from tests.compat import doubles
-from tests.compat.peers import peer, peer_part
+from tests.support.compat import doubles
+from tests.support.compat.peers import peer, peer_part
 
 N, D, K = 2000, 32, 256
 

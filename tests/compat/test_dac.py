@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastvq
-from tests import oracle
-from tests.compat.peers import peer
+from tests.support import oracle
+from tests.support.compat.peers import peer
 
 B, C, D, K, T, Q = 3, 40, 8, 24, 61, 4
 

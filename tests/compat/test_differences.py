@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fastvq
-from tests import oracle
-from tests.compat.peers import peer
+from tests.support import oracle
+from tests.support.compat.peers import peer
 
 
 @pytest.fixture

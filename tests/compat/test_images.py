@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 import fastvq
 from fastvq.compat import rosinality, taming, unixpickle, var
-from tests.compat import doubles
-from tests.compat.lockstep import Lookup, lockstep
-from tests.compat.peers import peer
+from tests.support.compat import doubles
+from tests.support.compat.lockstep import Lookup, lockstep
+from tests.support.compat.peers import peer
 
 B, D, K, SIDE = 2, 8, 24, 8
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import fastvq
 from fastvq.compat import FallbackWarning, _apply
-from tests.compat import doubles
-from tests.compat.peers import peer
+from tests.support.compat import doubles
+from tests.support.compat.peers import peer
 
 
 class Model(nn.Module):

@@ -9,8 +9,8 @@ from torch import nn
 
 import fastvq
 from fastvq.compat import _residual
-from tests import oracle
-from tests.compat.peers import peer, peer_part
+from tests.support import oracle
+from tests.support.compat.peers import peer, peer_part
 
 B, D, K, T, Q = 2, 16, 24, 61, 4
 

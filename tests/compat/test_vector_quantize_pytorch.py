@@ -7,9 +7,9 @@ import torch
 from torch.nn import functional as F
 
 import fastvq
-from tests.compat.lockstep import STEPS, Lookup, lockstep
-from tests.compat.peers import peer
-from tests.tolerance import assert_within, gamma
+from tests.support.compat.lockstep import STEPS, Lookup, lockstep
+from tests.support.compat.peers import peer
+from tests.support.tolerance import assert_within, gamma
 
 B, N, D, K = 4, 48, 16, 24
 

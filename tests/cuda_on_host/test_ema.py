@@ -8,9 +8,9 @@ import torch
 from fastvq.backends import views
 from fastvq.ops import code_statistics, ema_update_, replace_dead_codes_
 from fastvq.ops.statistics import reference
-from tests.cases import DTYPES, generator
 from tests.cuda_on_host import host
-from tests.tolerance import assert_within, gamma, roundoff
+from tests.support.cases import DTYPES, generator
+from tests.support.tolerance import assert_within, gamma, roundoff
 
 # Ways to add, and the shared memory of a card that takes them: that of the sort is too small for any owner.
 LIMITS = {"owners": host.SHARED_LIMIT, "sorted": 9 << 10, "atomics": host.SHARED_LIMIT}

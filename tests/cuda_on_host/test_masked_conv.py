@@ -9,11 +9,11 @@ from fastvq.backends import views
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.masked_conv import MASKS, cuda
 from fastvq.ops.masked_conv.common import like_input
-from tests.cases import generator
 from tests.cuda_on_host import host
 from tests.ops import test_masked_conv as plain
 from tests.ops.test_masked_conv import case, leaves, literal_mask
-from tests.tolerance import assert_within, gamma, roundoff, tensor_core_gamma
+from tests.support.cases import generator
+from tests.support.tolerance import assert_within, gamma, roundoff, tensor_core_gamma
 
 FIRST, LAST = torch.contiguous_format, torch.channels_last
 # B, C_in, C_out, H, W, kernel: prime, one, wider than a tile of channels or of pixels, maps below the kernel; channels

@@ -6,9 +6,9 @@ import torch
 
 from fastvq.backends import views
 from fastvq.ops import nearest
-from tests import oracle
-from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
 from tests.cuda_on_host import host
+from tests.support import oracle
+from tests.support.cases import DTYPES, HARD, METRICS, gaussian, generator
 
 ROWS, CODES = 32, 5000  # of each hard case: a GPU's threads take turns on one processor here
 SANITIZED_ROWS, SANITIZED_CODES = 5, 300

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from fastvq.backends import views
-from tests.cases import METRICS, gaussian, generator
 from tests.cuda_on_host import host
-from tests.distributions import DISTRIBUTIONS
 from tests.fuzz import tensor_cores
+from tests.support.cases import METRICS, gaussian, generator
+from tests.support.distributions import DISTRIBUTIONS
 
 ROWS, CODES = 16, 65
 WIDTHS = (3, 4, 5, 8, 9, 64)  # up to 4 and up to 8: operands in two parts

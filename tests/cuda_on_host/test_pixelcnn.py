@@ -8,11 +8,11 @@ import torch
 from fastvq import use_backend
 from fastvq.models.sampling import Choice, sample_ids
 from fastvq.ops import pixelcnn_draw_, pixelcnn_start
-from tests.cases import generator
 from tests.cuda_on_host import host
 from tests.models import test_sampling as plain
 from tests.models.test_sampling import make
-from tests.tolerance import assert_within
+from tests.support.cases import generator
+from tests.support.tolerance import assert_within
 
 # A block alone, a team of three, a team for one image, two teams of two; rows that do not come in whole groups of
 # pixels, more codes than threads, kernels wider than the map.

@@ -8,10 +8,10 @@ from fastvq.backends import views
 from fastvq.ops import code_statistics, quantize, vq_step
 from fastvq.ops.quantize import cuda, reference
 from fastvq.ops.statistics import cuda as statistics
-from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
 from tests.cuda_on_host import host, test_ema
 from tests.ops.test_quantize import compare, indices_changed_since, leaves
-from tests.tolerance import assert_within, gamma, roundoff
+from tests.support.cases import DTYPES, HARD, METRICS, gaussian, generator
+from tests.support.tolerance import assert_within, gamma, roundoff
 
 BOTH = pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
 # The filter's shapes of block, the full scan alone (the last two), rows that fill no block, one lane a row to all 32.

@@ -7,11 +7,11 @@ import torch
 from fastvq.backends import views
 from fastvq.ops import residual_quantize
 from fastvq.ops.residual import cuda
-from tests import oracle
-from tests.cases import DTYPES, HARD, METRICS, generator
 from tests.cuda_on_host import host
 from tests.ops.test_residual import draw, indices_changed_since, no_rows, rotation_of_any_length
-from tests.tolerance import assert_within, gamma
+from tests.support import oracle
+from tests.support.cases import DTYPES, HARD, METRICS, generator
+from tests.support.tolerance import assert_within, gamma
 
 ROWS, CODES = 17, 300  # of each hard case
 # A shape of block for each; the last but one is too wide for one launch, the last needs one row of a second block.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tests.fuzz.values import BITS
-from tests.tolerance import assert_within
+from tests.support.tolerance import assert_within
 
 
 def assert_same_bits(actual: Tensor | None, expected: Tensor | None, what: str) -> None:

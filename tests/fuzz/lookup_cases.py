@@ -7,9 +7,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests import oracle
 from tests.fuzz import layouts, values
 from tests.fuzz.ambient import Ambient, ambients
+from tests.support import oracle
 
 SIZES = (0, 1, 2, 3, 5, 7, 13, 17, 24, 25, 31, 48, 49, 64, 97, 127, 241)
 CODES = (1, 1, 2, 3, 7, 16, 17, 31, 33, 47, 48, 49, 64, 97, 127, 257, 300)

@@ -12,7 +12,7 @@ import pytest
 
 from fastvq.data import Shards
 from fastvq.data.tar import BROKEN, TarReader
-from tests.archives import BLOCK, END, archive, header, padded, png, with_tarfile
+from tests.support.archives import BLOCK, END, archive, header, padded, png, with_tarfile
 
 SECONDS = 5.0
 MEMBERS = [member for i in range(4) for member in ((f"a/{i}.png", png(i)), (f"a/{i}.cls", b"%d" % i))]

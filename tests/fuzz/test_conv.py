@@ -13,7 +13,7 @@ from torch import Tensor
 from fastvq import ops
 from tests.fuzz.ambient import Ambient, ambients
 from tests.fuzz.compare import assert_same_bits
-from tests.tolerance import assert_within, gamma, roundoff
+from tests.support.tolerance import assert_within, gamma, roundoff
 
 MASKS = ("A", "B", "vertical-A", "vertical-B", "horizontal-A", "horizontal-B", "custom")
 CHANNELS = (1, 2, 3, 15, 16, 17, 31, 32, 33, 48)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastvq import ops
 from tests.fuzz.ambient import Ambient, ambients
 from tests.fuzz.compare import assert_same_bits
-from tests.tolerance import assert_within
+from tests.support.tolerance import assert_within
 
 # Float32 through three layers of numbers about 1, each a few hundred roundings of 2^-24 and a gate that shrinks errors.
 CLOSE = 1e-4

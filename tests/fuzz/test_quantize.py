@@ -13,7 +13,7 @@ from tests.fuzz import sums, values
 from tests.fuzz.ambient import Ambient
 from tests.fuzz.compare import assert_close, assert_same, assert_same_bits
 from tests.fuzz.lookup_cases import LookupCase, lookup_cases
-from tests.tolerance import gamma, roundoff
+from tests.support.tolerance import gamma, roundoff
 
 OPS = ("quantize", "vq_step")
 ESTIMATORS = ("straight_through", "rotation", "none")

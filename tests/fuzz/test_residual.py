@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvq import ops
-from tests import oracle
 from tests.fuzz import layouts, sums, values
 from tests.fuzz.ambient import Ambient
 from tests.fuzz.compare import assert_close, assert_same, assert_same_bits
 from tests.fuzz.lookup_cases import LookupCase, lookup_cases
 from tests.fuzz.test_quantize import ESTIMATORS
-from tests.tolerance import gamma, roundoff
+from tests.support import oracle
+from tests.support.tolerance import gamma, roundoff
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,7 @@ import torch
 
 import fastvq.ops
 from fastvq.models import VQVAE, VQVAE2
-
-from .small import pictures, small_vqvae, small_vqvae2
+from tests.support.models.small import pictures, small_vqvae, small_vqvae2
 
 
 @pytest.mark.parametrize("downsample", [2, 4, 8])

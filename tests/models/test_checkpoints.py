@@ -11,8 +11,7 @@ from fastvq._files import write_atomically
 from fastvq.models import VQVAE, VQVAE2, Prior
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.models.checkpoints import load_tensors, save_tensors
-
-from .small import pictures, small_vqvae, small_vqvae2
+from tests.support.models.small import pictures, small_vqvae, small_vqvae2
 
 
 @pytest.mark.parametrize("make", [small_vqvae, small_vqvae2])

@@ -12,8 +12,8 @@ from fastvq.models import VQVAE, VQVAE2, Prior, checkpoints
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.models.checkpoints import METADATA, ZEROS, Pretrained, load_tensors, save_tensors
 from fastvq.training.state import FORMAT, saved_step
+from tests.support.models.small import pictures, small_vqvae, small_vqvae2
 
-from .small import pictures, small_vqvae, small_vqvae2
 from .test_training import run
 
 

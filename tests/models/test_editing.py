@@ -5,8 +5,7 @@ import torch
 
 from fastvq.models import Prior, edit
 from fastvq.models.editing import positions, region_mask
-
-from .small import pictures, small_vqvae, small_vqvae2
+from tests.support.models.small import pictures, small_vqvae, small_vqvae2
 
 BOX = (40, 24, 52, 40)
 

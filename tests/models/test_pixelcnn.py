@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from fastvq.models import PixelCNN
-from tests.cases import generator
-from tests.tolerance import assert_within
+from tests.support.cases import generator
+from tests.support.tolerance import assert_within
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,7 @@ import torch
 
 from fastvq.models import PixelCNN, Prior
 from fastvq.models.prior import as_priors
-
-from .small import small_vqvae, small_vqvae2
+from tests.support.models.small import small_vqvae, small_vqvae2
 
 
 def two_levels(seed=0):

@@ -18,8 +18,8 @@ from fastvq.data import BadPicture, ImageFolder, Shards, open_data, read_picture
 from fastvq.models import VQVAE
 from fastvq.models.checkpoints import METADATA, load_state, save_tensors
 from fastvq.training.state import STATE
+from tests.support.models.small import small_vqvae
 
-from .small import small_vqvae
 from .test_damaged_files import read
 from .test_training import run
 

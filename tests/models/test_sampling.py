@@ -9,9 +9,9 @@ from fastvq import use_backend
 from fastvq.models import PixelCNN
 from fastvq.models.sampling import Choice, sample_ids
 from fastvq.ops import pixelcnn_start, pixelcnn_step
-from tests.cases import generator
 from tests.conftest import CPU_ENGINES
-from tests.tolerance import assert_within
+from tests.support.cases import generator
+from tests.support.tolerance import assert_within
 
 
 @pytest.fixture(autouse=True)

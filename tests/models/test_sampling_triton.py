@@ -11,10 +11,10 @@ from fastvq import use_backend
 from fastvq.backends import triton as triton_backend
 from fastvq.models.sampling import Choice, sample_ids
 from fastvq.ops import PixelCNNSteps, pixelcnn_step
-from tests.cases import generator
 from tests.models import test_sampling as plain
 from tests.models.test_sampling import make
-from tests.tolerance import assert_within, roundoff
+from tests.support.cases import generator
+from tests.support.tolerance import assert_within, roundoff
 
 interpreted = pytest.mark.skipif(
     not triton_backend.interpreting(), reason="the interpreter is used where there is no GPU"

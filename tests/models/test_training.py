@@ -17,8 +17,7 @@ from fastvq.data import Loader
 from fastvq.models import VQVAE, Prior
 from fastvq.training import TrainConfig, autoencoder_objective, prior_objective, train
 from fastvq.training.state import load_run
-
-from .small import Squares, pictures, small_vqvae, small_vqvae2
+from tests.support.models.small import Squares, pictures, small_vqvae, small_vqvae2
 
 ROOT = Path(__file__).parents[2]
 CONFIG = dict(steps=12, batch_size=8, accumulate=2, lr=3e-3, warmup=3, ema=0.9, save_every=4, log_every=3)
@@ -55,7 +54,7 @@ def test_training_lowers_the_loss_and_logs_it(tmp_path):
 
 
 def test_a_run_that_was_killed_resumes_to_the_same_bits(tmp_path, whole):
-    script = [sys.executable, "-m", "tests.models.killed_run", str(tmp_path), "10"]
+    script = [sys.executable, "-m", "tests.support.models.killed_run", str(tmp_path), "10"]
     killed = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [line["step"] for line in lines(tmp_path)] == [3, 6, 9]

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from fastvq import kmeans
 from fastvq.nn import ResidualVQ, VectorQuantizer, update_codebooks
 from fastvq.ops import quantize
-from tests.cases import generator
-from tests.tolerance import assert_within, roundoff
+from tests.support.cases import generator
+from tests.support.tolerance import assert_within, roundoff
 
 
 def inertia(x, codebook):

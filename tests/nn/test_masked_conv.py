@@ -5,7 +5,7 @@ import torch
 
 from fastvq import nn
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
-from tests.cases import generator
+from tests.support.cases import generator
 
 
 def test_forward_is_the_op():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastvq.nn import GroupedVQ, ResidualVQ, VectorQuantizer, update_codebooks
-from tests.cases import generator
+from tests.support.cases import generator
 
 D, K, N = 8, 5, 12
 OPTIONS = {

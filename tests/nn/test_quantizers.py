@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from fastvq.nn import GroupedVQ, ResidualVQ, VectorQuantizer, update_codebooks
 from fastvq.nn.codebook import LearnedCodebook
 from fastvq.ops import Quantized
-from tests.cases import generator
+from tests.support.cases import generator
 
 D = 12
 VARIANTS = {

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvq.nn import GroupedVQ, ResidualVQ, VectorQuantizer, update_codebooks
 from fastvq.ops import code_statistics, quantize
-from tests.cases import generator
+from tests.support.cases import generator
 
 D, K = 8, 64
 LEARNABLE = {

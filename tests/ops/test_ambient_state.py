@@ -20,7 +20,7 @@ from fastvq.ops import (
     residual_quantize,
     vq_step,
 )  # fmt: skip
-from tests.cases import gaussian, generator
+from tests.support.cases import gaussian, generator
 
 
 @contextmanager

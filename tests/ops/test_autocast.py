@@ -5,7 +5,7 @@ import torch
 
 from fastvq.ops import code_statistics, nearest, quantize, residual_quantize
 from fastvq.ops.nearest import METRICS
-from tests.cases import generator
+from tests.support.cases import generator
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 

@@ -6,9 +6,9 @@ import torch
 from torch.library import opcheck
 
 from fastvq.ops import code_statistics
-from tests.cases import DTYPES, SIZES, generator
 from tests.conftest import CPU_ENGINES
-from tests.tolerance import assert_within, gamma, roundoff
+from tests.support.cases import DTYPES, SIZES, generator
+from tests.support.tolerance import assert_within, gamma, roundoff
 
 
 def draw(n, k, d, seed, dtype=torch.float32):

@@ -10,8 +10,8 @@ if triton_backend.unavailable() is not None or not triton_backend.interpreting()
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
 
 from fastvq.ops.statistics import triton_statistics
-from tests.cases import DTYPES, generator
 from tests.ops.test_code_statistics import check, draw
+from tests.support.cases import DTYPES, generator
 
 CHUNK = triton_statistics.CHUNK
 

@@ -5,8 +5,8 @@ import torch
 from torch.library import opcheck
 
 from fastvq.ops import code_statistics, ema_update_, nearest, replace_dead_codes_
-from tests.cases import generator
-from tests.tolerance import assert_within, roundoff
+from tests.support.cases import generator
+from tests.support.tolerance import assert_within, roundoff
 
 
 def buffers(k, d, g, heads=(), dtype=torch.float32):

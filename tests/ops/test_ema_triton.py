@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from fastvq.ops.statistics import triton_replace
-from tests.cases import DTYPES, generator
 from tests.ops.test_ema import buffers
+from tests.support.cases import DTYPES, generator
 
 
 @pytest.mark.parametrize("smoothing", ["laplace", "none"])

@@ -10,7 +10,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from fastvq.models import PixelCNN
 from fastvq.ops import nearest, pack_codebook, pixelcnn_start, pixelcnn_step, quantize
-from tests.cases import gaussian, generator
+from tests.support.cases import gaussian, generator
 
 SHAPE = (2, 4, 5)
 X, CODES = gaussian(30, 7, 16, generator(0))

@@ -10,8 +10,8 @@ import torch
 from fastvq.backends import cpu as cpu_backend
 from fastvq.ops import nearest, pack_codebook, quantize, residual_quantize
 from fastvq.ops.nearest import cpu_isa
-from tests import oracle
-from tests.cases import gaussian, generator
+from tests.support import oracle
+from tests.support.cases import gaussian, generator
 
 HERE = [isa for isa in cpu_backend.available_isas() if isa != "amx"]
 OTHER = cpu_backend.ISAS[HERE[-1]]

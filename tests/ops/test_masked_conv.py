@@ -6,9 +6,9 @@ import torch.nn.functional as F
 
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.masked_conv import MASKS, reference
-from tests.cases import generator
 from tests.conftest import CPU_ENGINES
-from tests.tolerance import assert_within, gamma, roundoff
+from tests.support.cases import generator
+from tests.support.tolerance import assert_within, gamma, roundoff
 
 # B, C_in, C_out, H, W, kernel: prime, one, off-tile, maps below the kernel, wider than a chunk of the gradient.
 SHAPES = [

@@ -9,12 +9,15 @@ import torch
 
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.masked_conv import MASKS
-from tests.cases import generator
 from tests.conftest import CPU_ENGINES
 from tests.ops.test_masked_conv import LAYOUTS, SHAPES, case, check, check_gated, leaves, literal_mask
+from tests.support.cases import generator
 
 TILES = [name for name in CPU_ENGINES if name in ("cpu-emulated", "cpu-amx")]
-pytestmark = pytest.mark.skipif(not TILES, reason="no matrix tiles here, and none were built in to stand for them")
+pytestmark = [
+    pytest.mark.every_isa,
+    pytest.mark.skipif(not TILES, reason="no matrix tiles here, and none were built in to stand for them"),
+]
 BF16 = torch.bfloat16
 
 

@@ -7,10 +7,10 @@ pytest.importorskip("triton", reason="needs the package triton")
 from fastvq.backends import triton as triton_backend
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.masked_conv import MASKS
-from tests.cases import generator
 from tests.ops import test_masked_conv as plain
 from tests.ops.test_masked_conv import case, leaves, literal_mask
-from tests.tolerance import assert_within, gamma, roundoff, tensor_core_gamma
+from tests.support.cases import generator
+from tests.support.tolerance import assert_within, gamma, roundoff, tensor_core_gamma
 
 DEVICE = "cpu" if triton_backend.interpreting() else "cuda"
 pytestmark = [] if triton_backend.interpreting() else [pytest.mark.needs_gpu]

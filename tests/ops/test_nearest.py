@@ -7,9 +7,11 @@ import torch
 
 import fastvq
 from fastvq.ops import nearest
-from tests import oracle
-from tests.cases import DTYPES, HARD, METRICS, SIZES, gaussian, generator
 from tests.conftest import CPU_ENGINES, ENGINES
+from tests.support import oracle
+from tests.support.cases import DTYPES, HARD, METRICS, SIZES, gaussian, generator
+
+pytestmark = pytest.mark.every_isa
 
 
 def check(x, codebook, metric, backend, expected=None):

@@ -5,8 +5,10 @@ import torch
 
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
-from tests.cases import DTYPES, HARD, METRICS, generator
-from tests.distributions import DISTRIBUTIONS
+from tests.support.cases import DTYPES, HARD, METRICS, generator
+from tests.support.distributions import DISTRIBUTIONS
+
+pytestmark = pytest.mark.every_isa
 
 _cpu_testing = pytest.importorskip(
     "fastvq._cpu_testing",

@@ -5,9 +5,12 @@ import torch
 
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
-from tests import oracle
+from tests.support import oracle
 
-pytestmark = pytest.mark.skipif(cpu_backend.unavailable() is not None, reason="the extension is not built")
+pytestmark = [
+    pytest.mark.every_isa,
+    pytest.mark.skipif(cpu_backend.unavailable() is not None, reason="the extension is not built"),
+]
 
 
 def lookup(x, codebook, metric="euclidean", fast=False):

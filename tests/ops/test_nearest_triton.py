@@ -10,8 +10,8 @@ from fastvq.backends.tiles import Tile, pick
 from fastvq.ops import nearest
 from fastvq.ops.nearest import triton_ops as kernels
 from fastvq.ops.nearest.triton_pack import FIRST_DATA
-from tests import oracle
-from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
+from tests.support import oracle
+from tests.support.cases import DTYPES, HARD, METRICS, gaussian, generator
 
 # NumPy warns of what the kernels are made for: NaN, infinity, squares that overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -9,8 +9,10 @@ from torch.library import opcheck
 
 from fastvq.backends import cpu as cpu_backend
 from fastvq.ops import PackedCodebook, nearest, pack_codebook, quantize
-from tests import oracle
-from tests.cases import DTYPES, HARD, METRICS, gaussian, generator
+from tests.support import oracle
+from tests.support.cases import DTYPES, HARD, METRICS, gaussian, generator
+
+pytestmark = pytest.mark.every_isa
 
 
 @pytest.mark.parametrize("metric", METRICS)

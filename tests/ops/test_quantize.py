@@ -5,10 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from fastvq.ops import nearest, quantize
-from tests import oracle
-from tests.cases import DTYPES, METRICS, gaussian, generator
 from tests.conftest import CPU_ENGINES
-from tests.tolerance import assert_within, gamma, roundoff
+from tests.support import oracle
+from tests.support.cases import DTYPES, METRICS, gaussian, generator
+from tests.support.tolerance import assert_within, gamma, roundoff
+
+pytestmark = pytest.mark.every_isa
 
 
 def literal(x, codebook, mask, metric, estimator, beta):

@@ -11,9 +11,9 @@ if triton_backend.unavailable() is not None or not triton_backend.interpreting()
 
 from fastvq.ops.quantize import triton_backward, triton_forward
 from fastvq.ops.statistics import triton_statistics
-from tests.cases import gaussian, generator
 from tests.ops.test_quantize import compare, indices_changed_since, leaves
-from tests.tolerance import assert_within, roundoff
+from tests.support.cases import gaussian, generator
+from tests.support.tolerance import assert_within, roundoff
 
 BOTH = pytest.mark.parametrize("estimator", ["straight_through", "rotation"])
 

@@ -5,7 +5,7 @@ import torch
 
 from fastvq.ops import nearest, quantize, residual_quantize
 from fastvq.ops.nearest import cpu
-from tests.cases import gaussian, generator
+from tests.support.cases import gaussian, generator
 
 OPS = torch.ops.fastvq
 X, C = gaussian(50, 10, 8, generator(0))

@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 from fastvq.ops import nearest, quantize
-from tests.cases import METRICS, gaussian, generator
+from tests.support.cases import METRICS, gaussian, generator
 
 
 def pair(requires_grad=False):

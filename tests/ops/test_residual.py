@@ -7,8 +7,10 @@ from torch.library import opcheck
 
 from fastvq.ops import code_statistics, nearest, quantize, residual_quantize
 from fastvq.ops.residual import reference
-from tests.cases import DTYPES, METRICS, generator
-from tests.tolerance import assert_within, gamma, roundoff
+from tests.support.cases import DTYPES, METRICS, generator
+from tests.support.tolerance import assert_within, gamma, roundoff
+
+pytestmark = pytest.mark.every_isa
 
 
 def draw(n, q, k, d, seed=0):

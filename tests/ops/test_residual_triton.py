@@ -10,9 +10,9 @@ from fastvq.backends.tiles import Tile
 from fastvq.ops import residual_quantize
 from fastvq.ops.nearest import triton_ops as kernels
 from fastvq.ops.residual import triton_levels, triton_ops
-from tests.cases import HARD, METRICS, gaussian, generator
 from tests.ops.test_residual import draw, indices_changed_since, no_rows
-from tests.tolerance import assert_within, gamma
+from tests.support.cases import HARD, METRICS, gaussian, generator
+from tests.support.tolerance import assert_within, gamma
 
 
 def both(x, codebooks, g, w, **options):

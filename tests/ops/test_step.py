@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fastvq.ops import code_statistics, quantize, vq_step
-from tests.cases import DTYPES, gaussian, generator
 from tests.conftest import CPU_ENGINES
+from tests.support.cases import DTYPES, gaussian, generator
+
+pytestmark = pytest.mark.every_isa
 
 
 def compare(x, codebook, backend, heads=None, mask=None, **options):

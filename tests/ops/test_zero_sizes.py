@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastvq.ops import code_statistics, nearest, pack_codebook, quantize, residual_quantize, vq_step
-from tests.cases import generator
 from tests.conftest import CPU_ENGINES
+from tests.support.cases import generator
 
 
 @pytest.mark.parametrize("wide_engine", CPU_ENGINES)  # the reference takes a second a call here

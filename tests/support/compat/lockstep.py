@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fastvq
-from tests import oracle
-from tests.tolerance import assert_within, gamma
+from tests.support import oracle
+from tests.support.tolerance import assert_within, gamma
 
 STEPS = 50
 

@@ -1,4 +1,4 @@
-"""The launches of quantization and codebook learning for ``tests.triton_calls``: every tile, layout and dtype once."""
+"""The launches of quantization and codebook learning for ``triton_calls``: every tile, layout and dtype once."""
 
 from collections.abc import Callable
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 # Kernels under an interpreter, or compiled for cards that this machine does not have.
 TRITON = ("test_golden_triton", "test_tiles", "test_triton_compile", "test_triton_guard")
 # Trainings, commands, several processes, compiled graphs and whole benchmarks: each test takes seconds.

@@ -1,4 +1,4 @@
-"""The launches that ``tests.triton_offline`` compiles: every launcher, once at least for each tile and dtype."""
+"""The launches that ``triton_offline`` compiles: every launcher, at least once for each tile and dtype."""
 
 from collections.abc import Callable
 from unittest import mock
@@ -10,7 +10,7 @@ from fastvq.ops.nearest import triton_ops as lookup
 from fastvq.ops.pixelcnn import triton_ops as pixelcnn
 from fastvq.ops.pixelcnn.triton_choice import choose_
 from fastvq.ops.residual import triton_ops as residual
-from tests import triton_calls_learning
+from tests.support import triton_calls_learning
 
 CALLS: dict[str, Callable[[], object]] = {}
 

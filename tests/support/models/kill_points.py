@@ -1,4 +1,4 @@
-"""A short training, killed at every write and resumed: python -m tests.models.kill_points FOLDER.
+"""A short training, killed at every write and resumed: python -m tests.support.models.kill_points FOLDER.
 
 Prints one JSON line: the number of writes, and the faults found. Each run is a fork of this process. The parent imports
 everything once and never computes, so a kill point costs a fraction of a second.

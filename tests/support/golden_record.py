@@ -1,12 +1,11 @@
-"""Writes fastvq's record of golden indices: ``python -m tests.golden_record``. They come from the oracle alone."""
+"""Writes the record of golden indices, from the oracle alone: ``python -m tests.support.golden_record``."""
 
 import json
 from pathlib import Path
 
-import fastvq
 from fastvq.backends.golden import record as golden_record
 from fastvq.backends.golden.record import Lookup
-from tests import oracle
+from tests.support import oracle
 
 
 def entry(lookup: Lookup) -> dict[str, str]:
@@ -16,6 +15,6 @@ def entry(lookup: Lookup) -> dict[str, str]:
 
 if __name__ == "__main__":
     record = {lookup.name: entry(lookup) for lookup in golden_record.lookups()}
-    path = Path(fastvq.__file__).parent / golden_record.RECORD
+    path = Path(golden_record.__file__).parent / golden_record.RECORD
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{len(record)} lookups, {path.stat().st_size} bytes: {path}")

@@ -1,4 +1,4 @@
-"""A training that kills itself without warning: python -m tests.models.killed_run FOLDER STEP."""
+"""A training that kills itself without warning: python -m tests.support.models.killed_run FOLDER STEP."""
 
 import os
 import signal

@@ -1,6 +1,6 @@
-"""Compiles what the Triton launchers launch, for a card that is not there: ``python -m tests.triton_offline ARCH``.
+"""Compiles the launches of the Triton kernels for an absent card: ``python -m tests.support.triton_offline ARCH``.
 
-Each call of ``tests.triton_calls.CALLS`` runs an op's own launcher on fake CUDA tensors. A launch compiles its kernel
+Each call of ``triton_calls.CALLS`` runs an op's own launcher on fake CUDA tensors. A launch compiles its kernel
 for ARCH (80, 90 or 100) instead of running it, and what the compiler made of it is printed as one line of JSON:
 registers, stack, shared memory and how often each instruction of the tensor cores occurs. So the very arguments, tiles
 and constants that ship are what is compiled. Must not run under TRITON_INTERPRET.
@@ -59,7 +59,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main(arch: int) -> None:
-    from tests.triton_calls import CALLS, REPEATS
+    from tests.support.triton_calls import CALLS, REPEATS
 
     driver.set_active(OfflineDriver(arch))
     triton_backend.capability = lambda device: arch
