@@ -80,6 +80,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "measuring.md",
+    "examples/README.md": "examples.md",
     "benchmarks/results/nvidia_h100_80gb_hbm3/summary.md": "h100.md",
 }
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
