@@ -8,7 +8,7 @@ from fastvq.backends import views
 from fastvq.ops import residual_quantize
 from fastvq.ops.residual import cuda
 from tests.cuda_on_host import host
-from tests.ops.test_residual import draw, indices_changed_since, no_rows, rotation_of_any_length
+from tests.ops.test_residual import draw, indices_changed_since, no_rows, rotation_of_any_length, rotation_over_levels
 from tests.support import oracle
 from tests.support.cases import DTYPES, HARD, METRICS, generator
 from tests.support.tolerance import assert_within, gamma
@@ -108,6 +108,10 @@ def test_gradients(metric, estimator, dtype, masked, cuda_on_host):
     bound = gamma(4 * d + 6 * q + 40, torch.float64 if dtype == torch.float64 else torch.float32) * 10 * size
     assert_within(grad_x, expected_x, bound + torch.finfo(dtype).eps * expected_x.double().abs())
     assert_within(grad_c, expected_c, 2 * torch.finfo(torch.float32).eps * expected_c.abs())
+
+
+def test_rotation_over_levels(cuda_on_host):
+    rotation_over_levels(torch.float32, "cuda")
 
 
 def test_rotation_of_any_length(cuda_on_host):

@@ -103,6 +103,63 @@ def test_one_level_is_quantize(estimator, engine):
     assert_within(b.grad, a.grad, bound)
 
 
+def rotations(x, c):
+    """[N, D, D]: the rotation in the plane of x and c that takes the direction of x to that of c.
+
+    Written in an orthonormal basis of the plane.
+    """
+    e = F.normalize(x, dim=-1)
+    cosine = (F.normalize(c, dim=-1) * e).sum(-1, keepdim=True)
+    beyond = F.normalize(c, dim=-1) - cosine * e
+    sine = beyond.norm(dim=-1, keepdim=True)
+    f = beyond / sine
+    outer = lambda a, b: a[:, :, None] * b[:, None, :]  # noqa: E731
+    in_plane = (cosine - 1)[..., None] * (outer(e, e) + outer(f, f)) + sine[..., None] * (outer(f, e) - outer(e, f))
+    return torch.eye(x.shape[1], dtype=x.dtype) + in_plane
+
+
+def rotation_over_levels(dtype, backend):
+    """The gradient of quantized and of the losses to x: float64 autograd through the matrices of ``rotations``."""
+    n, n_levels, d = 150, 4, 9
+    x, codebooks = draw(n, n_levels, 17, d)
+    x, g = x.to(dtype).requires_grad_(), torch.randn(n, d, generator=generator(2)).to(dtype)
+    mask, weights = torch.arange(n) % 4 != 0, torch.arange(1.0, n_levels + 1)
+    got = residual_quantize(x, codebooks, estimator="rotation", mask=mask, beta=0.25, backend=backend)
+    ((got.quantized * g).sum() + (got.commitment_losses * weights).sum()).backward()
+
+    wide = x.detach().double().requires_grad_()
+    codes = [level[i].double() for level, i in zip(codebooks, got.indices.clamp(min=0).T, strict=True)]
+    total, lengths = sum(codes), sum(c.norm(dim=1, keepdim=True) for c in codes)
+    turn = rotations(wide.detach(), total)
+    length = total.norm(dim=1, keepdim=True)
+    scale = length / wide.detach().norm(dim=1, keepdim=True)
+    assert_within((turn @ wide.detach()[..., None])[..., 0] * scale, total, 1e-12 * length)
+    (scale * (turn @ wide[..., None])[..., 0] * g.double())[mask].sum().backward()
+    rotated, loss, residual = wide.grad.clone(), 0, wide
+    for w, c in zip(weights, codes, strict=True):
+        loss = loss + w * 0.25 * F.mse_loss(residual[mask], c[mask])
+        residual = residual - c
+    loss.backward()
+
+    # The kernels round the sum of the codes at each level. That turns it by roundings of the codes' lengths over its
+    # own length, and the axis of the rotation, x^ + c^, by as much over the length of the axis. Two dot products of D
+    # terms and a handful of roundings follow, and a few a level for the losses. The rotated gradient and the result may
+    # each be rounded to x's dtype.
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    axis = (F.normalize(wide.detach(), dim=1) + F.normalize(total, dim=1)).norm(dim=1, keepdim=True)
+    size = 10 * scale * g.double().norm(dim=1, keepdim=True) * (lengths / length) / axis
+    size = size + weights.sum() * (wide.detach().abs() + lengths)
+    bound = gamma(4 * d + 6 * n_levels + 40, work) * size + 1.01 * roundoff(dtype) * (wide.grad.abs() + rotated.abs())
+    assert_within(x.grad[mask], wide.grad[mask], bound[mask])
+    assert not x.grad[~mask].any()
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rotation_over_levels(dtype, engine):
+    rotation_over_levels(dtype, engine)
+
+
 def rotation_of_any_length(backend):
     """Lengths of x for which the factors, or the squares, leave float32's range."""
     x, codebooks = draw(53, 2, 1, 19)
