@@ -19,6 +19,8 @@ from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import registry
 from fastvq.backends import triton as triton_backend
+from fastvq.ops.nearest import NEAREST
+from fastvq.ops.nearest.call import NearestCall
 
 ROOT = Path(__file__).parent.parent
 X, CODES = torch.randn(20, 4), torch.randn(6, 4)
@@ -152,6 +154,7 @@ def alone(monkeypatch):
     )
     monkeypatch.setattr(cuda_backend, "_import_error", "ImportError: no nvcc")
     monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(registry, "_serves", set())
 
 
 def test_the_first_call_that_falls_to_the_reference_warns_with_reason_and_remedy(alone):
@@ -176,6 +179,7 @@ def test_a_reference_that_was_asked_for_does_not_warn(alone, monkeypatch):
 
 def test_kernels_that_do_not_take_this_call_alone_do_not_warn(monkeypatch):
     monkeypatch.setattr(registry, "_warned", set())
+    monkeypatch.setattr(registry, "_serves", set())
     monkeypatch.setattr(triton_backend, "interpreting", lambda: False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -195,14 +199,14 @@ def test_other_devices_without_kernels_are_named(device, expected, alone, monkey
 
     kind = type("OnDevice", (torch.Tensor,), {"device": torch.device(device)})
     with pytest.warns(RuntimeWarning, match=f"run on {torch.device(device).type} tensors") as caught:
-        run = registry.choose("fastvq.ops.an_op", ops.nearest.__globals__["IMPLEMENTATIONS"], None, *_call(kind))
-    assert run is ops.nearest.__globals__["IMPLEMENTATIONS"]["reference"].run
+        assert NEAREST.choose(_call(kind)) == "reference"
     for words in expected:
         assert words in str(caught[0].message)
 
 
 def _call(kind):
-    return torch.empty(2, 3).as_subclass(kind), torch.empty(4, 3).as_subclass(kind), "euclidean", "exact"
+    x, codebook = torch.empty(2, 3).as_subclass(kind), torch.empty(4, 3).as_subclass(kind)
+    return NearestCall(x, codebook, "euclidean", "exact", False, None)
 
 
 def test_build_info_says_which_backend_serves_which_device(alone, monkeypatch):

@@ -15,6 +15,7 @@ import fastvq
 from fastvq._env import VARIABLES
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import cuda as cuda_backend
+from fastvq.backends import registry
 from fastvq.backends import triton as triton_backend
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,7 @@ def test_build_info(monkeypatch):
 
 def test_build_info_without_the_extension(monkeypatch):
     monkeypatch.setattr(cpu_backend, "_import_error", "ImportError: no such file")
+    monkeypatch.setattr(registry, "_serves", set())
     info = fastvq.build_info()
     assert info["cpu"] == {"compiler": None, "available": [], "isa": None, "amx": info["backends"]["cpu"]["reason"]}
     assert not info["backends"]["cpu"]["available"] and "no such file" in info["backends"]["cpu"]["reason"]

@@ -2,19 +2,27 @@
 
 import importlib
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 
+from fastvq.backends import registry
+from fastvq.backends import triton as triton_backend
 from fastvq.backends.golden import gate
 from fastvq.backends.golden.cases import USED, WORK, Configuration, cases, configuration, widened
 from fastvq.ops import residual, step
-from fastvq.ops.nearest import METRICS, reference
+from fastvq.ops.nearest import METRICS, NEAREST, reference
+from fastvq.ops.nearest.call import NearestCall
 
-# Modules whose names are those of functions in fastvq.ops.
-lookups, quantize = (importlib.import_module(f"fastvq.ops.{name}") for name in ("nearest", "quantize"))
+# A module whose name is that of a function in fastvq.ops.
+quantize = importlib.import_module("fastvq.ops.quantize")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 F32 = Configuration("dot", "exact", torch.float32, torch.float32, 40, 300, ())
+
+
+def refusal(x, codebook, metric, precision):
+    return NEAREST.why_unsupported("triton", NearestCall(x, codebook, metric, precision, False, None))
 
 
 @pytest.fixture
@@ -32,9 +40,9 @@ def on_unknown_card(unknown_card, monkeypatch):
     """The Triton predicates on CPU tensors, as if those were on that card; what its lookups are called with."""
     calls = []
 
-    def lookup(*arguments):
-        calls.append(arguments)
-        return reference.nearest(*arguments)
+    def lookup(call):
+        calls.append(call[:4])
+        return reference.nearest(*call[:4])
 
     def forward(*arguments):
         calls.append(arguments)
@@ -42,8 +50,10 @@ def on_unknown_card(unknown_card, monkeypatch):
 
     once = gate._once
     monkeypatch.setattr(gate, "_once", lambda b, op, _, *a, **k: once(b, op, unknown_card, *a, **k))
-    monkeypatch.setattr(lookups.triton_backend, "why_unsupported", lambda x: None)
-    monkeypatch.setattr(lookups, "_triton_nearest", lookup)
+    monkeypatch.setattr(registry, "_serves", set())
+    monkeypatch.setitem(registry.BACKENDS, "triton", registry.BACKENDS["triton"]._replace(unavailable=lambda: None))
+    monkeypatch.setattr(triton_backend, "interpreting", lambda: True)
+    monkeypatch.setitem(NEAREST.kernels, "triton", replace(NEAREST.kernels["triton"], run=lookup))
     refusal = residual._refuse("triton", lambda x: None, forward)
     monkeypatch.setitem(residual.FORWARD, "triton", residual.FORWARD["triton"]._replace(why_unsupported=refusal))
     return calls
@@ -111,7 +121,7 @@ def test_work_is_bounded_for_wide_rows_and_many_codes():
 def test_a_lookup_runs_nothing_beyond_its_own_kind(metric, precision, on_unknown_card):
     x, codebook = torch.zeros(2, 5, 24, dtype=torch.bfloat16), torch.zeros(400, 24)
     predicates = (
-        lambda: lookups.IMPLEMENTATIONS["triton"].why_unsupported(x, codebook, metric, precision),
+        lambda: refusal(x, codebook, metric, precision),
         lambda: quantize.FORWARD["triton"].why_unsupported(x, codebook, None, metric, 0.25, precision),
         lambda: step.IMPLEMENTATIONS["triton"].why_unsupported(x, codebook, None, metric, 0.25, precision, True),
     )
@@ -127,14 +137,14 @@ def test_a_lookup_runs_nothing_beyond_its_own_kind(metric, precision, on_unknown
         # Of the same kind: as many codes within a power of two, heads, other ops that rest on the lookup.
         assert all(refuse() is None for refuse in predicates[1:])
         heads = codebook[:390].expand(2, -1, -1)
-        assert lookups.IMPLEMENTATIONS["triton"].why_unsupported(x, heads, metric, precision) is None
+        assert refusal(x, heads, metric, precision) is None
     assert len(on_unknown_card) == ran
 
 
 def test_another_kind_runs_again_and_few_codes_stand_for_no_more(on_unknown_card):
     def ran(x, codebook, metric="dot", precision="exact"):
         before = len(on_unknown_card)
-        assert lookups.IMPLEMENTATIONS["triton"].why_unsupported(x, codebook, metric, precision) is None
+        assert refusal(x, codebook, metric, precision) is None
         return len(on_unknown_card) - before
 
     x, codebook = torch.zeros(9, 8), torch.zeros(513, 8)

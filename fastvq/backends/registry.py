@@ -27,8 +27,12 @@ __all__ = [
     "bound_backend",
     "check_backend",
     "choose",
+    "named_backend",
+    "outside_autocast",
     "serving",
     "use_backend",
+    "warn_of_reference",
+    "why_unsupported_on",
 ]
 
 
@@ -42,7 +46,7 @@ class Backend(NamedTuple):
 # In order of preference. Triton's interpreter takes CPU tensors too: it is slower than anything, so it stands behind
 # the CPU kernels. On an H100 Triton's lookup is 2 to 5 times faster than that of CUDA C++, which serves where Triton
 # cannot.
-BACKENDS = {
+BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
         Backend("cpu", "C++ kernels for CPU tensors", cpu_backend.unavailable, cpu_backend.why_unsupported_on),
@@ -61,6 +65,7 @@ class Implementation(NamedTuple):
 
 
 _override: ContextVar[str | None] = ContextVar("fastvq_backend", default=None)
+_serves: set[tuple[str, torch.device]] = set()  # backends that were found to run on a device
 _warned: set[str] = set()  # types of device whose calls fell to the reference
 
 
@@ -111,6 +116,25 @@ def _check_name(op: str, name: str) -> None:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)} or None, got {name!r}")
 
 
+def why_unsupported_on(name: str, device: torch.device) -> str | None:
+    """Why the backend ``name`` cannot serve tensors on ``device``, or None, which is remembered."""
+    if (name, device) in _serves:
+        return None
+    backend = BACKENDS[name]
+    reason = backend.unavailable() or backend.why_unsupported_on(device)
+    if reason is None:
+        _serves.add((name, device))
+    return reason
+
+
+def named_backend(op: str, requested: str | None) -> str | None:
+    """The backend that a call of ``op`` has to use: ``requested``, else ``use_backend``, else ``FASTVQ_BACKEND``."""
+    named = requested or _override.get() or _env.read("FASTVQ_BACKEND")
+    if named:
+        _check_name(op, named)
+    return named
+
+
 def choose(
     op: str, implementations: Mapping[str, Implementation], requested: str | None, *args: Any
 ) -> Callable[..., Any]:
@@ -122,9 +146,7 @@ def choose(
     Raises:
         ValueError: the requested backend cannot serve the call, or none can; every refusal is listed.
     """
-    named = requested or _override.get() or _env.read("FASTVQ_BACKEND")
-    if named:
-        _check_name(op, named)
+    named = named_backend(op, requested)
     refusals = []
     for name in [named] if named else BACKENDS:
         implementation = implementations.get(name)
@@ -136,26 +158,29 @@ def choose(
                 if name != "reference":
                     return implementation.run
                 if not named:
-                    _warn_of_reference(op, args)
-                return _outside_autocast(implementation.run)
+                    warn_of_reference(op, next(_tensors(args)).device)
+                return _without_autocast(implementation.run)
         refusals.append(f"{name}: {reason}")
     remedy = "; pass backend=None to let fastvq choose" if named else ""
     raise ValueError(f"{op}: no backend can serve this call ({'; '.join(refusals)}){remedy}")
 
 
-def _outside_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run`` without autocast, which casts, or refuses, what torch's ``stack`` and ``cat`` are given."""
-    devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
-    if not devices:
-        return run
-
+def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
     def plain(*args: Any) -> Any:
-        with ExitStack() as stack:
-            for device in devices:
-                stack.enter_context(torch.autocast(device, enabled=False))
+        with outside_autocast():
             return run(*args)
 
     return plain
+
+
+@contextmanager
+def outside_autocast() -> Iterator[None]:
+    """Within the block autocast is off: it casts, or refuses, what torch's ``stack`` and ``cat`` are given."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def serving(device: torch.device) -> tuple[str, str | None]:
@@ -180,8 +205,8 @@ def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(a)
 
 
-def _warn_of_reference(op: str, args: tuple[Any, ...]) -> None:
-    device = next(_tensors(args)).device
+def warn_of_reference(op: str, device: torch.device) -> None:
+    """Warns once for each type of device on which no kernels run, so that the reference serves its calls."""
     if device.type in _warned or device.type == "meta":  # which computes nothing
         return
     backend, reason = serving(device)

@@ -49,7 +49,7 @@ def register(
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(name, fake, lib=LIBRARY)
-    op: Callable[..., Any] = getattr(torch.ops.fastvq, name.partition("::")[2])
+    op: Callable[..., Any] = getattr(torch.ops.fastvq, name.partition("::")[2]).default
     if backward is None or setup_context is None or jvp is None:
         return op
     torch.library.register_autograd(name, backward, setup_context=setup_context, lib=LIBRARY)

@@ -135,6 +135,7 @@ def cuda_on_host(monkeypatch):
     monkeypatch.setattr(cuda_backend, "DEVICE", "cpu")
     monkeypatch.setattr(cuda_backend, "on_device_of", lambda x: contextlib.nullcontext())
     monkeypatch.setattr(cuda_backend, "stream", lambda x: 0)
+    monkeypatch.setattr(registry, "_serves", set())
     monkeypatch.setitem(registry.BACKENDS, "cuda", registry.BACKENDS["cuda"]._replace(unavailable=lambda: None))
     return "cuda"
 

@@ -9,8 +9,8 @@ from fastvq.backends.golden import gate
 from fastvq.backends.golden.cases import configuration
 from fastvq.ops import residual
 from fastvq.ops.masked_conv import cuda as masked_conv
-from fastvq.ops.nearest import METRICS, PRECISIONS
-from fastvq.ops.nearest import cuda as lookup
+from fastvq.ops.nearest import METRICS, NEAREST, PRECISIONS
+from fastvq.ops.nearest.call import NearestCall
 from fastvq.ops.quantize import cuda as quantize
 from fastvq.ops.statistics import cuda as ema
 from fastvq.ops.step import cuda as step
@@ -65,7 +65,8 @@ def test_lookups_and_residual_levels_pass_at_the_width_of_the_call(metric, unkno
         warnings.simplefilter("error")
         for precision in PRECISIONS:
             x, codebook = torch.zeros(1, 20), torch.zeros(90, 20, dtype=torch.bfloat16)
-            assert lookup.why_unsupported(x, codebook, metric, precision) is None
+            call = NearestCall(x, codebook, metric, precision, False, "cuda")
+            assert NEAREST.why_unsupported("cuda", call) is None
             levels = x, codebook.expand(2, -1, -1), None, metric, 1.0, False, precision
             assert residual.FORWARD["cuda"].why_unsupported(*levels) is None
     assert {key[3].metric for key in gate._passed if key[2] == "residual_quantize"} == {metric}

@@ -1,10 +1,14 @@
 """Every misuse has its message: op, argument, what was expected, what came, what to do."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import fastvq
 from fastvq.ops import nearest, quantize, vq_step
+from fastvq.ops.nearest import NEAREST
+from fastvq.ops.nearest.call import NearestCall
 
 X, C = torch.zeros(6, 64), torch.zeros(512, 64)
 MASK = torch.ones(6, dtype=torch.bool)
@@ -62,18 +66,17 @@ def test_a_named_backend_never_falls_back():
         nearest(X.cuda(), C.cuda(), backend="cpu")
 
 
-def test_every_refusal_is_listed(monkeypatch):
-    from fastvq.backends import registry
-    from fastvq.ops.nearest import IMPLEMENTATIONS
-
+def test_every_refusal_is_listed():
     broken = {
-        name: implementation._replace(why_unsupported=lambda *_, name=name: f"{name} is out")
-        for name, implementation in IMPLEMENTATIONS.items()
+        name: dataclasses.replace(kernel, why_unsupported=lambda call, name=name: f"{name} is out")
+        for name, kernel in NEAREST.kernels.items()
     }
+    call = NearestCall(X, C, "euclidean", "exact", False, None)
     with pytest.raises(ValueError, match=r"an.op: no backend can serve this call \(cpu: cpu is out; .*reference: ref"):
-        registry.choose("an.op", broken, None)
+        dataclasses.replace(NEAREST, public_name="an.op", kernels=broken).choose(call)
+    alone = dataclasses.replace(NEAREST, kernels={"reference": NEAREST.kernels["reference"]})
     with pytest.raises(ValueError, match=r"\(cpu: it does not have this operation\); pass backend=None"):
-        registry.choose("an.op", {"reference": IMPLEMENTATIONS["reference"]}, "cpu")
+        alone.choose(call._replace(backend="cpu"))
 
 
 def test_use_backend():

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastvq._checks import check_backend_name, check_codebook, check_option
-from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.golden import gate
 from fastvq.backends.golden.cases import configuration
-from fastvq.backends.registry import Implementation, choose
 from fastvq.ops._contract import check_choices, check_lookup
-from fastvq.ops._library import register
+from fastvq.ops._op import Kernel, Op, register
 from fastvq.ops.nearest import cpu, cuda, reference
+from fastvq.ops.nearest.call import LookupCall, NearestCall
 from fastvq.ops.nearest.packed import METRICS, PackedCodebook, operands, pack_codebook
 
-__all__ = ["METRICS", "PRECISIONS", "PackedCodebook", "nearest", "operands", "pack_codebook"]
+__all__ = [
+    "METRICS",
+    "NEAREST",
+    "PRECISIONS",
+    "PackedCodebook",
+    "golden_lookup",
+    "nearest",
+    "operands",
+    "pack_codebook",
+]
 
 OP = "fastvq.ops.nearest"
 PRECISIONS = ("exact", "fast")
-_triton_nearest = triton_backend.lazy_function("fastvq.ops.nearest.triton_ops", "nearest")
-
-
-def _refuse_triton(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
-    return triton_backend.why_unsupported(x) or gate.check_lookup(
-        "triton", x.device, _triton_nearest, reference.nearest, configuration(x, codebook, metric, precision)
-    )
-
-
-IMPLEMENTATIONS = {
-    "cpu": Implementation(cpu.nearest, cpu_backend.why_unsupported),
-    "triton": Implementation(_triton_nearest, _refuse_triton),
-    "cuda": Implementation(cuda.nearest, cuda.why_unsupported),
-    "reference": Implementation(reference.nearest, lambda *_: None),
-}
 
 
 def nearest(
@@ -92,21 +88,14 @@ def nearest(
     check_codebook(OP, x, codes)
     check_option(OP, "metric", metric, METRICS)
     check_option(OP, "precision", precision, PRECISIONS)
-    return torch.ops.fastvq.nearest(x, codes, metric, precision, check_finite, backend, layout)
+    return _nearest(x, codes, metric, precision, check_finite, backend, layout)
 
 
-def _run(
-    x: Tensor, codebook: Tensor, metric: str, precision: str, check_finite: bool, backend: str | None,
-    layout: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    check_lookup(OP, x, codebook)
-    check_choices(OP, metric, precision)
-    if check_finite:
-        _raise_if_not_finite(x)
-    run = choose(OP, IMPLEMENTATIONS, backend, x, codebook, metric, precision)
-    if run is cpu.nearest:
-        return cpu.nearest(x, codebook, metric, precision, layout)
-    return run(x, codebook, metric, precision)
+def _check(call: NearestCall) -> None:
+    check_lookup(OP, call.x, call.codebook)
+    check_choices(OP, call.metric, call.precision)
+    if call.check_finite:
+        _raise_if_not_finite(call.x)
 
 
 def _raise_if_not_finite(x: Tensor) -> None:
@@ -119,16 +108,35 @@ def _raise_if_not_finite(x: Tensor) -> None:
         )
 
 
-def _fake(
-    x: Tensor, codebook: Tensor, metric: str, precision: str, check_finite: bool, backend: str | None,
-    layout: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[:-1], dtype=torch.int64)
+def golden_lookup(op: Op[Any], backend: str, call: LookupCall) -> str | None:
+    """Lookups that are hard to decide, for this op and for those that rest on its kernels."""
+
+    def lookup(x: Tensor, codebook: Tensor, metric: str, precision: str) -> Tensor:
+        found: Tensor = NEAREST.kernels[backend].run(NearestCall(x, codebook, metric, precision, False, backend))
+        return found
+
+    kind = configuration(call.x, call.codebook, call.metric, call.precision)
+    return gate.check_lookup(backend, call.x.device, lookup, reference.nearest, kind)
 
 
-register(
-    "nearest(Tensor x, Tensor codebook, str metric, str precision, bool check_finite, str? backend, "
-    "Tensor? layout=None) -> Tensor",
-    _run,
-    _fake,
+def _rows_and_codes(lookup: Callable[[Tensor, Tensor, str, str], Tensor]) -> Callable[[NearestCall], Tensor]:
+    """``run`` of a backend whose lookup takes nothing but these four."""
+    return lambda call: lookup(call.x, call.codebook, call.metric, call.precision)
+
+
+NEAREST = Op(
+    "nearest",
+    NearestCall,
+    {
+        "cpu": Kernel(cpu.nearest),
+        "triton": Kernel(
+            _rows_and_codes(triton_backend.lazy_function("fastvq.ops.nearest.triton_ops", "nearest")),
+            golden=golden_lookup,
+        ),
+        "cuda": Kernel(_rows_and_codes(cuda.nearest), golden=golden_lookup),
+        "reference": Kernel(_rows_and_codes(reference.nearest)),
+    },
+    check=_check,
+    fake=lambda call: call.x.new_empty(call.x.shape[:-1], dtype=torch.int64),
 )
+_nearest = register(NEAREST)

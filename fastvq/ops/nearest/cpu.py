@@ -11,6 +11,7 @@ from fastvq.backends import views
 from fastvq.backends.views import address
 from fastvq.ops._library import register
 from fastvq.ops.nearest import cpu_isa
+from fastvq.ops.nearest.call import NearestCall
 
 __all__ = ["nearest", "pack"]
 
@@ -18,13 +19,8 @@ PACK = "fastvq.ops.pack_codebook"
 
 
 @cpu_backend.cpu_call
-def nearest(
-    x: Tensor,  # [..., D] or [H, ..., D]
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    metric: str,
-    precision: str,
-    layout: Tensor | None = None,  # what pack made of the codebook
-) -> Tensor:  # [...] or [H, ...] int64
+def nearest(call: NearestCall) -> Tensor:  # [...] or [H, ...] int64
+    x, codebook, metric, precision, _, _, layout = call
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
     x, rows = views.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
     codes, metric_code, fast = views.codes_view(codebook), views.metric_code(metric), precision == "fast"

@@ -7,12 +7,9 @@ from torch import Tensor
 
 from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import views
-from fastvq.backends.golden import gate
-from fastvq.backends.golden.cases import configuration
 from fastvq.backends.views import address
-from fastvq.ops.nearest import reference
 
-__all__ = ["nearest", "why_unsupported"]
+__all__ = ["nearest"]
 
 
 def nearest(
@@ -31,11 +28,3 @@ def nearest(
             cuda_backend.stream(x),
         )  # fmt: skip
     return indices
-
-
-def why_unsupported(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
-    """As ``cuda_backend.why_unsupported``; and on a kind of card that has no record the kernels are checked first, see
-    ``gate.check_lookup``."""
-    return cuda_backend.why_unsupported(x) or gate.check_lookup(
-        "cuda", x.device, nearest, reference.nearest, configuration(x, codebook, metric, precision)
-    )

@@ -21,8 +21,8 @@ from fastvq.backends.registry import Implementation, bound_backend, choose
 from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
 from fastvq.ops._library import no_second_derivative, register, serialisable
 from fastvq.ops._transforms import no_forward_mode
-from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
-from fastvq.ops.nearest import METRICS, PRECISIONS, PackedCodebook, operands
+from fastvq.ops.nearest import METRICS, NEAREST, PRECISIONS, PackedCodebook, operands
+from fastvq.ops.nearest.call import NearestCall
 from fastvq.ops.quantize import cpu, cuda, reference
 
 __all__ = ["ESTIMATORS", "Quantized", "backward", "quantize", "setup_context"]
@@ -30,19 +30,19 @@ __all__ = ["ESTIMATORS", "Quantized", "backward", "quantize", "setup_context"]
 OP = "fastvq.ops.quantize"
 BACKWARD_OP = cpu.BACKWARD_OP
 ESTIMATORS = ("straight_through", "rotation", "none")
-LOOKUP = NEAREST["triton"]
 FORWARD: dict[str, Implementation] = {
     "cpu": Implementation(cpu.quantize, cpu_backend.why_unsupported),
     "triton": Implementation(
         triton_backend.lazy_function("fastvq.ops.quantize.triton_forward", "quantize"),
         lambda x, codebook, mask, metric, beta, precision: (
-            triton_backend.why_rows_unsupported(x) or LOOKUP.why_unsupported(x, codebook, metric, precision)
+            triton_backend.why_rows_unsupported(x)
+            or NEAREST.why_unsupported("triton", NearestCall(x, codebook, metric, precision, False, None))
         ),
     ),
     "cuda": Implementation(
         cuda.quantize,
-        lambda x, codebook, mask, metric, beta, precision: NEAREST["cuda"].why_unsupported(
-            x, codebook, metric, precision
+        lambda x, codebook, mask, metric, beta, precision: NEAREST.why_unsupported(
+            "cuda", NearestCall(x, codebook, metric, precision, False, None)
         ),
     ),
     "reference": Implementation(reference.quantize, lambda *_: None),

@@ -24,11 +24,10 @@ from torch import Tensor
 from fastvq.backends import tiles, views
 from fastvq.backends.triton import float64_bits
 from fastvq.ops._triton_rows import axis_of, code_strides, narrow, row_offset, wide
-from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
+from fastvq.ops.nearest.triton_ops import nearest
 
 __all__ = ["gather", "quantize"]
 
-LOOKUP = NEAREST["triton"]
 BLOCKS = 1024  # partial sums a step of _losses
 # By width alone: an element costs its loads, whatever its type.
 TILES = [
@@ -103,7 +102,7 @@ def quantize(
     beta: float,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return gather(x, codebook, LOOKUP.run(x, codebook, metric, precision), mask, beta)
+    return gather(x, codebook, nearest(x, codebook, metric, precision), mask, beta)
 
 
 def gather(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastvq.backends.golden import calls as golden_calls
 from fastvq.backends.golden import gate
-from fastvq.ops.nearest import IMPLEMENTATIONS as NEAREST
+from fastvq.ops.nearest import NEAREST
+from fastvq.ops.nearest.call import NearestCall
 from fastvq.ops.quantize.cuda import forward
 from fastvq.ops.statistics.cuda import why_statistics_unsupported
 from fastvq.ops.step import reference
@@ -25,7 +26,9 @@ __all__ = ["vq_step", "why_unsupported"]
 def why_unsupported(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, beta: float, precision: str, *_: Any
 ) -> str | None:
-    if (reason := NEAREST["cuda"].why_unsupported(x, codebook, metric, precision)) is not None:
+    if (
+        reason := NEAREST.why_unsupported("cuda", NearestCall(x, codebook, metric, precision, False, None))
+    ) is not None:
         return reason
     heads = codebook.shape[0] if codebook.dim() == 3 else None
     return why_statistics_unsupported(x, x[..., 0], codebook.shape[-2], heads) or gate.check_op(
