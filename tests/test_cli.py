@@ -143,6 +143,14 @@ def test_samples_by_label_and_of_every_class(runs, tmp_path):
     )
 
 
+def test_a_transplant_into_a_picture_that_is_not_square(runs, tmp_path):
+    for name, shape in (("wide", (16, 32)), ("tall", (40, 24))):
+        Image.fromarray(np.full(shape, 99, np.uint8)).save(tmp_path / f"{name}.png")
+    fastvq("edit", tmp_path / "wide.png", "--model", runs / "vqvae", "--source", tmp_path / "tall.png", "--out",
+           tmp_path / "edit.png")  # fmt: skip
+    assert side(tmp_path / "edit-picture.png") == (32, 16)
+
+
 @pytest.mark.parametrize("way", [["--code", "3,5"], ["--swap", "1:2,2:1"], ["--source-index", "1"], ["--label", "0"]])
 def test_edits_write_what_they_changed(runs, tmp_path, way):
     out = tmp_path / "edit.png"

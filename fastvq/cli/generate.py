@@ -14,6 +14,7 @@ from fastvq._files import remove_leftovers
 from fastvq._shorten import SHOWN_NOTE, shorten_text
 from fastvq.cli import shared
 from fastvq.cli.pictures import check_picture_path, edit_picture, grid, save_image, save_picture
+from fastvq.cli.serve import serve
 from fastvq.data import Source, check_size, normalise, open_data
 from fastvq.models import edit
 from fastvq.models.autoencoder import Autoencoder
@@ -101,9 +102,22 @@ def edit_command(
     ),
     seed: int = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--serve",
+            help="open a page in the browser instead; it needs [serve], and takes --model, "
+            "--prior, --size, --device, --host and --port",
+        ),
+    ] = False,
+    host: Annotated[str, typer.Option(help="address of the page; 0.0.0.0: all of this machine's")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="port of the page; 0: any free one")] = 8765,
 ) -> None:
     """Change a part of a picture: transplant, set or swap its codes, or (else) let the prior draw it again."""
     with shared.report_errors():
+        if page:
+            serve(model, prior, size=size, device=device, host=host, port=port)
+            return
         autoencoder, device = _begin("fastvq edit", out, size, model, device)
         if image is not None:
             picture = shared.picture_file(image, autoencoder, size)
@@ -118,7 +132,9 @@ def edit_command(
         way: dict[str, Any] = {}
         if source is not None or source_index is not None:
             other = (
-                shared.picture_file(source, autoencoder, width) if source else _held_out(model, source_index or 0)[0]
+                shared.picture_file(source, autoencoder, (height, width))
+                if source
+                else _held_out(model, source_index or 0)[0]
             )
             way["source"] = other.to(device)
         if code is not None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastvq._json import any_of, nothing, read_json, record, text, whole, write_json
 from fastvq._shorten import SHOWN_NOTE, printable, shorten, shorten_text
 from fastvq.cli.encode_config import listing_digest, same_option
-from fastvq.data import Batch, Loader, Shards, check_size, is_archive, normalise, open_data, read_picture
+from fastvq.data import Batch, Loader, Shards, is_archive, normalise, open_data, read_fitting
 from fastvq.data.sources import Digits, Photographs, Source
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.models.checkpoints import WEIGHTS
@@ -271,14 +271,11 @@ def _first_batch(source: Source | Shards, n: int) -> tuple[Tensor, Tensor | None
 def picture_file(
     path: Path,
     model: Autoencoder,
-    size: int | None,
+    size: int | tuple[int, int] | None,
 ) -> Tensor:
     """[1, C, H, W] of one file. Without ``size`` the picture is cut to multiples of the top level's stride."""
-    check_size("fastvq edit", size)
-    pixels = read_picture(path.read_bytes(), str(path), channels=model.in_channels, size=size, odd="convert")
-    stride = model.strides[0]
-    height, width = (side // stride * stride for side in pixels.shape[1:])
-    return normalise(pixels[None, :, :height, :width])
+    pixels = read_fitting(path.read_bytes(), str(path), channels=model.in_channels, stride=model.strides[0], size=size)
+    return normalise(pixels[None])
 
 
 def count_codes(model: Autoencoder, maps: list[Tensor]) -> list[Tensor]:

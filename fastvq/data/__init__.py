@@ -6,14 +6,15 @@ import os
 
 from fastvq._shorten import shorten
 from fastvq.data.loader import AUGMENTATIONS, Batch, Loader
-from fastvq.data.pictures import BadPicture, Picture, check_size, normalise, psnr, read_picture, to_pixels
+from fastvq.data.pictures import BadPicture, Picture, check_size, normalise, psnr, read_fitting, read_picture, to_pixels
 from fastvq.data.samples import check_field
 from fastvq.data.shards import Shards, is_archive
 from fastvq.data.sources import Digits, ImageFolder, Photographs, Source, Torchvision
 
 __all__ = [
     "AUGMENTATIONS", "BadPicture", "Batch", "Digits", "ImageFolder", "Loader", "Photographs", "Picture", "Shards",
-    "Source", "Torchvision", "check_size", "is_archive", "normalise", "open_data", "psnr", "read_picture", "to_pixels",
+    "Source", "Torchvision", "check_size", "is_archive", "normalise", "open_data", "psnr", "read_fitting",
+    "read_picture", "to_pixels",
 ]  # fmt: skip
 
 

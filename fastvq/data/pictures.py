@@ -16,7 +16,17 @@ from torch import Tensor
 from fastvq._checks import check_option
 from fastvq._shorten import shorten_text
 
-__all__ = ["MAX_SIZE", "BadPicture", "Picture", "check_size", "normalise", "psnr", "read_picture", "to_pixels"]
+__all__ = [
+    "MAX_SIZE",
+    "BadPicture",
+    "Picture",
+    "check_size",
+    "normalise",
+    "psnr",
+    "read_fitting",
+    "read_picture",
+    "to_pixels",
+]
 
 ODD = ("skip", "convert")
 MIN_SIDE = 8  # a smaller picture holds less than one position of the coarsest map
@@ -79,14 +89,14 @@ def read_picture(
     name: str,
     *,
     channels: int,
-    size: int | None,
+    size: int | tuple[int, int] | None,
     odd: str = "skip",
     min_side: int = MIN_SIDE,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """Decodes a picture to uint8 [channels, size, size], or [channels, H, W] with ``size=None``.
+    """Decodes a picture to uint8 [channels, size, size], or [channels, H, W] with ``size=None`` or ``size=(H, W)``.
 
-    The shorter side is scaled to ``size`` and the middle is cut out. Orientation tags are applied.
+    The picture is scaled until it covers ``size``, and the middle is cut out. Orientation tags are applied.
 
     Args:
         channels: 1 (luma) or 3.
@@ -118,7 +128,8 @@ def read_picture(
         if depth.bits > 8 and np.asarray(picture).max() <= 1:
             raise BadPicture(name, f"black: of {depth.bits} bits a channel the upper 8 hold next to nothing")
         if size is not None:
-            picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+            height, width = (size, size) if isinstance(size, int) else size
+            picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     except BadPicture:
         raise
     # Pillow checks its own limits before it reports a size. The warning arrives here if the caller made it an error.
@@ -130,6 +141,23 @@ def read_picture(
         raise BadPicture(name, f"cannot be read: {type(error).__name__}: {shorten_text(error)}") from None
     pixels = torch.from_numpy(np.array(picture, dtype=np.uint8))  # a copy: PIL's memory is read-only
     return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def read_fitting(
+    data: bytes, name: str, *, channels: int, stride: int, size: int | tuple[int, int] | None
+) -> Tensor:  # [C, H, W] uint8
+    """``read_picture`` of a single picture for a model, odd kinds converted. Its sides are cut to multiples of
+    ``stride``, the model's top level's; the picture's right and lower edges lose at most stride - 1 pixels.
+
+    Raises:
+        BadPicture: as ``read_picture``, and where a side is shorter than ``stride``.
+    """
+    pixels = read_picture(data, name, channels=channels, size=size, odd="convert")
+    height, width = (side // stride * stride for side in pixels.shape[1:])
+    if not height or not width:
+        sides = f"{pixels.shape[2]}x{pixels.shape[1]}"
+        raise BadPicture(name, f"too small: {sides}, a side below {stride}, the stride of the model's top level")
+    return pixels[:, :height, :width].contiguous()
 
 
 class _Depth(NamedTuple):
