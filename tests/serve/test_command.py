@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from fastvq._json import write_json
 from fastvq.cli import app, shared
 from fastvq.cli.serve import find_runs
-from tests.models.small import small_vqvae
-from tests.serve.page import loaded
+from tests.support.models.small import small_vqvae
+from tests.support.serve.page import loaded
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 from fastvq.serve import Run, server
 from fastvq.serve.jobs import MAX_WAITING
 from fastvq.serve.server import make_app
-from tests.serve.page import Page, app, loaded, noise, pixels
+from tests.support.serve.page import Page, app, loaded, noise, pixels
 
 BOX = [4, 0, 12, 6]
 

@@ -13,7 +13,7 @@ from fastvq.data import Picture, Source
 from fastvq.models import Prior
 from fastvq.serve import LoadedRun, Run
 from fastvq.serve.server import make_app
-from tests.models.small import small_vqvae, small_vqvae2
+from tests.support.models.small import small_vqvae, small_vqvae2
 
 
 class Held(Source):
