@@ -19,7 +19,7 @@ ROOMS = [
     {"distributed", "_kmeans", "onnx", "_verify"},
     {"nn"},
     {"data", "models", "compat"},
-    {"training"},
+    {"training", "serve"},
     {"__init__"},
     {"cli"},
     {"__main__"},
