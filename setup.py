@@ -21,6 +21,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
@@ -132,6 +133,15 @@ def escape(path: object) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
+class CleanBuild(build):
+    """Empties the folder that a wheel is packed from: an earlier build may have left an extension or a module there."""
+
+    def run(self) -> None:
+        if not getattr(self, "editable_mode", False):
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
 class NinjaBuild(build_ext):
     """Compiles all extensions with one ninja file instead of one compiler call after another."""
 
@@ -230,5 +240,5 @@ if find_nvcc():
     sources[CUDA] = sources_of("bind_cuda.cpp", "cuda/*.cu")
 setup(
     ext_modules=[Extension(name, [str(p) for p in of]) for name, of in sources.items()],
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build": CleanBuild, "build_ext": NinjaBuild},
 )

@@ -12,7 +12,7 @@ from fastvq import _counter, _verify
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
 from fastvq.backends.golden import record as packaged
-from fastvq.cli.main import app
+from fastvq.cli.commands import app
 from tests.support import golden_record
 
 

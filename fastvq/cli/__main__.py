@@ -1,5 +1,5 @@
 """``python -m fastvq.cli``, which ``torchrun -m fastvq.cli`` needs."""
 
-from fastvq.cli.main import main
+from fastvq.cli import main
 
 main()

@@ -8,10 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-import fastvq
-from fastvq import _verify as verification
 from fastvq._json import read_json
-from fastvq.cli import shared
+from fastvq.cli import installation, shared
 from fastvq.cli.id_shards import (
     CONFIG,
     CONFIG_KIND,
@@ -42,11 +40,10 @@ def info(
     file of the folder is lost or damaged; one line names it."""
     with shared.report_errors():
         if verify:
-            _verify()
-            return
+            raise typer.Exit(installation.verify())
         described: dict[str, Any]
         if folder is None:
-            described = {"version": fastvq.__version__, "build": fastvq.build_info()}
+            described = installation.described()
         elif (folder / MANIFEST).is_file() or (folder / CONFIG).is_file():
             described = _maps(folder)
         else:
@@ -72,20 +69,3 @@ def _maps(folder: Path) -> dict[str, Any]:
         path = folder / listed["name"]
         check_listed(OP, path, listed, load_shard(OP, path, manifest["n_codes"]))
     return {name: value for name, value in manifest.items() if name != "shards"}
-
-
-def _verify() -> None:
-    """Prints one line for each backend and instruction set, and a verdict. Exit status 1 if an index is wrong."""
-    verdicts, missing = verification.verify()
-    for v in verdicts:
-        found = f"{v.indices:,} indices as recorded" if v.fault is None else f"WRONG: {v.fault}"
-        typer.echo(f"{v.what}: {found} ({v.seconds:.1f} s)")
-    for name, reason in missing.items():
-        typer.echo(f"{name}: not verified, it cannot run here: {reason}")
-    faults = sum(v.fault is not None for v in verdicts)
-    if faults:
-        typer.echo(
-            f"verdict: {faults} of {len(verdicts)} ways to look up are wrong on this machine; please report this"
-        )
-        raise typer.Exit(1)
-    typer.echo("verdict: every index is the recorded one")

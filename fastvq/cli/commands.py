@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from fastvq._version import VERSION
 from fastvq.cli.decode import decode
 from fastvq.cli.encode import encode
 from fastvq.cli.generate import edit_command, sample
 from fastvq.cli.info import info
 from fastvq.cli.train import train_prior, train_vqvae
 
-__all__ = ["app", "main"]
+__all__ = ["app"]
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Pictures to maps of code ids and back: train a model and its prior, encode, decode, sample, edit.",
 )
 train = typer.Typer(no_args_is_help=True, help="Train a model of pictures, or a prior over its id maps.")
@@ -28,5 +32,16 @@ app.command("edit")(edit_command)
 app.command("info")(info)
 
 
-def main() -> None:
-    app()
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and end")
+    ] = False,
+) -> None:
+    pass
