@@ -229,8 +229,8 @@ class Editor:
         if name == "swatches" and at.isdecimal() and int(at) < model.levels:
             job = self.worker.submit(lambda _: session.swatches(int(at)))
             await run_in_threadpool(job.ended.wait)
-            if job.error is not None:
-                raise ValueError(job.error)
+            if job.state != "done":
+                raise ValueError(job.error or "the server ends")
             pixels = job.result
         else:
             pixels = _view(session, name, int(at) if at.isdecimal() else -1)
