@@ -6,4 +6,4 @@ if ! command -v chromium chromium-browser google-chrome chrome >/dev/null; then
     echo "no browser could be installed: its test skips, and says so"
 fi
 pip install -q playwright uvicorn accelerate transformers
-python -m pytest -q -n 2 tests/serve/test_browser.py tests/test_examples.py -k "browser or accelerate or patch_your"
+python -m pytest -q -n 2 --dist loadfile tests/serve/test_browser.py tests/test_examples.py -k "browser or accelerate or patch_your"
