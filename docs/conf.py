@@ -62,6 +62,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_param = False
+napoleon_use_ivar = True
 
 # The packages whose ``__all__`` is the public interface; docs/reference has an entry for every name.
 PUBLIC = (

@@ -42,15 +42,25 @@ SelectCodes = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 
 @serialisable("models.Output")
 class AutoencoderOutput(NamedTuple):
-    """Result of a forward pass; L levels, top first."""
+    """Result of a forward pass; L levels, top first.
 
-    reconstruction: Tensor  # [B, C, H, W]
-    loss: Tensor  # [] to minimise: reconstruction_loss + commitment_loss (+ codebook losses, where learnable)
-    reconstruction_loss: Tensor  # []
-    commitment_loss: Tensor  # [] summed over levels, weighted
-    maps: list[Tensor]  # L maps of ids, [B, h, w] or [B, h, w, Q], int64
-    perplexity: Tensor  # [L] of this batch
-    used: Tensor  # [L] share of the codes that this batch uses
+    Attributes:
+        reconstruction: [B, C, H, W].
+        loss: [], to minimise: reconstruction_loss + commitment_loss (+ codebook losses, where learnable).
+        reconstruction_loss: [].
+        commitment_loss: [], summed over levels, weighted.
+        maps: L maps of ids, [B, h, w] or [B, h, w, Q], int64.
+        perplexity: [L], of this batch.
+        used: [L], share of the codes that this batch uses.
+    """
+
+    reconstruction: Tensor
+    loss: Tensor
+    reconstruction_loss: Tensor
+    commitment_loss: Tensor
+    maps: list[Tensor]
+    perplexity: Tensor
+    used: Tensor
 
 
 class Autoencoder(Pretrained):

@@ -25,15 +25,25 @@ Region = Sequence[int] | Tensor
 
 
 class Edited(NamedTuple):
-    """Result of an edit; L levels, top first."""
+    """Result of an edit; L levels, top first.
 
-    image: Tensor  # [B, C, H, W] the edited picture
-    reconstruction: Tensor  # [B, C, H, W] decode(encode(image)), which the changes below are measured against
-    maps: list[Tensor]  # L maps after the edit
-    changed: list[Tensor]  # L masks [B, h, w] bool: the positions whose ids changed
-    inside_change: Tensor  # [B] mean absolute change of a pixel inside the region, before any blending
-    outside_change: Tensor  # [B] the same outside the region, where the decoder's reach crosses its edge
-    reach: Tensor  # [B, H, W] bool: the pixels that the changed ids can reach; all others keep every bit
+    Attributes:
+        image: [B, C, H, W] the edited picture.
+        reconstruction: [B, C, H, W] decode(encode(image)), which the changes below are measured against.
+        maps: L maps after the edit.
+        changed: L masks [B, h, w] bool: the positions whose ids changed.
+        inside_change: [B] mean absolute change of a pixel inside the region, before any blending.
+        outside_change: [B] the same outside the region, where the decoder's reach crosses its edge.
+        reach: [B, H, W] bool: the pixels that the changed ids can reach; all others keep every bit.
+    """
+
+    image: Tensor
+    reconstruction: Tensor
+    maps: list[Tensor]
+    changed: list[Tensor]
+    inside_change: Tensor
+    outside_change: Tensor
+    reach: Tensor
 
 
 @torch.no_grad()

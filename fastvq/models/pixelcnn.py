@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastvq._checks import check_dense, check_float, check_indices, check_integer, check_same_device
 from fastvq.models import sampling
 from fastvq.nn import GatedMaskedConv2d
+from fastvq.nn.masked_conv import MaskName
 from fastvq.ops import PixelCNNState, pixelcnn_start
 from fastvq.ops._library import serialisable
 
@@ -20,18 +21,26 @@ __all__ = ["PixelCNN", "PixelCNNLoss"]
 
 @serialisable("models.PixelCNNLoss")
 class PixelCNNLoss(NamedTuple):
-    nats: Tensor  # [] mean negative log-likelihood of a position; call backward on it
-    bits: Tensor  # [] the same in bits, detached
+    """Result of ``PixelCNN.loss``.
+
+    Attributes:
+        nats: [] mean negative log-likelihood of a position; call backward on it.
+        bits: [] the same in bits, detached.
+    """
+
+    nats: Tensor
+    bits: Tensor
 
 
 class _Layer(nn.Module):
     def __init__(self, channels: int, kernel_size: int, first: bool, last: bool) -> None:
         super().__init__()
-        letter = "A" if first else "B"
+        above: MaskName = "vertical-A" if first else "vertical-B"
+        left: MaskName = "horizontal-A" if first else "horizontal-B"
         self.first, self.last = first, last
-        self.vertical = GatedMaskedConv2d(channels, channels, kernel_size, mask=f"vertical-{letter}")
+        self.vertical = GatedMaskedConv2d(channels, channels, kernel_size, mask=above)
         self.link = nn.Conv2d(channels, 2 * channels, 1)
-        self.horizontal = GatedMaskedConv2d(channels, channels, (1, kernel_size), mask=f"horizontal-{letter}")
+        self.horizontal = GatedMaskedConv2d(channels, channels, (1, kernel_size), mask=left)
         self.out = nn.Conv2d(channels, channels if last else 2 * channels, 1)
 
     def forward(

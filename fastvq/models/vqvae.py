@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -52,9 +52,9 @@ class VQVAE(Autoencoder):
         downsample: int = 4,
         *,
         n_blocks: int = 2,
-        quantizer: str = "plain",
+        quantizer: Literal["plain", "residual", "grouped"] = "plain",
         depth: int = 1,
-        loss: str = "mse",
+        loss: Literal["mse", "l1"] = "mse",
         **quantizer_options: Any,
     ) -> None:
         super().__init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -43,9 +43,9 @@ class VQVAE2(Autoencoder):
         *,
         levels: int = 2,
         n_blocks: int = 2,
-        quantizer: str = "plain",
+        quantizer: Literal["plain", "residual", "grouped"] = "plain",
         depth: int = 1,
-        loss: str = "mse",
+        loss: Literal["mse", "l1"] = "mse",
         **quantizer_options: Any,
     ) -> None:
         super().__init__(

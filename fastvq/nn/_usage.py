@@ -14,11 +14,17 @@ __all__ = ["CodeUsage", "count_codes", "usage_of"]
 
 @serialisable("nn.CodeUsage")
 class CodeUsage(NamedTuple):
-    """Use of the codes in the last training step, or in all forwards since ``track_usage``."""
+    """Use of the codes in the last training step, or in all forwards since ``track_usage``.
 
-    perplexity: Tensor  # [...] exp of the entropy of the counts: 1 (one code) ... K (all equally often)
-    used: Tensor  # [...] int64, codes with at least one vector
-    counts: Tensor  # [..., K] int64
+    Attributes:
+        perplexity: [...] exp of the entropy of the counts: 1 (one code) ... K (all equally often).
+        used: [...] int64, codes with at least one vector.
+        counts: [..., K] int64.
+    """
+
+    perplexity: Tensor
+    used: Tensor
+    counts: Tensor
 
 
 def usage_of(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,9 @@ from fastvq._checks import check_integer, check_option
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.masked_conv.masks import MASKS, active_taps
 
-__all__ = ["GatedMaskedConv2d", "MaskedConv2d"]
+__all__ = ["GatedMaskedConv2d", "MaskName", "MaskedConv2d"]
+
+MaskName = Literal["A", "B", "vertical-A", "vertical-B", "horizontal-A", "horizontal-B"]
 
 
 class _MaskedBase(nn.Module):
@@ -22,7 +25,7 @@ class _MaskedBase(nn.Module):
         out_channels: int,
         n_weights: int,
         kernel_size: int | tuple[int, int],
-        mask: str | Tensor,
+        mask: MaskName | Tensor,
         colours: int,
         bias: bool,
         device: torch.device | str | None,
@@ -112,7 +115,7 @@ class MaskedConv2d(_MaskedBase):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         *,
-        mask: str | Tensor = "B",
+        mask: MaskName | Tensor = "B",
         colours: int = 1,
         bias: bool = True,
         device: torch.device | str | None = None,
@@ -140,7 +143,7 @@ class GatedMaskedConv2d(_MaskedBase):
         out_channels: int,
         kernel_size: int | tuple[int, int],
         *,
-        mask: str | Tensor = "B",
+        mask: MaskName | Tensor = "B",
         bias: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,

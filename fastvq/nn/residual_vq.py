@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -51,18 +53,18 @@ class ResidualVQ(Projected, LearnedCodebook):
         quantize_dropout: bool = False,
         decay: float = 0.99,
         eps: float = 1e-5,
-        metric: str = "euclidean",
-        estimator: str = "straight_through",
+        metric: Literal["euclidean", "dot"] = "euclidean",
+        estimator: Literal["straight_through", "rotation", "none"] = "straight_through",
         commitment_weight: float = 0.25,
         learnable: bool = False,
         kmeans_init: bool = False,
         dead_code_threshold: float | None = None,
         code_dim: int | None = None,
         channel_first: bool = False,
-        update: str = "forward",
-        sync: str = "auto",
+        update: Literal["forward", "manual"] = "forward",
+        sync: Literal["auto", "none"] = "auto",
         group: dist.ProcessGroup | None = None,
-        precision: str = "exact",
+        precision: Literal["exact", "fast"] = "exact",
     ) -> None:
         for argument, value in (("dim", dim), ("n_levels", n_levels)):
             check_integer(OP, argument, value)

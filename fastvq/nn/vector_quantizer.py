@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -73,8 +73,8 @@ class VectorQuantizer(Projected, LearnedCodebook):
         *,
         decay: float = 0.99,
         eps: float = 1e-5,
-        metric: str = "euclidean",
-        estimator: str = "straight_through",
+        metric: Literal["euclidean", "cosine", "dot"] = "euclidean",
+        estimator: Literal["straight_through", "rotation", "none"] = "straight_through",
         commitment_weight: float = 0.25,
         learnable: bool = False,
         kmeans_init: bool = False,
@@ -83,10 +83,10 @@ class VectorQuantizer(Projected, LearnedCodebook):
         heads: int = 1,
         separate_codebook_per_head: bool = False,
         channel_first: bool = False,
-        update: str = "forward",
-        sync: str = "auto",
+        update: Literal["forward", "manual"] = "forward",
+        sync: Literal["auto", "none"] = "auto",
         group: dist.ProcessGroup | None = None,
-        precision: str = "exact",
+        precision: Literal["exact", "fast"] = "exact",
     ) -> None:
         name = f"fastvq.nn.{type(self).__name__}"
         for argument, value in (("dim", dim), ("heads", heads)):
