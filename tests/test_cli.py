@@ -70,8 +70,9 @@ def side(path):
 
 def test_training_writes_a_model_a_log_and_pictures(runs):
     names = {p.name for p in (runs / "vqvae").iterdir() if ".tfevents." not in p.name}
-    assert names == {"config.json", "data.json", "log.jsonl", "model.safetensors", "reconstructions.png",
-                     "skipped.json", "state.safetensors", "usage.png"}  # fmt: skip
+    pictures = {"codebook.png", "ids.png", "loss.png", "reconstructions.png", "usage.png"}
+    assert names == {"config.json", "data.json", "log.jsonl", "model.safetensors", "skipped.json",
+                     "state.safetensors", *pictures}  # fmt: skip
     assert [json.loads(s)["step"] for s in (runs / "vqvae" / "log.jsonl").read_text().splitlines()] == [2, 4, 6]
     assert min(side(runs / "vqvae" / "reconstructions.png")) > 90 and side(runs / "vqvae" / "usage.png") == (640, 300)
     assert json.loads((runs / "vqvae" / "skipped.json").read_text()).keys() == {"a/broken.png"}

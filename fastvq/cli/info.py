@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from fastvq.cli.id_shards import (
     find_manifest,
     load_shard,
 )
-from fastvq.models.checkpoints import Pretrained, check_config
+from fastvq.models.checkpoints import WEIGHTS, Pretrained, check_config
 from fastvq.training.state import STATE, saved_step
 
 __all__ = ["info"]
@@ -28,7 +29,7 @@ OP = "fastvq info"
 
 
 def info(
-    folder: Annotated[Path | None, typer.Argument(help="a model, a prior or encoded pictures")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="a model, a folder of priors or encoded pictures")] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -46,18 +47,28 @@ def info(
             described = installation.described()
         elif (folder / MANIFEST).is_file() or (folder / CONFIG).is_file():
             described = _maps(folder)
-        else:
-            model = Pretrained.from_pretrained(folder)
-            check_config(OP, folder)
+        elif (folder / "level0").is_dir() and not (folder / WEIGHTS).is_file():
             shared.check_data(OP, folder)
-            described = {
-                "class": type(model).__name__,
-                "config": model.config,
-                "parameters": sum(p.numel() for p in model.parameters()),
-            }
-            if (folder / STATE).is_file():
-                described["step"] = saved_step(folder)
+            levels = itertools.takewhile(Path.is_dir, (folder / f"level{level}" for level in itertools.count()))
+            described = {"levels": [_model(level) for level in levels]}
+        else:
+            described = _model(folder)
         typer.echo(json.dumps(described, indent=2, default=str))
+
+
+def _model(folder: Path) -> dict[str, Any]:
+    """A model, or the prior of one level."""
+    model = Pretrained.from_pretrained(folder)
+    check_config(OP, folder)
+    shared.check_data(OP, folder)
+    described: dict[str, Any] = {
+        "class": type(model).__name__,
+        "config": model.config,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if (folder / STATE).is_file():
+        described["step"] = saved_step(folder)
+    return described
 
 
 def _maps(folder: Path) -> dict[str, Any]:

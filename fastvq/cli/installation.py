@@ -8,6 +8,7 @@ from typing import Any
 
 import fastvq
 from fastvq import _verify as verification
+from fastvq.cli.machine import machine
 
 __all__ = ["described", "run", "verify"]
 
@@ -15,8 +16,8 @@ USAGE = "usage: fastvq info [--verify], fastvq --version"
 
 
 def described() -> dict[str, Any]:
-    """Version and build, as JSON can hold them."""
-    return {"version": fastvq.__version__, "build": fastvq.build_info()}
+    """Version, machine and build, as JSON can hold them: what a report of a fault needs."""
+    return {"version": fastvq.__version__, "machine": machine(), "build": fastvq.build_info()}
 
 
 def verify() -> int:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fastvq._files import write_atomically
 from fastvq.data import to_pixels
 
-__all__ = ["PAIRED", "check_picture_path", "edit_picture", "grid", "save_image", "save_picture", "usage_plot"]
+__all__ = [
+    "BAR", "GAP", "INK", "LINE", "PAIRED", "PAPER", "check_picture_path", "draw_text", "edit_picture", "grid",
+    "save_image", "save_picture", "text_width", "usage_plot",
+]  # fmt: skip
 
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # extension of the file: Pillow's format and options
     ".png": ("png", {"optimize": True}), ".jpg": ("jpeg", {"quality": 95}), ".jpeg": ("jpeg", {"quality": 95}),
@@ -22,7 +26,8 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # extension of the file: Pil
 }  # fmt: skip
 GAP = 2
 SIDE = 96  # small pictures are enlarged to about this many pixels
-LINE = 14  # height of a line of text
+LINE = 16  # height of a line of text
+FONT_SIZE = 12
 INK, PAPER, BAR, MARK = (20, 20, 20), (255, 255, 255), (52, 101, 164), (204, 0, 0)
 PAIRED = "upper rows: pictures; lower rows: what their ids decode to"
 DIFFERENCE_GAIN = 2
@@ -55,24 +60,23 @@ def grid(
     *,
     title: str = "",
     rows: Sequence[str] = (),  # a name in front of each row
+    enlarge: bool = True,
 ) -> Image.Image:
     height, width = images.shape[2:]
-    scale = max(1, SIDE // max(height, width))
+    scale = max(1, SIDE // max(height, width)) if enlarge else 1
     cell_w, cell_h = width * scale + GAP, height * scale + GAP
     n_rows = -(-len(images) // columns)
-    left = max((_text_width(name) for name in rows), default=0) + (2 * GAP if rows else 0)
+    left = max((text_width(name) for name in rows), default=0) + (2 * GAP if rows else 0)
     top = LINE + GAP if title else 0
-    page = Image.new(
-        "RGB", (max(left + columns * cell_w, _text_width(title)) + GAP, top + n_rows * cell_h + GAP), PAPER
-    )
+    page = Image.new("RGB", (max(left + columns * cell_w, text_width(title)) + GAP, top + n_rows * cell_h + GAP), PAPER)
     draw = ImageDraw.Draw(page)
     if title:
-        draw.text((GAP, GAP), title, fill=INK)
+        draw_text(draw, (GAP, GAP), title)
     for i, image in enumerate(images):
         row, column = divmod(i, columns)
         page.paste(_to_image(image, scale), (left + column * cell_w + GAP, top + row * cell_h + GAP))
     for row, name in enumerate(rows):
-        draw.text((GAP, top + row * cell_h + cell_h // 2 - LINE // 2), name, fill=INK)
+        draw_text(draw, (GAP, top + row * cell_h + cell_h // 2 - LINE // 2), name)
     return page
 
 
@@ -107,7 +111,7 @@ def edit_picture(
     tall.paste(page, (0, 0))
     draw = ImageDraw.Draw(tall)
     for i, name in enumerate(("picture", "reconstruction", "edited", "change")):
-        draw.text((GAP + i * step, page.height - 1), name, fill=INK)
+        draw_text(draw, (GAP + i * step, page.height - 1), name)
     return tall
 
 
@@ -124,10 +128,8 @@ def usage_plot(
         perplexity = float(torch.exp(-torch.special.xlogy(share, share).sum()))
         used = int((ordered > 0).sum())
         base, tall = (level + 1) * height - 2 * GAP, height - LINE - 6 * GAP
-        draw.text((GAP, level * height + GAP), fill=INK, text=(
-            f"level {level}: {used} of {len(ordered)} codes in use, perplexity {perplexity:.1f}; "
-            f"most used {share[0]:.1%} of positions"
-        ))  # fmt: skip
+        shown = f"level {level}: {used} of {len(ordered)} codes in use, perplexity {perplexity:.1f}; "
+        draw_text(draw, (GAP, level * height + GAP), f"{shown}most used {share[0]:.1%} of positions")
         draw.line((GAP, base, width - GAP, base), fill=INK)
         span = (width - 2 * GAP) / len(ordered)
         for k, value in enumerate((share / share.max().clamp(min=1e-12)).tolist()):
@@ -148,5 +150,15 @@ def _to_image(
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def _text_width(text: str) -> int:
-    return int(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(text)) + 2 * GAP if text else 0
+@functools.cache
+def _font() -> Any:
+    """Pillow's scalable font; its bitmap font where Pillow was built without FreeType."""
+    return ImageFont.load_default(FONT_SIZE)
+
+
+def draw_text(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str) -> None:
+    draw.text(place, text, fill=INK, font=_font())
+
+
+def text_width(text: str) -> int:
+    return int(ImageDraw.Draw(Image.new("L", (1, 1))).textlength(text, font=_font())) + 2 * GAP if text else 0

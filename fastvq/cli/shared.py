@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import signal
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ __all__ = [
 
 console = Console(stderr=True)
 MODEL, PRIOR = Path("runs/vqvae"), Path("runs/prior")
+LINE_SECONDS = 5.0  # between two lines of progress where there is no terminal
 DATA = "data.json"  # in a model's folder: the data it was trained on
 MAX_NAMED = 10  # at most this many of the pictures left out are printed
 PRIOR_MODEL = "model.json"  # in the folder of priors: digest of the model whose ids they were trained on
@@ -148,17 +150,30 @@ def output_folder(folder: Path, data: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def progress(total: int, description: str, *, shown: bool = True) -> Iterator[Any]:
-    """Yields ``advance(done, note)``. Shows a bar if the output is a terminal."""
+    """Yields ``advance(done, note)``. A bar on a terminal, elsewhere a line every few seconds."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
+    lines = shown and not console.is_terminal
+    with Progress(*columns, console=console, disable=lines or not shown) as bar:
         task = bar.add_task(description, total=total, note="")
+        start = last = time.monotonic()
+        first: int | None = None
+        noted = ""
 
         def advance(done: int, note: str | None = None) -> None:
+            nonlocal last, noted, first
             fields: dict[str, Any] = {} if note is None else {"note": note}
+            noted = noted if note is None else note
             bar.update(task, completed=done, **fields)
+            first = done if first is None else first
+            now = time.monotonic()
+            if lines and now - last >= LINE_SECONDS:
+                last = now
+                left = "" if done == first else f", {(now - start) * (total - done) / (done - first):.0f} s left"
+                said = f"{description}: {done} of {total}{left}{noted and '; ' + noted}"
+                console.print(said, highlight=False, markup=False, soft_wrap=True)
 
         yield advance
 
@@ -213,9 +228,11 @@ def _check_prior_model(folder: Path, model: Path) -> None:
 
 
 def check_data(op: str, folder: Path) -> None:
-    """ValueError where the file that says what a model was trained on is damaged. A model without the file is whole."""
+    """ValueError where a file that says what a model or its priors were trained on is damaged. It may be absent."""
     if (folder / DATA).is_file():
         read_json(op, folder / DATA, DATA_KIND)
+    if (folder / PRIOR_MODEL).is_file():
+        read_json(op, folder / PRIOR_MODEL, PRIOR_MODEL_KIND)
 
 
 def read_data(folder: Path) -> tuple[str, dict[str, Any]]:

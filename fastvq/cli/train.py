@@ -15,6 +15,7 @@ import typer
 from fastvq._json import write_json
 from fastvq.cli import shared
 from fastvq.cli.pictures import PAIRED, grid, paired, save_image, usage_plot
+from fastvq.cli.run_pictures import codebook_picture, id_pictures, loss_curve, read_losses
 from fastvq.data import Loader, check_size, open_data
 from fastvq.models import VQVAE, VQVAE2, Prior
 from fastvq.models.autoencoder import Autoencoder
@@ -46,7 +47,7 @@ PRIOR_PRESETS: dict[str, dict[str, Any]] = {
 SHOWN = 32  # pictures of a reconstruction grid
 SAMPLES, SAMPLE_CLASSES = 8, 10  # samples.png of a prior: samples of each class, and number of classes
 RESUME = "the same command with --resume goes on from the last checkpoint, where there is one"
-LOG = "log.jsonl"
+LOG, LOSS = "log.jsonl", "loss.png"
 COUNTED = 256  # number of pictures for the usage plot
 
 Data = Annotated[str | None, typer.Option(help="digits, photographs, torchvision:NAME, a folder, or tar shards")]
@@ -54,7 +55,8 @@ Out = Annotated[Path, typer.Option(help="folder of the run: model, checkpoint, l
 Resume = Annotated[bool, typer.Option("--resume", help="go on from the run's last checkpoint")]
 Number = Annotated[int | None, typer.Option(help="the data's preset unless given")]
 Rate = Annotated[float | None, typer.Option(help="the data's preset unless given")]
-Every = Annotated[int, typer.Option(help="steps between two checkpoints, or two lines of the log")]
+SaveEvery = Annotated[int, typer.Option(help="steps between two checkpoints, which --resume goes on from")]
+LogEvery = Annotated[int, typer.Option(help="steps between two lines of log.jsonl")]
 
 
 def train_vqvae(
@@ -90,8 +92,8 @@ def train_vqvae(
     odd: Annotated[str, typer.Option(help="odd pictures (palette, transparency, 16 bits): skip or convert")] = "skip",
     field: shared.Field = None,
     seed: int = 0,
-    save_every: Every = 200,
-    log_every: Every = 50,
+    save_every: SaveEvery = 200,
+    log_every: LogEvery = 50,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train a VQVAE (one level) or a VQVAE2 (more) on pictures."""
@@ -157,8 +159,8 @@ def train_prior(
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile")] = False,
     augment: Annotated[str | None, typer.Option(help="none, shift or flip")] = None,
     seed: int = 0,
-    save_every: Every = 200,
-    log_every: Every = 50,
+    save_every: SaveEvery = 200,
+    log_every: LogEvery = 50,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
 ) -> None:
     """Train a prior for every level of a model, the top's first; each goes to a folder levelN of --out."""
@@ -249,7 +251,15 @@ def _show_priors(model: Autoencoder, priors: list[Prior], out: Path, device: tor
     images = model.generate(SAMPLES * max(n_classes, 2), labels, priors=priors, temperature=0.8, generator=generator)
     rows = [str(c) for c in range(n_classes)]
     save_image(out / "samples.png", grid(images, SAMPLES, title="samples, temperature 0.8", rows=rows))
-    shared.console.print(f"{out}: a prior a level with its log.jsonl, samples.png", highlight=False, soft_wrap=True)
+    for level in range(len(priors)):
+        folder = out / f"level{level}"
+        save_image(
+            folder / LOSS, loss_curve(read_losses(folder / LOG), f"level {level}: loss of a step, in nats an id")
+        )
+    shared.console.print(
+        f"{out}: levelN/ holds the prior of each level, its {LOG} and {LOSS}\npictures: {out / 'samples.png'}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _filled(preset: dict[str, Any], **given: Any) -> dict[str, Any]:
@@ -257,14 +267,22 @@ def _filled(preset: dict[str, Any], **given: Any) -> dict[str, Any]:
 
 
 def _show_model(model: Autoencoder, out: Path, data: str, device: torch.device, **options: Any) -> None:
-    """Writes reconstructions.png and usage.png, of held-out pictures if there are any."""
+    """Writes pictures of the run, and of held-out pictures if there are any; prints where they are."""
     images, _ = shared.some_pictures(data, COUNTED, **options)
     maps = model.encode_maps(images.to(device))
     shown, columns = images[:SHOWN], 8
     decoded = model.decode_maps([ids[:SHOWN] for ids in maps]).cpu()
-    save_image(out / "reconstructions.png", grid(paired(shown, decoded, columns), columns, title=PAIRED))
-    written = "model, log.jsonl, reconstructions.png"
+    made = {
+        "reconstructions.png": grid(paired(shown, decoded, columns), columns, title=PAIRED),
+        "ids.png": id_pictures(images[:columns], [ids[:columns] for ids in maps], model.n_codes),
+        LOSS: loss_curve(read_losses(out / LOG), "loss of a step"),
+    }
     if model.depth == 1:
-        save_image(out / "usage.png", usage_plot(shared.count_codes(model, maps)))
-        written += ", usage.png"
-    shared.console.print(f"{out}: {written}", highlight=False, soft_wrap=True)
+        counts = shared.count_codes(model, maps)
+        made |= {"usage.png": usage_plot(counts), "codebook.png": codebook_picture(model, counts)}
+    for name, picture in made.items():
+        save_image(out / name, picture)
+    shared.console.print(
+        f"{out}: the model and {LOG}\npictures: {', '.join(str(out / name) for name in made)}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
