@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import registry
 from fastvq.backends import triton as triton_backend
+from fastvq.ops.masked_conv import MASKED_CONV, MASKED_CONV_BACKWARD
 from fastvq.ops.nearest import NEAREST
 from fastvq.ops.nearest.call import NearestCall
 
@@ -39,13 +41,16 @@ def served(monkeypatch):
             log.append(f"{kind} {name}")
             return implementation.run(*args, **kwargs)
 
-        return implementation._replace(run=run)
+        return run
 
-    for module in ("quantize", "masked_conv"):
-        loaded = sys.modules[f"fastvq.ops.{module}"]
-        for kind in ("FORWARD", "BACKWARD"):
-            table = getattr(loaded, kind)
-            monkeypatch.setattr(loaded, kind, {n: spied(n, kind.lower(), i) for n, i in table.items()})
+    loaded = sys.modules["fastvq.ops.quantize"]
+    for kind in ("FORWARD", "BACKWARD"):
+        table = getattr(loaded, kind)
+        spies = {n: i._replace(run=spied(n, kind.lower(), i)) for n, i in table.items()}
+        monkeypatch.setattr(loaded, kind, spies)
+    for kind, op in (("forward", MASKED_CONV), ("backward", MASKED_CONV_BACKWARD)):
+        for name, kernel in op.kernels.items():
+            monkeypatch.setitem(op.kernels, name, dataclasses.replace(kernel, run=spied(name, kind, kernel)))
     return log
 
 

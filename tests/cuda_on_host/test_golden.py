@@ -1,5 +1,6 @@
 """The golden sets of the CUDA backend's ops, on a card that nothing is known of: the processor."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from fastvq.backends.golden import gate
 from fastvq.backends.golden.cases import configuration
 from fastvq.ops import residual
-from fastvq.ops.masked_conv import cuda as masked_conv
+from fastvq.ops._op import Op
+from fastvq.ops.masked_conv import MASKED_CONV
+from fastvq.ops.masked_conv.call import ConvCall
 from fastvq.ops.nearest import METRICS, NEAREST, PRECISIONS
 from fastvq.ops.nearest.call import NearestCall
 from fastvq.ops.quantize import cuda as quantize
@@ -16,12 +19,13 @@ from fastvq.ops.statistics import cuda as ema
 from fastvq.ops.step import cuda as step
 
 X, CODES, INDICES = torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.int64)
+CONV = ConvCall(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), None, "B", None, 1, "cuda")
 REFUSALS = {
     "code_statistics": (ema, "code_statistics", lambda: ema.why_statistics_unsupported(X, INDICES, 3, None)),
     "ema_update_": (ema, "ema_update_", lambda: ema.why_update_unsupported(CODES)),
     "quantize_backward": (quantize, "quantize_backward", lambda: quantize.why_backward_unsupported(X, CODES, INDICES)),
     "vq_step": (step, "vq_step", lambda: step.why_unsupported(X, CODES, None, "dot", 1.0, "exact")),
-    "masked_conv2d": (masked_conv, "masked_conv2d", lambda: masked_conv.why_unsupported(torch.zeros(1, 1, 1, 1))),
+    "masked_conv2d": (MASKED_CONV, "cuda", lambda: MASKED_CONV.why_unsupported("cuda", CONV)),
 }
 
 
@@ -46,7 +50,7 @@ def test_right_kernels_pass_and_a_wrong_bit_switches_off(op, unknown_card, monke
         assert refuse() is None
     assert ("cuda", 123, op, ()) in gate._passed
     gate._passed.remove(("cuda", 123, op, ()))
-    right = getattr(module, name)
+    right = module.kernels[name].run if isinstance(module, Op) else getattr(module, name)
 
     def off_by_a_bit(*arguments):
         result = right(*arguments)
@@ -54,7 +58,10 @@ def test_right_kernels_pass_and_a_wrong_bit_switches_off(op, unknown_card, monke
         out.view(torch.uint8).view(-1)[-1] ^= 1
         return result
 
-    monkeypatch.setattr(module, name, off_by_a_bit)
+    if isinstance(module, Op):
+        monkeypatch.setitem(module.kernels, name, dataclasses.replace(module.kernels[name], run=off_by_a_bit))
+    else:
+        monkeypatch.setattr(module, name, off_by_a_bit)
     with pytest.warns(RuntimeWarning, match=f"cuda backend's {op} is switched off"):
         assert f"its {op} differs from the reference" in refuse()
 

@@ -16,6 +16,13 @@ from fastvq.ops._op import Kernel, Op, known_results
 SCHEMAS = {
     "nearest": "Tensor x, Tensor codebook, str metric, str precision, bool check_finite, str? backend, "
     "Tensor? layout=None) -> Tensor",
+    "masked_conv2d": "Tensor x, Tensor weight, Tensor? bias, str mask, Tensor? taps, int colours, str? backend) "
+    "-> Tensor",
+    "masked_conv2d_backward": "Tensor grad, Tensor x, Tensor weight, str mask, Tensor? taps, int colours, bool need_x, "
+    "bool need_weight, bool need_bias, str? backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    "gated_masked_conv2d": "Tensor x, Tensor weight, Tensor? bias, Tensor? condition, str mask, Tensor? taps, "
+    "bool save, str? backend) -> (Tensor out, Tensor tanh_a, Tensor sigmoid_b)",
+    "gate_backward": "Tensor grad, Tensor tanh_a, Tensor sigmoid_b, str? backend) -> Tensor",
 }
 
 

@@ -43,7 +43,9 @@ def gated_masked_conv(
         x = torch.empty(batch, channels, 16, 16, dtype=dtype, memory_format=torch.channels_last)
         weight = torch.empty(2 * channels, channels, 3, 3, dtype=dtype)
         given = torch.empty(batch, 2 * channels, *([16, 16] if condition == "map" else []), dtype=dtype)
-        conv.gated_backward(*conv.gated(x, weight, torch.empty(2 * channels, dtype=dtype), given, "B", None, True))
+        conv.gate_backward(
+            *conv.gated_masked_conv2d(x, weight, torch.empty(2 * channels, dtype=dtype), given, "B", None, True)
+        )
 
     return call
 

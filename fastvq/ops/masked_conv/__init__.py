@@ -2,41 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvq._checks import FLOATS, check_backend_name, check_float, check_integer, check_option, check_same_device
+from fastvq._checks import FLOATS, check_backend_name, check_float, check_same_device
 from fastvq.backends import triton as triton_backend
-from fastvq.backends.registry import Implementation, bound_backend, choose
+from fastvq.backends.golden import calls as golden_calls
+from fastvq.backends.golden import gate
+from fastvq.backends.registry import bound_backend
 from fastvq.ops._contract import check_gradient
-from fastvq.ops._library import register
+from fastvq.ops._op import Autograd, Kernel, Op, register
 from fastvq.ops._transforms import active, no_forward_mode
 from fastvq.ops.masked_conv import cpu, cuda, reference
+from fastvq.ops.masked_conv.call import ConvBackwardCall, ConvCall, GateBackwardCall, GatedConvCall
 from fastvq.ops.masked_conv.common import like_input
-from fastvq.ops.masked_conv.contract import check_backward, check_gate, check_operands
-from fastvq.ops.masked_conv.masks import COLOUR_MASKS, MASKS
+from fastvq.ops.masked_conv.contract import (
+    as_autocast,
+    check_arguments,
+    check_backward,
+    check_dtypes,
+    check_gate,
+    check_operands,
+)
+from fastvq.ops.masked_conv.masks import MASKS
 
-__all__ = ["MASKS", "gated_masked_conv2d", "masked_conv2d"]
+__all__ = [
+    "GATED_CONV",
+    "GATE_BACKWARD",
+    "MASKED_CONV",
+    "MASKED_CONV_BACKWARD",
+    "MASKS",
+    "gated_masked_conv2d",
+    "masked_conv2d",
+]
 
 OP = "fastvq.ops.masked_conv2d"
 GATED = "fastvq.ops.gated_masked_conv2d"
-
-
-def _table(name: str) -> dict[str, Implementation]:
-    return {
-        "cpu": Implementation(getattr(cpu, name), cpu.why_unsupported),
-        "triton": Implementation(
-            triton_backend.lazy_function("fastvq.ops.masked_conv.triton_ops", name), triton_backend.why_unsupported
-        ),
-        "cuda": Implementation(getattr(cuda, name), cuda.why_unsupported),
-        "reference": Implementation(getattr(reference, name), lambda *_: None),
-    }
-
-
-FORWARD, BACKWARD = _table("masked_conv2d"), _table("masked_conv2d_backward")
-GATED_FORWARD, GATE_BACKWARD = _table("gated"), _table("gated_backward")
 
 
 def masked_conv2d(
@@ -97,9 +101,9 @@ def masked_conv2d(
         torch.Size([4, 24, 32, 32])
     """
     check_backend_name(OP, backend)
-    mask, taps = _check(OP, x, weight, bias, mask, colours)
-    x, weight, bias = _autocast(x, weight, bias)
-    _check_dtypes(OP, x, weight, bias)
+    mask, taps = check_arguments(OP, x, weight, bias, mask, colours)
+    x, weight, bias = as_autocast(x, weight, bias)
+    check_dtypes(OP, x, weight, bias)
     return _conv(x, weight, bias, mask, taps, colours, backend)
 
 
@@ -137,7 +141,7 @@ def gated_masked_conv2d(
         torch.Size([4, 24, 32, 32])
     """
     check_backend_name(GATED, backend)
-    mask, taps = _check(GATED, x, weight, bias, mask, 1)
+    mask, taps = check_arguments(GATED, x, weight, bias, mask, 1)
     if weight.shape[0] % 2:
         raise ValueError(
             f"{GATED}: weight must be [2 * C, C_in, kh, kw], a and b one after the other, got {list(weight.shape)}"
@@ -151,98 +155,21 @@ def gated_masked_conv2d(
                 f"{GATED}: condition must be {vector} or {[*vector, *x.shape[2:]]}, got {list(condition.shape)}; "
                 "bring a map to the size of x first"
             )
-    x, weight, bias, condition = _autocast(x, weight, bias, condition)
-    _check_dtypes(GATED, x, weight, bias, condition)
+    x, weight, bias, condition = as_autocast(x, weight, bias, condition)
+    check_dtypes(GATED, x, weight, bias, condition)
     tensors = (x, weight, bias, condition)
     save = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or active()
     return _gated(x, weight, bias, condition, mask, taps, save, backend)[0]
 
 
-def _check(
-    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, mask: str | Tensor, colours: int
-) -> tuple[str, Tensor | None]:
-    """The mask's name and, for one given as a tensor ("custom"), its taps."""
-    check_integer(op, "colours", colours)
-    check_float(op, "x", x)
-    check_float(op, "weight", weight)
-    check_same_device(op, "x", x, "weight", weight)
-    if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{op}: x must be [B, C_in, H, W] with C_in, H, W >= 1, got {list(x.shape)}")
-    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"{op}: weight must be [C_out, C_in, kh, kw] with C_in = {x.shape[1]} to match x, got {list(weight.shape)}"
-        )
-    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
-        raise ValueError(
-            f"{op}: weight must have odd kernel sizes, so that there is a centre, got {list(weight.shape)}; "
-            "pad it with masked taps"
-        )
-    if bias is not None:
-        check_float(op, "bias", bias)
-        check_same_device(op, "x", x, "bias", bias)
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(
-                f"{op}: bias must be [{weight.shape[0]}], one element an output channel, got {list(bias.shape)}"
-            )
-    if isinstance(mask, str):
-        check_option(op, "mask", mask, MASKS)
-    elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            f"{op}: mask must be one of {', '.join(MASKS)} or a bool tensor, got {got}; convert with .bool()"
-        )
-    elif mask.shape != weight.shape[2:]:
-        raise ValueError(f"{op}: mask must be {list(weight.shape[2:])}, weight's kernel size, got {list(mask.shape)}")
-    else:
-        check_same_device(op, "x", x, "mask", mask)
-    if colours != 1:
-        if not isinstance(mask, str) or mask not in COLOUR_MASKS:
-            raise ValueError(
-                f"{op}: colours = {colours} goes with mask {', '.join(COLOUR_MASKS)}, whose centre tap is ordered, "
-                f"got {mask!r}; pass colours=1"
-            )
-        if colours < 1 or x.shape[1] % colours or weight.shape[0] % colours:
-            raise ValueError(
-                f"{op}: colours must divide the channels in and out, got colours = {colours} with C_in = {x.shape[1]} "
-                f"and C_out = {weight.shape[0]}"
-            )
-    return (mask, None) if isinstance(mask, str) else ("custom", mask)
+def _check_conv(call: ConvCall) -> None:
+    check_operands(OP, call.x, call.weight, call.bias, call.mask, call.taps, call.colours)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Any]:
-    """Under autocast, its dtype, as torch's own convolutions take it."""
-    device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
-
-
-def _check_dtypes(op: str, x: Tensor, *others: Tensor | None) -> None:
-    for name, t in zip(("weight", "bias", "condition"), others, strict=False):
-        if t is not None and t.dtype != x.dtype:
-            raise TypeError(f"{op}: {name} must be {x.dtype}, as x, got {t.dtype}; convert one with .to()")
-
-
-def _run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: str, taps: Tensor | None, colours: int, backend: str | None
-) -> Tensor:
-    check_operands(OP, x, weight, bias, mask, taps, colours)
-    arguments = (x, weight, bias, mask, taps, colours)
-    return choose(OP, FORWARD, backend, *arguments)(*arguments)
-
-
-def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: str, taps: Tensor | None, colours: int, backend: str | None
-) -> Tensor:
-    return like_input(x, weight.shape[0])
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, ctx.mask, taps, ctx.colours, backend = inputs
-    ctx.backend = bound_backend(backend)
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight, taps)
+def _setup_context(ctx: Any, call: ConvCall, output: Tensor) -> None:
+    ctx.mask, ctx.colours, ctx.has_bias = call.mask, call.colours, call.bias is not None
+    ctx.backend = bound_backend(call.backend)
+    ctx.save_for_backward(call.x, call.weight, call.taps)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -254,57 +181,41 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return *(g if need else None for g, need in zip(grads, needed, strict=True)), None, None, None, None
 
 
-def _run_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: str, taps: Tensor | None, colours: int, need_x: bool,
-    need_weight: bool, need_bias: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    check_backward(f"{OP}_backward", grad, x, weight, mask, taps, colours)
-    arguments = (grad, x, weight, mask, taps, colours, need_x, need_weight, need_bias)
-    return choose(OP, BACKWARD, backend, x, *arguments)(*arguments)
+def _check_conv_backward(call: ConvBackwardCall) -> None:
+    check_backward(f"{OP}_backward", call.grad, call.x, call.weight, call.mask, call.taps, call.colours)
 
 
-def _fake_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask: str, taps: Tensor | None, colours: int, need_x: bool,
-    need_weight: bool, need_bias: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _fake_backward(call: ConvBackwardCall) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = call.x, call.weight
     return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
-        weight.new_empty(weight.shape[:1]) if need_bias else weight.new_empty(0),
+        torch.empty_like(x) if call.need_x else x.new_empty(0),
+        weight.new_empty(weight.shape) if call.need_weight else weight.new_empty(0),
+        weight.new_empty(weight.shape[:1]) if call.need_bias else weight.new_empty(0),
     )
 
 
-def _run_gated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: str, taps: Tensor | None,
-    save: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    check_operands(GATED, x, weight, bias, mask, taps, 1)
-    check_gate(GATED, x, weight, condition)
-    arguments = (x, weight, bias, condition, mask, taps, save)
-    return choose(GATED, GATED_FORWARD, backend, *arguments)(*arguments)
+def _check_gated(call: GatedConvCall) -> None:
+    check_operands(GATED, call.x, call.weight, call.bias, call.mask, call.taps, 1)
+    check_gate(GATED, call.x, call.weight, call.condition)
 
 
-def _fake_gated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, condition: Tensor | None, mask: str, taps: Tensor | None,
-    save: bool, backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    channels = weight.shape[0] // 2
-    tanh_a, sigmoid_b = (like_input(x, channels) if save else x.new_empty(0) for _ in range(2))
+def _fake_gated(call: GatedConvCall) -> tuple[Tensor, Tensor, Tensor]:
+    x, channels = call.x, call.weight.shape[0] // 2
+    tanh_a, sigmoid_b = (like_input(x, channels) if call.save else x.new_empty(0) for _ in range(2))
     return like_input(x, channels), tanh_a, sigmoid_b
 
 
-def _setup_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, condition, ctx.mask, taps, save, backend = inputs
-    ctx.backend = bound_backend(backend)
+def _setup_gated(ctx: Any, call: GatedConvCall, output: tuple[Tensor, ...]) -> None:
     _out, tanh_a, sigmoid_b = output
     ctx.mark_non_differentiable(tanh_a, sigmoid_b)
     ctx.set_materialize_grads(False)
-    ctx.has_bias, ctx.save, ctx.colours = bias is not None, save, 1
-    ctx.condition_dim = 0 if condition is None else condition.dim()
-    ctx.save_for_backward(x, weight, taps, tanh_a, sigmoid_b)
+    ctx.mask, ctx.colours, ctx.has_bias, ctx.save = call.mask, 1, call.bias is not None, call.save
+    ctx.condition_dim = 0 if call.condition is None else call.condition.dim()
+    ctx.backend = bound_backend(call.backend)
+    ctx.save_for_backward(call.x, call.weight, call.taps, tanh_a, sigmoid_b)
 
 
-def _backward_gated(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _gated_conv_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 8
     if not ctx.save:
@@ -320,19 +231,12 @@ def _backward_gated(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | No
     return *(g if need else None for g, need in zip(grads, needed, strict=True)), grad_condition, None, None, None, None
 
 
-def _run_gate_backward(grad: Tensor, tanh_a: Tensor, sigmoid_b: Tensor, backend: str | None) -> Tensor:
-    for name, factor in (("tanh_a", tanh_a), ("sigmoid_b", sigmoid_b)):
-        check_gradient("fastvq.ops.gate_backward", name, factor, grad)
+def _check_gate_backward(call: GateBackwardCall) -> None:
+    op, grad = "fastvq.ops.gate_backward", call.grad
+    check_gradient(op, "tanh_a", call.tanh_a, grad)
+    check_gradient(op, "sigmoid_b", call.sigmoid_b, grad)
     if grad.dim() != 4 or grad.dtype not in FLOATS:
-        raise ValueError(
-            f"fastvq.ops.gate_backward: grad must be a float [B, C, H, W], got {grad.dtype} {list(grad.shape)}"
-        )
-    arguments = (grad, tanh_a, sigmoid_b)
-    return choose(GATED, GATE_BACKWARD, backend, *arguments)(*arguments)
-
-
-def _fake_gate_backward(grad: Tensor, tanh_a: Tensor, sigmoid_b: Tensor, backend: str | None) -> Tensor:
-    return like_input(tanh_a, 2 * tanh_a.shape[1])
+        raise ValueError(f"{op}: grad must be a float [B, C, H, W], got {grad.dtype} {list(grad.shape)}")
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
@@ -383,24 +287,75 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *others: Any) -
     return out.unflatten(0, (info.batch_size, -1)), 0
 
 
+def _kernels(name: str) -> dict[str, Kernel[Any]]:
+    """The functions ``name`` of the backends' files. They take a call's arguments without the backend."""
+
+    def run(function: Callable[..., Any]) -> Callable[[Any], Any]:
+        return lambda call: function(*call[:-1])
+
+    triton = triton_backend.lazy_function("fastvq.ops.masked_conv.triton_ops", name)
+    return {
+        "cpu": Kernel(run(getattr(cpu, name)), cpu.why_unsupported),
+        "triton": Kernel(run(triton)),
+        "cuda": Kernel(run(getattr(cuda, name)), cuda.why_unsupported, golden=_golden),
+        "reference": Kernel(run(getattr(reference, name))),
+    }
+
+
+def _golden(op: Op[Any], backend: str, call: Any) -> str | None:
+    """The convolution and its gradients, of the kernels that all four ops share."""
+
+    def both_ways(name: str) -> Callable[..., tuple[Tensor, ...]]:
+        def run(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+            out = MASKED_CONV.kernels[name].run(ConvCall(x, weight, bias, "B", None, 1, name))
+            backward = ConvBackwardCall(grad, x, weight, "B", None, 1, True, True, True, name)
+            return out, *MASKED_CONV_BACKWARD.kernels[name].run(backward)
+
+        return run
+
+    device = op.device(call)
+    return gate.check_op(
+        backend, "masked_conv2d", device, both_ways(backend), both_ways("reference"), golden_calls.masked_conv
+    )
+
+
+# No convolution is measured on a GPU yet: Triton comes before CUDA C++, as in the lookup.
+MASKED_CONV = Op(
+    "masked_conv2d",
+    ConvCall,
+    _kernels("masked_conv2d"),
+    check=_check_conv,
+    fake=lambda call: like_input(call.x, call.weight.shape[0]),
+    autograd=Autograd(_backward, _jvp, _setup_context, _fold),
+)
 NO_SECOND = "the derivative of its gradient is not implemented"
-_conv = register(
-    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, str mask, Tensor? taps, int colours, str? backend) -> Tensor",
-    _run, _fake, _backward, _setup_context, _jvp, _fold,
-)  # fmt: skip
-_conv_backward = register(
-    "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, str mask, Tensor? taps, int colours, bool need_x, "
-    "bool need_weight, bool need_bias, str? backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-    _run_backward, _fake_backward, _no_second_derivative, lambda ctx, inputs, output: None,
-    no_forward_mode(OP, NO_SECOND),
-)  # fmt: skip
-_gated = register(
-    "gated_masked_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? condition, str mask, Tensor? taps, bool save, "
-    "str? backend) -> (Tensor out, Tensor tanh_a, Tensor sigmoid_b)",
-    _run_gated, _fake_gated, _backward_gated, _setup_gated, _gated_jvp,
-)  # fmt: skip
-_gate_backward = register(
-    "gate_backward(Tensor grad, Tensor tanh_a, Tensor sigmoid_b, str? backend) -> Tensor",
-    _run_gate_backward, _fake_gate_backward, _no_second_derivative, lambda ctx, inputs, output: None,
-    no_forward_mode(GATED, NO_SECOND),
-)  # fmt: skip
+MASKED_CONV_BACKWARD = Op(
+    "masked_conv2d_backward",
+    ConvBackwardCall,
+    _kernels("masked_conv2d_backward"),
+    check=_check_conv_backward,
+    fake=_fake_backward,
+    returns="(Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
+    autograd=Autograd(_no_second_derivative, no_forward_mode(OP, NO_SECOND)),
+    public_name=OP,
+)
+GATED_CONV = Op(
+    "gated_masked_conv2d",
+    GatedConvCall,
+    _kernels("gated_masked_conv2d"),
+    check=_check_gated,
+    fake=_fake_gated,
+    returns="(Tensor out, Tensor tanh_a, Tensor sigmoid_b)",
+    autograd=Autograd(_gated_conv_backward, _gated_jvp, _setup_gated),
+)
+GATE_BACKWARD = Op(
+    "gate_backward",
+    GateBackwardCall,
+    _kernels("gate_backward"),
+    check=_check_gate_backward,
+    fake=lambda call: like_input(call.tanh_a, 2 * call.tanh_a.shape[1]),
+    autograd=Autograd(_no_second_derivative, no_forward_mode(GATED, NO_SECOND)),
+    public_name=GATED,
+)
+_conv, _conv_backward = register(MASKED_CONV), register(MASKED_CONV_BACKWARD)
+_gated, _gate_backward = register(GATED_CONV), register(GATE_BACKWARD)

@@ -1,15 +1,90 @@
-"""What the kernels of the masked convolution rely on, checked in the registered ops."""
+"""Checks of the masked convolution: what public functions are given, and what kernels rely on in the registered ops."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvq._checks import FLOATS, check_option
+from fastvq._checks import FLOATS, check_float, check_integer, check_option, check_same_device
 from fastvq.ops._contract import check_tensor
 from fastvq.ops.masked_conv.masks import COLOUR_MASKS, MASKS
 
-__all__ = ["check_backward", "check_gate", "check_operands"]
+__all__ = [
+    "as_autocast",
+    "check_arguments",
+    "check_backward",
+    "check_dtypes",
+    "check_gate",
+    "check_operands",
+]
+
+
+def check_arguments(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, mask: str | Tensor, colours: int
+) -> tuple[str, Tensor | None]:
+    """The mask's name and, for one given as a tensor ("custom"), its taps."""
+    check_integer(op, "colours", colours)
+    check_float(op, "x", x)
+    check_float(op, "weight", weight)
+    check_same_device(op, "x", x, "weight", weight)
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"{op}: x must be [B, C_in, H, W] with C_in, H, W >= 1, got {list(x.shape)}")
+    if weight.dim() != 4 or weight.shape[1] != x.shape[1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"{op}: weight must be [C_out, C_in, kh, kw] with C_in = {x.shape[1]} to match x, got {list(weight.shape)}"
+        )
+    if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+        raise ValueError(
+            f"{op}: weight must have odd kernel sizes, so that there is a centre, got {list(weight.shape)}; "
+            "pad it with masked taps"
+        )
+    if bias is not None:
+        check_float(op, "bias", bias)
+        check_same_device(op, "x", x, "bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{op}: bias must be [{weight.shape[0]}], one element an output channel, got {list(bias.shape)}"
+            )
+    if isinstance(mask, str):
+        check_option(op, "mask", mask, MASKS)
+    elif not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{op}: mask must be one of {', '.join(MASKS)} or a bool tensor, got {got}; convert with .bool()"
+        )
+    elif mask.shape != weight.shape[2:]:
+        raise ValueError(f"{op}: mask must be {list(weight.shape[2:])}, weight's kernel size, got {list(mask.shape)}")
+    else:
+        check_same_device(op, "x", x, "mask", mask)
+    if colours != 1:
+        if not isinstance(mask, str) or mask not in COLOUR_MASKS:
+            raise ValueError(
+                f"{op}: colours = {colours} goes with mask {', '.join(COLOUR_MASKS)}, whose centre tap is ordered, "
+                f"got {mask!r}; pass colours=1"
+            )
+        if colours < 1 or x.shape[1] % colours or weight.shape[0] % colours:
+            raise ValueError(
+                f"{op}: colours must divide the channels in and out, got colours = {colours} with C_in = {x.shape[1]} "
+                f"and C_out = {weight.shape[0]}"
+            )
+    return (mask, None) if isinstance(mask, str) else ("custom", mask)
+
+
+def as_autocast(*tensors: Tensor | None) -> list[Any]:
+    """Under autocast, its dtype, as torch's own convolutions take it."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
+
+
+def check_dtypes(op: str, x: Tensor, *others: Tensor | None) -> None:
+    for name, t in zip(("weight", "bias", "condition"), others, strict=False):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} must be {x.dtype}, as x, got {t.dtype}; convert one with .to()")
 
 
 def check_operands(

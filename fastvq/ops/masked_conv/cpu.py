@@ -13,14 +13,13 @@ from fastvq.backends.views import address
 from fastvq.ops.masked_conv.common import like_input
 from fastvq.ops.masked_conv.masks import active_taps
 
-__all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward", "why_unsupported"]
+__all__ = ["gate_backward", "gated_masked_conv2d", "masked_conv2d", "masked_conv2d_backward", "why_unsupported"]
 
 
-def why_unsupported(x: Tensor, *_: Any) -> str | None:
-    if x.device.type != "cpu":
-        return f"it takes CPU tensors, x is on {x.device}"
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return f"it computes in float32, for float32 and bfloat16 tensors, x is {x.dtype}"
+def why_unsupported(call: Any) -> str | None:
+    dtype = call[0].dtype  # of x, or of a gradient, which has the same
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"it computes in float32, for float32 and bfloat16 tensors, x is {dtype}"
     return None
 
 
@@ -99,7 +98,7 @@ def masked_conv2d_backward(
 
 
 @cpu_backend.cpu_call
-def gated(
+def gated_masked_conv2d(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [2C, C_in, kh, kw]
     bias: Tensor | None,  # [2C]
@@ -125,7 +124,7 @@ def gated(
 
 
 @cpu_backend.cpu_call
-def gated_backward(
+def gate_backward(
     grad: Tensor,  # [B, C, H, W]
     tanh_a: Tensor,  # [B, C, H, W]
     sigmoid_b: Tensor,  # [B, C, H, W]

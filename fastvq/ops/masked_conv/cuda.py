@@ -3,7 +3,6 @@ has one, gate fused."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,35 +10,17 @@ from torch import Tensor
 
 from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import views
-from fastvq.backends.golden import calls as golden_calls
-from fastvq.backends.golden import gate
 from fastvq.backends.views import address
-from fastvq.ops.masked_conv import reference
 from fastvq.ops.masked_conv.common import like_input
 from fastvq.ops.masked_conv.masks import tap_range
 
-__all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward", "why_unsupported"]
+__all__ = ["gate_backward", "gated_masked_conv2d", "masked_conv2d", "masked_conv2d_backward", "why_unsupported"]
 
 
-def why_unsupported(x: Tensor, *_: Any) -> str | None:
-    if (reason := cuda_backend.why_unsupported(x)) is None and x.dtype == torch.float64:
+def why_unsupported(call: Any) -> str | None:
+    if call[0].dtype == torch.float64:  # of x, or of a gradient, which has the same
         return "it adds in float32, for float32, float16 and bfloat16 tensors, x is torch.float64"
-    return reason or gate.check_op(
-        "cuda", "masked_conv2d", x.device, _both_ways(masked_conv2d, masked_conv2d_backward),
-        _both_ways(reference.masked_conv2d, reference.masked_conv2d_backward), golden_calls.masked_conv,
-    )  # fmt: skip
-
-
-def _both_ways(forward: Callable[..., Tensor], backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """A golden call: the convolution and its gradients."""
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-        return (
-            forward(x, weight, bias, "B", None, 1),
-            *backward(grad, x, weight, "B", None, 1, True, True, True),
-        )
-
-    return run
+    return None
 
 
 def _weight_view(weight: Tensor, mask: str, used: Tensor | None, colours: int) -> tuple[Any, ...]:
@@ -105,7 +86,7 @@ def masked_conv2d_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def gated(
+def gated_masked_conv2d(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [2C, C_in, kh, kw]
     bias: Tensor | None,  # [2C]
@@ -131,7 +112,7 @@ def gated(
     return out, tanh_a, sigmoid_b
 
 
-def gated_backward(
+def gate_backward(
     grad: Tensor,  # [B, C, H, W]
     tanh_a: Tensor,  # [B, C, H, W]
     sigmoid_b: Tensor,  # [B, C, H, W]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
-__all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward"]
+__all__ = ["gate_backward", "gated_masked_conv2d", "masked_conv2d", "masked_conv2d_backward"]
 
 
 def _used_weights(
@@ -102,7 +102,7 @@ def masked_conv2d_backward(
     return grad_x, grad_weight, grad_bias
 
 
-def gated(
+def gated_masked_conv2d(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [2C, C_in, kh, kw]
     bias: Tensor | None,  # [2C]
@@ -123,7 +123,7 @@ def gated(
     return out, _as_input(tanh_a, x), _as_input(sigmoid_b, x)
 
 
-def gated_backward(
+def gate_backward(
     grad: Tensor,  # [B, C, H, W]
     tanh_a: Tensor,  # [B, C, H, W]
     sigmoid_b: Tensor,  # [B, C, H, W]

@@ -16,7 +16,7 @@ from fastvq.ops.masked_conv import triton_kernels as kernels
 from fastvq.ops.masked_conv.common import like_input
 from fastvq.ops.masked_conv.masks import tap_range
 
-__all__ = ["gated", "gated_backward", "masked_conv2d", "masked_conv2d_backward"]
+__all__ = ["gate_backward", "gated_masked_conv2d", "masked_conv2d", "masked_conv2d_backward"]
 
 ANY = 2**31  # width of a row that serves every width left
 HALVES = (torch.float16, torch.bfloat16)
@@ -268,7 +268,7 @@ def _weight_grad(
     return result
 
 
-def gated(
+def gated_masked_conv2d(
     x: Tensor,  # [B, C_in, H, W]
     weight: Tensor,  # [2C, C_in, kh, kw]
     bias: Tensor | None,  # [2C]
@@ -305,7 +305,7 @@ def _gated_in_float64(
     return (out, tanh_a, sigmoid_b) if save else (out, x.new_empty(0), x.new_empty(0))
 
 
-def gated_backward(
+def gate_backward(
     grad: Tensor,  # [B, C, H, W]
     tanh_a: Tensor,  # [B, C, H, W]
     sigmoid_b: Tensor,  # [B, C, H, W]
