@@ -1,8 +1,9 @@
-"""Patches two models that were not written for fastvq, and checks that their indices stay the same.
+"""Patches two models that were not written for fastvq, and compares their indices before and after.
 
 The first is a residual quantizer of vector-quantize-pytorch. The second is transformers' audio codec Encodec, made from
 its config with random weights, so nothing is downloaded. For each model the script prints what was patched, the share
-of equal indices before and after, and the time of one call before and after.
+of equal indices before and after, and the time of one call before and after. Where float32 cannot tell two codes apart,
+a few indices in 10,000 differ: fastvq's is the nearer code in float64.
 
     pip install vector-quantize-pytorch transformers
     python examples/patch_your_model.py
