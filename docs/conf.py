@@ -46,9 +46,10 @@ html_title = "fastvq"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_copy_source = False
+highlight_language = "none"  # of blocks that name no language
 html_theme_options = {"navigation_with_keys": True}
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["attrs_block", "dollarmath"]
 myst_heading_anchors = 4
 html_math_renderer = "mathml"
 

@@ -1,6 +1,7 @@
 """Makes the pages of the site that have their source elsewhere: ``python docs/make_pages.py`` writes docs/generated.
 
 ``commands.md``: every command of ``fastvq`` with its options, from the command itself.
+``measurements.md`` and its plots: every file of benchmarks/results, by ``measurements.py``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import measurements
 import typer.main
 
 import fastvq.cli
@@ -49,6 +51,7 @@ def _table(title: str, parameters: list[tuple[str, Any]]) -> list[str]:
 def write(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "commands.md").write_text(commands())
+    measurements.write(folder)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ def best(file: str, *but: str, **wanted: str) -> Result:
     return min(found, key=lambda row: float(row["p50_ms"]))
 
 
-def ms(row: Result) -> str:
+def ms(row: Result, column: str = "p50_ms") -> str:
     """Three digits, or all digits before the point."""
-    value = float(row["p50_ms"])
+    value = float(row[column])
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
