@@ -26,6 +26,7 @@ __all__ = [
     "lazy_function",
     "unavailable",
     "why_rows_unsupported",
+    "why_too_many_rows",
     "why_unsupported",
     "why_unsupported_on",
 ]
@@ -100,20 +101,29 @@ def why_unsupported(x: Tensor, *_: Any) -> str | None:
 
 
 def why_rows_unsupported(x: Tensor, *_: Any) -> str | None:
-    """``why_unsupported``, and a limit on the vectors of x [..., D]: 32 bits number them (addresses have 64)."""
+    """``why_unsupported``, and ``why_too_many_rows``."""
+    return why_too_many_rows(x) or why_unsupported(x)
+
+
+def why_too_many_rows(x: Tensor) -> str | None:
+    """Why a kernel cannot number the vectors of x [..., D] in 32 bits, or None. Addresses have 64."""
     if x.numel() // x.shape[-1] > MOST_ROWS:
         return f"it takes at most {MOST_ROWS} vectors in one call, got {x.numel() // x.shape[-1]}; split them"
-    return why_unsupported(x)
+    return None
 
 
 def lazy_function(module: str, name: str) -> Callable[..., Any]:
-    """The function ``name`` of ``module``, which is imported at its first call, on the device of its first argument."""
+    """The function ``name`` of ``module``, which is imported at its first call, on the device of its first tensor.
+
+    It takes tensors and other arguments, or a NamedTuple of them.
+    """
 
     def run(*args: Any) -> Any:
         function = getattr(importlib.import_module(module), name)
-        if args[0].device.type != "cuda":
+        device = (args[0] if isinstance(args[0], Tensor) else args[0][0]).device
+        if device.type != "cuda":
             return function(*args)
-        with torch.cuda.device(args[0].device):  # Triton launches on the current device, not on its tensors'
+        with torch.cuda.device(device):  # Triton launches on the current device, not on its tensors'
             return function(*args)
 
     return run

@@ -14,8 +14,8 @@ To declare an op, write its arguments as a NamedTuple, in the order of its schem
         NearestCall,
         {
             "cpu": Kernel(cpu.nearest),
-            "cuda": Kernel(cuda.nearest, golden=golden_lookup),
-            "reference": Kernel(lambda call: reference.nearest(call.x, call.codebook, call.metric)),
+            "cuda": Kernel(cuda.nearest, golden=(known_results(calls.nearest),)),
+            "reference": Kernel(without_backend(reference.nearest)),
         },
         check=lambda call: check_lookup("fastvq.ops.nearest", call.x, call.codebook),
         fake=lambda call: call.x.new_empty(call.x.shape[:-1], dtype=torch.int64),
@@ -42,7 +42,22 @@ from fastvq.backends import registry
 from fastvq.backends.golden import gate
 from fastvq.ops import _library
 
-__all__ = ["Autograd", "Golden", "Kernel", "Op", "known_results", "register"]
+__all__ = [
+    "CUDA_FIRST",
+    "ORDER",
+    "Autograd",
+    "Golden",
+    "Kernel",
+    "Op",
+    "known_results",
+    "register",
+    "rests_on",
+    "without_backend",
+]
+
+
+ORDER = tuple(registry.BACKENDS)
+CUDA_FIRST = ("cpu", "cuda", "triton", "reference")  # for calls that CUDA C++ serves faster than Triton
 
 
 class Call(Protocol):
@@ -65,8 +80,8 @@ class Kernel(Generic[C]):
     run: Callable[[C], Any]
     # Why the backend cannot serve the call, for reasons other than its device, or None. Asked at every call: cheap.
     why_unsupported: Callable[[C], str | None] | None = None
-    # Runs calls with known results before a kind of GPU is trusted; see backends/golden/gate.py.
-    golden: Golden | None = None
+    # Each runs calls with known results before a kind of GPU is trusted; see backends/golden/gate.py.
+    golden: tuple[Golden, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +106,7 @@ class Op(Generic[C]):
     returns: str = "Tensor"  # as the schema says it
     writes: tuple[str, ...] = ()  # arguments that are written to
     # Backends, the fastest first; a function where that depends on the call. Give the measurement of another order.
-    order: Sequence[str] | Callable[[C], Sequence[str]] = tuple(registry.BACKENDS)
+    order: Sequence[str] | Callable[[C], Sequence[str]] = ORDER
     autograd: Autograd[C] | None = None
     public_name: str = ""  # the function that error messages name; ``fastvq.ops.<name>`` unless given
     device: Callable[[C], torch.device] = field(init=False, repr=False)  # of the first tensor of a call
@@ -146,7 +161,10 @@ class Op(Generic[C]):
             return f"{reason}, {self._first} is on {device}" if reason.endswith(" tensors") else reason
         if kernel.why_unsupported is not None and (reason := kernel.why_unsupported(call)) is not None:
             return reason
-        return None if kernel.golden is None else kernel.golden(self, name, call)
+        for golden in kernel.golden:
+            if (reason := golden(self, name, call)) is not None:
+                return reason
+        return None
 
     def run(self, call: C) -> Any:
         """Checks the arguments, chooses a backend and runs it."""
@@ -177,7 +195,7 @@ def register(op: Op[C]) -> Callable[..., Any]:
 def known_results(calls: Callable[[], Iterator[tuple[Any, ...]]]) -> Golden:
     """The golden set of an op whose kernels must return, and write, what the reference does, to the bit.
 
-    calls: yields the arguments of a few calls, tensors on the CPU.
+    calls: yields the arguments of a few calls, tensors on the CPU, and None for the backend.
     """
 
     def golden(op: Op[Any], backend: str, call: Any) -> str | None:
@@ -191,9 +209,25 @@ def known_results(calls: Callable[[], Iterator[tuple[Any, ...]]]) -> Golden:
 
             return run
 
-        return gate.check_op(backend, op.name, op.device(call), outcome(backend), outcome("reference"), calls)
+        device = next(t for t in call if isinstance(t, Tensor)).device
+        return gate.check_op(backend, op.name, device, outcome(backend), outcome("reference"), calls)
 
     return golden
+
+
+def rests_on(other: Op[Any]) -> Golden:
+    """The golden sets of another op, for an op whose kernels launch those of the other."""
+
+    def golden(op: Op[Any], backend: str, call: Any) -> str | None:
+        reasons = (check(other, backend, call) for check in other.kernels[backend].golden)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    return golden
+
+
+def without_backend(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """``run`` by a function that takes the arguments of a call one by one, but for the backend, which is the last."""
+    return lambda call: function(*call[:-1])
 
 
 def _schema_type(hint: Any, mark: str = "") -> str:

@@ -1,7 +1,7 @@
 """The golden sets of the CUDA backend's ops, on a card that nothing is known of: the processor."""
 
-import dataclasses
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,24 +9,38 @@ import torch
 from fastvq.backends.golden import gate
 from fastvq.backends.golden.cases import configuration
 from fastvq.ops import residual
-from fastvq.ops._op import Op
 from fastvq.ops.masked_conv import MASKED_CONV
 from fastvq.ops.masked_conv.call import ConvCall
 from fastvq.ops.nearest import METRICS, NEAREST, PRECISIONS
 from fastvq.ops.nearest.call import NearestCall
 from fastvq.ops.quantize import cuda as quantize
-from fastvq.ops.statistics import cuda as ema
+from fastvq.ops.statistics import CODE_STATISTICS, EMA_UPDATE
+from fastvq.ops.statistics.call import StatisticsCall, UpdateCall
 from fastvq.ops.step import cuda as step
 
 X, CODES, INDICES = torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.int64)
-CONV = ConvCall(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), None, "B", None, 1, "cuda")
+CALLS = {
+    "masked_conv2d": (MASKED_CONV, ConvCall(X[None, None], X[None, None], None, "B", None, 1, "cuda")),
+    "code_statistics": (CODE_STATISTICS, StatisticsCall(X, INDICES, 3, None, True, "cuda")),
+    "ema_update_": (EMA_UPDATE, UpdateCall(CODES, CODES, CODES[:, 0], CODES, INDICES, 0.9, 0.0, "none", False, "cuda")),
+}
 REFUSALS = {
-    "code_statistics": (ema, "code_statistics", lambda: ema.why_statistics_unsupported(X, INDICES, 3, None)),
-    "ema_update_": (ema, "ema_update_", lambda: ema.why_update_unsupported(CODES)),
     "quantize_backward": (quantize, "quantize_backward", lambda: quantize.why_backward_unsupported(X, CODES, INDICES)),
     "vq_step": (step, "vq_step", lambda: step.why_unsupported(X, CODES, None, "dot", 1.0, "exact")),
-    "masked_conv2d": (MASKED_CONV, "cuda", lambda: MASKED_CONV.why_unsupported("cuda", CONV)),
 }
+
+
+def off_by_a_bit(run):
+    """``run``, which changes the last bit of its first output, or of the first tensor that it writes to."""
+
+    def wrong(*arguments):
+        result = run(*arguments)
+        given = arguments[0] if isinstance(arguments[0], torch.Tensor) else arguments[0][0]
+        out = given if result is None else result if isinstance(result, torch.Tensor) else result[0]
+        out.view(torch.uint8).view(-1)[-1] ^= 1
+        return result
+
+    return wrong
 
 
 @pytest.fixture
@@ -41,6 +55,20 @@ def unknown_card(cuda_on_host, monkeypatch):
     monkeypatch.setattr(gate, "_once", lambda b, op, _, *a, **k: once(b, op, torch.device("cuda", 0), *a, **k))
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_a_declared_kernel_passes_and_a_wrong_bit_switches_it_off(name, unknown_card, monkeypatch):
+    op, call = CALLS[name]
+    gate._passed.discard(("cuda", 123, name, ()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert op.why_unsupported("cuda", call) is None
+    gate._passed.remove(("cuda", 123, name, ()))
+    kernel = op.kernels["cuda"]
+    monkeypatch.setitem(op.kernels, "cuda", replace(kernel, run=off_by_a_bit(kernel.run)))
+    with pytest.warns(RuntimeWarning, match=f"cuda backend's {name} is switched off"):
+        assert f"its {name} differs from the reference" in op.why_unsupported("cuda", call)
+
+
 @pytest.mark.parametrize("op", REFUSALS)
 def test_right_kernels_pass_and_a_wrong_bit_switches_off(op, unknown_card, monkeypatch):
     module, name, refuse = REFUSALS[op]
@@ -50,18 +78,7 @@ def test_right_kernels_pass_and_a_wrong_bit_switches_off(op, unknown_card, monke
         assert refuse() is None
     assert ("cuda", 123, op, ()) in gate._passed
     gate._passed.remove(("cuda", 123, op, ()))
-    right = module.kernels[name].run if isinstance(module, Op) else getattr(module, name)
-
-    def off_by_a_bit(*arguments):
-        result = right(*arguments)
-        out = arguments[0] if result is None else result if isinstance(result, torch.Tensor) else result[0]
-        out.view(torch.uint8).view(-1)[-1] ^= 1
-        return result
-
-    if isinstance(module, Op):
-        monkeypatch.setitem(module.kernels, name, dataclasses.replace(module.kernels[name], run=off_by_a_bit))
-    else:
-        monkeypatch.setattr(module, name, off_by_a_bit)
+    monkeypatch.setattr(module, name, off_by_a_bit(getattr(module, name)))
     with pytest.warns(RuntimeWarning, match=f"cuda backend's {op} is switched off"):
         assert f"its {op} differs from the reference" in refuse()
 

@@ -23,6 +23,12 @@ SCHEMAS = {
     "gated_masked_conv2d": "Tensor x, Tensor weight, Tensor? bias, Tensor? condition, str mask, Tensor? taps, "
     "bool save, str? backend) -> (Tensor out, Tensor tanh_a, Tensor sigmoid_b)",
     "gate_backward": "Tensor grad, Tensor tanh_a, Tensor sigmoid_b, str? backend) -> Tensor",
+    "code_statistics": "Tensor x, Tensor indices, int n_codes, int? n_heads, bool deterministic, str? backend) -> "
+    "(Tensor sums, Tensor counts)",
+    "ema_update_": "Tensor(a!) codebook, Tensor(b!) embed_sum, Tensor(c!) cluster_size, Tensor sums, Tensor counts, "
+    "float decay, float eps, str smoothing, bool debias, str? backend) -> ()",
+    "replace_dead_codes_": "Tensor(a!) codebook, Tensor(b!) embed_sum, Tensor(c!) cluster_size, Tensor x, "
+    "Tensor uniforms, float threshold, str? backend) -> Tensor",
 }
 
 
@@ -113,7 +119,7 @@ def test_a_backend_that_changes_a_written_tensor_wrongly_fails_its_golden_set(mo
     given = torch.ones(3)
     for run, expected in ((doubled, "cpu"), (wrong, "reference")):
         gate._passed.clear()
-        kernels = {"cpu": Kernel(run, golden=known_results(calls)), "reference": Kernel(doubled)}
+        kernels = {"cpu": Kernel(run, golden=(known_results(calls),)), "reference": Kernel(doubled)}
         op = scale(kernels=kernels, writes=("x",))
         if expected == "cpu":
             assert op.choose(a_call(given)) == "cpu"

@@ -6,6 +6,7 @@ import torch
 
 from fastvq.ops.quantize.triton_backward import quantize_backward
 from fastvq.ops.quantize.triton_forward import gather
+from fastvq.ops.statistics.call import ReplaceCall, UpdateCall
 from fastvq.ops.statistics.triton_replace import replace_dead_codes_
 from fastvq.ops.statistics.triton_statistics import code_statistics
 from fastvq.ops.statistics.triton_update import ema_update_
@@ -34,11 +35,12 @@ def buffers(*shape: int, dtype: torch.dtype = F32) -> list[torch.Tensor]:
 
 def update(dim: int, dtype: torch.dtype, smoothing: str, debias: bool) -> object:
     sums, counts = tensor(8, 1024, dim), tensor(8, 1024, dtype=torch.int64)
-    return ema_update_(*buffers(8, 1024, dim, dtype=dtype), sums, counts, 0.99, 1e-5, smoothing, debias)
+    given = buffers(8, 1024, dim, dtype=dtype)
+    return ema_update_(UpdateCall(*given, sums, counts, 0.99, 1e-5, smoothing, debias, None))
 
 
 def replace(x: torch.Tensor) -> object:
-    return replace_dead_codes_(*buffers(1024, x.shape[-1]), x, tensor(1024), 1.0)
+    return replace_dead_codes_(ReplaceCall(*buffers(1024, x.shape[-1]), x, tensor(1024), 1.0, None))
 
 
 def forward(x: torch.Tensor, dtype: torch.dtype = F32, masked: bool = False) -> object:

@@ -1,4 +1,4 @@
-"""Calls whose results are exact in any order of addition: what ``gate.check_op`` runs on a card without a record.
+"""Calls whose results are exact in any order of addition: what ``Op`` runs on a card without a record.
 
 Numbers are small integers, sums of them and of their squares, and every divisor is a power of two or is met in the same
 float64 operation by the reference: whatever the order, the result has one bit pattern.
@@ -23,14 +23,14 @@ def _integers(g: torch.Generator, *shape: int) -> Tensor:
 
 
 def statistics() -> Iterator[tuple[Any, ...]]:
-    """x, indices, n_codes, n_heads, deterministic: few and many codes, each width of a tile, and atomics."""
+    """x, indices, n_codes, n_heads, deterministic, backend: few and many codes, each width of a tile, and atomics."""
     g = torch.Generator("cpu").manual_seed(0)
     for dtype, (n_codes, dim) in zip(DTYPES, ((50, 40), (3000, 20), (3000, 40), (3000, 140)), strict=True):
         x, indices = _integers(g, 300, dim).to(dtype), torch.randint(-1, n_codes, (300,), generator=g, device="cpu")
         x[7, 3] = torch.nan
         indices[100:200] = 2
-        yield x, indices, n_codes, None, True
-    yield x, indices, n_codes, None, False
+        yield x, indices, n_codes, None, True, None
+    yield x, indices, n_codes, None, False, None
 
 
 def step() -> Iterator[tuple[Any, ...]]:
@@ -57,12 +57,12 @@ def quantize_backward() -> Iterator[tuple[Any, ...]]:
 
 
 def ema_update() -> Iterator[tuple[Any, ...]]:
-    """codebook, embed_sum, cluster_size, sums, counts, decay, eps, smoothing, debias."""
+    """codebook, embed_sum, cluster_size, sums, counts, decay, eps, smoothing, debias, backend."""
     g = torch.Generator("cpu").manual_seed(3)
     for smoothing, debias in (("laplace", False), ("none", True)):
         size, counts = torch.randint(0, 9, (2, 300), generator=g, device="cpu")
         buffers = _integers(g, 300, 40), _integers(g, 300, 40), size.float()
-        yield *buffers, _integers(g, 300, 40), counts, 0.5, 2.0**-10, smoothing, debias
+        yield *buffers, _integers(g, 300, 40), counts, 0.5, 2.0**-10, smoothing, debias, None
 
 
 def masked_conv() -> Iterator[tuple[Any, ...]]:

@@ -14,7 +14,7 @@ from fastvq.backends.golden import calls as golden_calls
 from fastvq.backends.golden import gate
 from fastvq.backends.registry import bound_backend
 from fastvq.ops._contract import check_gradient
-from fastvq.ops._op import Autograd, Kernel, Op, register
+from fastvq.ops._op import Autograd, Kernel, Op, register, without_backend
 from fastvq.ops._transforms import active, no_forward_mode
 from fastvq.ops.masked_conv import cpu, cuda, reference
 from fastvq.ops.masked_conv.call import ConvBackwardCall, ConvCall, GateBackwardCall, GatedConvCall
@@ -289,16 +289,12 @@ def _fold(info: Any, in_dims: tuple[int | None, ...], x: Tensor, *others: Any) -
 
 def _kernels(name: str) -> dict[str, Kernel[Any]]:
     """The functions ``name`` of the backends' files. They take a call's arguments without the backend."""
-
-    def run(function: Callable[..., Any]) -> Callable[[Any], Any]:
-        return lambda call: function(*call[:-1])
-
     triton = triton_backend.lazy_function("fastvq.ops.masked_conv.triton_ops", name)
     return {
-        "cpu": Kernel(run(getattr(cpu, name)), cpu.why_unsupported),
-        "triton": Kernel(run(triton)),
-        "cuda": Kernel(run(getattr(cuda, name)), cuda.why_unsupported, golden=_golden),
-        "reference": Kernel(run(getattr(reference, name))),
+        "cpu": Kernel(without_backend(getattr(cpu, name)), cpu.why_unsupported),
+        "triton": Kernel(without_backend(triton)),
+        "cuda": Kernel(without_backend(getattr(cuda, name)), cuda.why_unsupported, golden=(_golden,)),
+        "reference": Kernel(without_backend(getattr(reference, name))),
     }
 
 

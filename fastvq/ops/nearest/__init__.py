@@ -131,9 +131,9 @@ NEAREST = Op(
         "cpu": Kernel(cpu.nearest),
         "triton": Kernel(
             _rows_and_codes(triton_backend.lazy_function("fastvq.ops.nearest.triton_ops", "nearest")),
-            golden=golden_lookup,
+            golden=(golden_lookup,),
         ),
-        "cuda": Kernel(_rows_and_codes(cuda.nearest), golden=golden_lookup),
+        "cuda": Kernel(_rows_and_codes(cuda.nearest), golden=(golden_lookup,)),
         "reference": Kernel(_rows_and_codes(reference.nearest)),
     },
     check=_check,

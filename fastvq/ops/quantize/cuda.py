@@ -13,7 +13,9 @@ from fastvq.backends.golden import calls as golden_calls
 from fastvq.backends.golden import gate
 from fastvq.backends.views import Output, address
 from fastvq.ops.quantize import reference
-from fastvq.ops.statistics.cuda import code_statistics, why_statistics_unsupported
+from fastvq.ops.statistics import CODE_STATISTICS
+from fastvq.ops.statistics.call import StatisticsCall
+from fastvq.ops.statistics.cuda import code_statistics
 
 __all__ = ["forward", "quantize", "quantize_backward", "why_backward_unsupported"]
 
@@ -23,7 +25,8 @@ def _heads(codebook: Tensor) -> int | None:
 
 
 def why_backward_unsupported(x: Tensor, codebook: Tensor, indices: Tensor, *_: Any) -> str | None:
-    return why_statistics_unsupported(x, indices, codebook.shape[-2], _heads(codebook)) or gate.check_op(
+    statistics = StatisticsCall(x, indices, codebook.shape[-2], _heads(codebook), True, None)
+    return CODE_STATISTICS.why_unsupported("cuda", statistics) or gate.check_op(
         "cuda", "quantize_backward", x.device, quantize_backward, reference.quantize_backward,
         golden_calls.quantize_backward,
     )  # fmt: skip

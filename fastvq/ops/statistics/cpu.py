@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -12,14 +10,9 @@ from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
 from fastvq.backends.views import address
 from fastvq.ops.statistics import common
+from fastvq.ops.statistics.call import ReplaceCall, UpdateCall
 
-__all__ = ["code_statistics", "ema_update_", "replace_dead_codes_", "why_unsupported"]
-
-
-def why_unsupported(tensor: Tensor, *_: Any) -> str | None:
-    if tensor.device.type != "cpu":
-        return f"it takes CPU tensors, got one on {tensor.device}"
-    return None
+__all__ = ["code_statistics", "ema_update_", "replace_dead_codes_"]
 
 
 @cpu_backend.cpu_call
@@ -48,17 +41,8 @@ def code_statistics(
 
 
 @cpu_backend.cpu_call
-def ema_update_(
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    embed_sum: Tensor,  # [K, D] or [H, K, D]
-    cluster_size: Tensor,  # [K] or [H, K]
-    sums: Tensor,  # [K, D] or [H, K, D]
-    counts: Tensor,  # [K] or [H, K] int64
-    decay: float,
-    eps: float,
-    smoothing: str,
-    debias: bool,
-) -> None:
+def ema_update_(call: UpdateCall) -> None:
+    codebook, embed_sum, cluster_size, sums, counts, decay, eps, smoothing, debias, _ = call
     sums, counts = sums.contiguous(), counts.contiguous()
     buffers = views.ema_view(codebook, embed_sum, cluster_size)
     cpu_backend._cpu.ema_update(
@@ -68,14 +52,8 @@ def ema_update_(
 
 
 @cpu_backend.cpu_call
-def replace_dead_codes_(
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    embed_sum: Tensor,  # [K, D] or [H, K, D]
-    cluster_size: Tensor,  # [K] or [H, K]
-    x: Tensor,  # [..., D] or [H, ..., D]
-    uniforms: Tensor,  # [K] or [H, K]
-    threshold: float,
-) -> Tensor:  # [] int64
+def replace_dead_codes_(call: ReplaceCall) -> Tensor:  # [] int64
+    codebook, embed_sum, cluster_size, x, uniforms, threshold, _ = call
     # Here the answer is at hand, and nearly always it is that nothing is to be done.
     if not (cluster_size < threshold).any():
         return torch.zeros((), dtype=torch.int64, device="cpu")

@@ -2,57 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastvq._checks import check_indices
 from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import views
-from fastvq.backends.golden import calls as golden_calls
-from fastvq.backends.golden import gate
 from fastvq.backends.views import address
-from fastvq.ops.statistics import reference
+from fastvq.ops.statistics.call import ReplaceCall, UpdateCall
 from fastvq.ops.statistics.common import STATISTICS
 
-__all__ = [
-    "code_statistics",
-    "ema_update_",
-    "replace_dead_codes_",
-    "why_statistics_unsupported",
-    "why_update_unsupported",
-]
+__all__ = ["code_statistics", "ema_update_", "replace_dead_codes_", "why_too_many"]
 
 
-def why_statistics_unsupported(x: Tensor, indices: Tensor, n_codes: int, n_heads: int | None, *_: Any) -> str | None:
-    if (reason := cuda_backend.why_unsupported(x)) is not None:
-        return reason
+def why_too_many(indices: Tensor, n_codes: int, n_heads: int | None) -> str | None:
     most = cuda_backend._cuda.most_statistics_rows
     if indices.numel() > most or n_codes * (n_heads or 1) > most:
         return f"it numbers rows and codes in 32 bits, {indices.numel()} and {n_codes * (n_heads or 1)} are too many"
-    return gate.check_op(
-        "cuda", "code_statistics", x.device, code_statistics, reference.code_statistics, golden_calls.statistics
-    )
-
-
-def why_update_unsupported(codebook: Tensor, *_: Any) -> str | None:
-    return cuda_backend.why_unsupported(codebook) or gate.check_op(
-        "cuda", "ema_update_", codebook.device, _updated(ema_update_), _updated(reference.ema_update_),
-        golden_calls.ema_update,
-    )  # fmt: skip
-
-
-def _updated(update: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
-    """What ``update`` makes of copies of the buffers."""
-
-    def run(*arguments: Any) -> tuple[Tensor, ...]:
-        buffers = tuple(t.clone() for t in arguments[:3])
-        update(*buffers, *arguments[3:])
-        return buffers
-
-    return run
+    return None
 
 
 def code_statistics(
@@ -81,17 +48,8 @@ def code_statistics(
     return sums, counts
 
 
-def ema_update_(
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    embed_sum: Tensor,  # [K, D] or [H, K, D]
-    cluster_size: Tensor,  # [K] or [H, K]
-    sums: Tensor,  # [K, D] or [H, K, D]
-    counts: Tensor,  # [K] or [H, K] int64
-    decay: float,
-    eps: float,
-    smoothing: str,
-    debias: bool,
-) -> None:
+def ema_update_(call: UpdateCall) -> None:
+    codebook, embed_sum, cluster_size, sums, counts, decay, eps, smoothing, debias, _ = call
     with cuda_backend.on_device_of(codebook):
         sums, counts = sums.contiguous(), counts.contiguous()
         buffers = views.ema_view(codebook, embed_sum, cluster_size)
@@ -102,14 +60,8 @@ def ema_update_(
         )  # fmt: skip
 
 
-def replace_dead_codes_(
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    embed_sum: Tensor,  # [K, D] or [H, K, D]
-    cluster_size: Tensor,  # [K] or [H, K]
-    x: Tensor,  # [..., D] or [H, ..., D]
-    uniforms: Tensor,  # [K] or [H, K]
-    threshold: float,
-) -> Tensor:  # [] int64
+def replace_dead_codes_(call: ReplaceCall) -> Tensor:  # [] int64
+    codebook, embed_sum, cluster_size, x, uniforms, threshold, _ = call
     with cuda_backend.on_device_of(codebook):
         if x.dtype == torch.float64 and codebook.dtype == torch.float32:
             x = x.float()  # a row that float32 does not hold is not finite there, and is not taken

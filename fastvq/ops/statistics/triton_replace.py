@@ -16,6 +16,7 @@ from torch import Tensor
 from fastvq.backends import tiles, views
 from fastvq.backends.triton import float64_bits
 from fastvq.ops._triton_rows import axis_of, finite, plain, row_offset, saturate, wide
+from fastvq.ops.statistics.call import ReplaceCall
 
 __all__ = ["replace_dead_codes_"]
 
@@ -93,14 +94,8 @@ def _replace(
     tl.store(cluster_size + head * cluster_size_head + code * cluster_size_k, size.to(dtype), mask=taken)
 
 
-def replace_dead_codes_(
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    embed_sum: Tensor,  # [K, D] or [H, K, D]
-    cluster_size: Tensor,  # [K] or [H, K]
-    x: Tensor,  # [..., D] or [H, ..., D]
-    uniforms: Tensor,  # [K] or [H, K]
-    threshold: float,
-) -> Tensor:  # [] int64
+def replace_dead_codes_(call: ReplaceCall) -> Tensor:  # [] int64
+    codebook, embed_sum, cluster_size, x, uniforms, threshold, _ = call
     if x.dtype == torch.float64 and codebook.dtype == torch.float32:
         x = x.float()  # a row that float32 does not hold is not finite there, and is not taken
     view = views.rows(x, codebook.shape[0] if codebook.dim() == 3 else None)

@@ -24,11 +24,11 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from fastvq.backends import tiles
 from fastvq.backends.triton import float64_bits
 from fastvq.ops._triton_rows import saturate
+from fastvq.ops.statistics.call import UpdateCall
 
 __all__ = ["ema_update_"]
 
@@ -112,17 +112,8 @@ def _elements(
     tl.store(place, saturate(now.to(tl.float64) / divisor, dtype), mask=here & (divisor != STAYS))
 
 
-def ema_update_(
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    embed_sum: Tensor,  # [K, D] or [H, K, D]
-    cluster_size: Tensor,  # [K] or [H, K]
-    sums: Tensor,  # [K, D] or [H, K, D]
-    counts: Tensor,  # [K] or [H, K] int64
-    decay: float,
-    eps: float,
-    smoothing: str,
-    debias: bool,
-) -> None:
+def ema_update_(call: UpdateCall) -> None:
+    codebook, embed_sum, cluster_size, sums, counts, decay, eps, smoothing, debias, _ = call
     if codebook.dim() == 2:
         codebook, embed_sum, cluster_size = (t.unsqueeze(0) for t in (codebook, embed_sum, cluster_size))
     heads, n_codes, dim = codebook.shape

@@ -17,7 +17,8 @@ from fastvq.backends.golden import gate
 from fastvq.ops.nearest import NEAREST
 from fastvq.ops.nearest.call import NearestCall
 from fastvq.ops.quantize.cuda import forward
-from fastvq.ops.statistics.cuda import why_statistics_unsupported
+from fastvq.ops.statistics import CODE_STATISTICS
+from fastvq.ops.statistics.call import StatisticsCall
 from fastvq.ops.step import reference
 
 __all__ = ["vq_step", "why_unsupported"]
@@ -31,9 +32,9 @@ def why_unsupported(
     ) is not None:
         return reason
     heads = codebook.shape[0] if codebook.dim() == 3 else None
-    return why_statistics_unsupported(x, x[..., 0], codebook.shape[-2], heads) or gate.check_op(
-        "cuda", "vq_step", x.device, vq_step, reference.vq_step, golden_calls.step
-    )
+    return CODE_STATISTICS.why_unsupported(
+        "cuda", StatisticsCall(x, x[..., 0], codebook.shape[-2], heads, True, None)
+    ) or gate.check_op("cuda", "vq_step", x.device, vq_step, reference.vq_step, golden_calls.step)
 
 
 def vq_step(
