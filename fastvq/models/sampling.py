@@ -4,32 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fastvq._checks import check_generator, check_indices, check_integer, check_number, check_sizes
-from fastvq.backends import triton as triton_backend
-from fastvq.ops import DRAWING_BACKENDS, PixelCNNState, PixelCNNSteps, pixelcnn_draw_
-from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
+from fastvq.ops import PixelCNNState
+from fastvq.ops.pixelcnn.choice import Choice, Progress, sample_ids
+from fastvq.ops.pixelcnn.sampler import PositionSampler, Sampler, sampler_of
 
 __all__ = ["Choice", "Progress", "sample", "sample_ids"]
 
 OP = "fastvq.models.PixelCNN.sample"
-_CHOICE = "fastvq.ops.pixelcnn.triton_choice"
-
-
-# Called with (positions done, positions in all) while a map is drawn. An exception that it raises ends the drawing.
-Progress = Callable[[int, int], object]
-
-
-class Choice(NamedTuple):
-    """How an id is chosen from logits; the arguments of ``PixelCNN.sample``."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
 
 
 class Model(Protocol):
@@ -44,33 +32,6 @@ class Model(Protocol):
     ) -> PixelCNNState: ...
 
     def __call__(self, ids: Tensor, labels: Tensor | None, condition: Tensor | None) -> Tensor: ...
-
-
-def sample_ids(
-    logits: Tensor,  # [B, K]
-    uniforms: Tensor,  # [B] float64
-    choice: Choice,
-) -> Tensor:  # [B] int64
-    """The first id whose cumulative probability exceeds u times the total, in float64.
-
-    Ids that ``top_k`` and ``top_p`` exclude get probability zero and are never chosen.
-    """
-    if choice.temperature == 0:
-        return logits.argmax(dim=1)
-    probabilities = torch.softmax(logits.double() / choice.temperature, dim=1)
-    if choice.top_k is not None or choice.top_p is not None:
-        ordered, order = probabilities.sort(dim=1, descending=True, stable=True)
-        if choice.top_k is not None:
-            ordered[:, choice.top_k :] = 0
-        if choice.top_p is not None:
-            preceding = ordered.cumsum(1) - ordered  # total of the likelier ids
-            ordered = torch.where(preceding < choice.top_p * ordered.sum(1, keepdim=True), ordered, 0)
-        probabilities = torch.zeros_like(probabilities).scatter_(1, order, ordered)
-    cumulative = probabilities.cumsum(1)
-    total = cumulative[:, -1:]
-    # Keep the threshold below the total: rounding must not pick an id after the last one with positive probability.
-    threshold = torch.minimum(uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
 def check_labels(op: str, labels: object, batch: int, n_classes: int) -> None:
@@ -144,67 +105,49 @@ def sample(
         ids = torch.where(keep.to(device), known.to(device), ids).contiguous()
     # [B, h, w] bool: True where an id is sampled
     mask = torch.ones(shape, dtype=torch.bool, device=device) if keep is None else ~keep.to(device).contiguous()
-    any_mask = mask.any(0).cpu()  # [h, w]: positions where at least one image needs an id
-    last = int(any_mask.flatten().nonzero().max()) if any_mask.any() else -1
 
-    with torch.autocast(device.type, enabled=False), _bar(last + 1, progress) as advance:
-
-        def draw(
-            logits: Tensor,  # [B, K]
-            position: Tensor,  # [1]
-        ) -> None:
-            u, here, current = (t.flatten(1).index_select(1, position)[:, 0] for t in (uniforms, mask, ids))
-            new = torch.where(here, sample_ids(logits, u, choice), current)
-            ids.flatten(1).index_copy_(1, position, new[:, None])
-
-        def draw_in_one_launch(logits: Tensor, position: Tensor) -> None:
-            triton_backend.lazy_function(_CHOICE, "choose_")(logits, uniforms, mask, ids, position, *choice)
-
-        state = model.sampler_state(shape, labels, condition) if cached else None
-        if state is not None and state.backend in DRAWING_BACKENDS:
-            per_launch = shape[2] if progress else max(last + 1, 1)  # a progress bar advances after each launch
-            for at in range(0, last + 1, per_launch):
-                count = min(per_launch, last + 1 - at)
-                pixelcnn_draw_(state, ids, uniforms, mask, at, count, **choice._asdict())
-                if progress:
-                    ids[0, 0, 0].item()  # waits for the launch
-                advance(count)
-            return ids
-        step = None
-        if state is not None:
-            one_launch = state.backend == "triton" and model.n_codes <= WIDEST_CHOICE
-            step = PixelCNNSteps(state, ids, draw_in_one_launch if one_launch else draw)
-        for at, is_drawn in enumerate(any_mask.flatten()[: last + 1].tolist()):
-            if step is not None:
-                step(is_drawn)
-            elif is_drawn:
-                i, j = divmod(at, shape[2])
-                draw(model(ids, labels, condition)[:, :, i, j], torch.tensor([at], device=device))
-            advance()
+    sampler: Sampler
+    if cached:
+        sampler = sampler_of(model.sampler_state(shape, labels, condition))
+    else:
+        sampler = PositionSampler(partial(_Recomputed, model, labels, condition))
+    with torch.autocast(device.type, enabled=False), _bar(progress) as follow:
+        sampler.run(ids, uniforms, mask, choice, follow)
     return ids
 
 
+class _Recomputed:
+    """As ``PixelCNNSteps``, with the whole network at every position that is used."""
+
+    def __init__(
+        self,
+        model: Model,
+        labels: Tensor | None,
+        condition: Tensor | None,
+        ids: Tensor,
+        use: Callable[[Tensor, Tensor], None],
+    ) -> None:
+        self.logits, self.ids, self.use = partial(model, ids, labels, condition), ids, use
+        self.n_done = 0
+
+    def __call__(self, wanted: bool = True) -> None:
+        if wanted:
+            row, column = divmod(self.n_done, self.ids.shape[2])
+            self.use(self.logits()[:, :, row, column], torch.tensor([self.n_done], device=self.ids.device))
+        self.n_done += 1
+
+
 @contextmanager
-def _bar(total: int, progress: bool | Progress) -> Iterator[Callable[..., object]]:
-    """Yields ``advance(n=1)``, which a loop calls after n more positions."""
-    if not progress:
-        yield lambda n=1: None
-        return
-    if callable(progress):
-        done = 0
-
-        def advance(n: int = 1) -> None:
-            nonlocal done
-            done += n
-            progress(done, total)
-
-        yield advance
+def _bar(progress: bool | Progress) -> Iterator[Progress | None]:
+    """Yields the function of (done, total) that a sampler calls, or None."""
+    if not progress or callable(progress):
+        yield progress or None
         return
     try:
         from rich.console import Console
-        from rich.progress import Progress
+        from rich.progress import Progress as Bar
     except ImportError:
         raise ImportError(f"{OP}: progress=True needs the package rich; install it or pass progress=False") from None
-    with Progress(console=Console(stderr=True)) as bar:
-        task = bar.add_task("sampling", total=total)
-        yield lambda n=1: bar.advance(task, n)
+    with Bar(console=Console(stderr=True)) as bar:
+        task = bar.add_task("sampling", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -3,7 +3,6 @@
 from fastvq.ops.masked_conv import gated_masked_conv2d, masked_conv2d
 from fastvq.ops.nearest import PackedCodebook, nearest, pack_codebook
 from fastvq.ops.pixelcnn import PixelCNNState, pixelcnn_start, pixelcnn_step
-from fastvq.ops.pixelcnn.draw import DRAWING_BACKENDS, pixelcnn_draw_
 from fastvq.ops.pixelcnn.replay import PixelCNNSteps
 from fastvq.ops.quantize import Quantized, quantize
 from fastvq.ops.residual import ResidualQuantized, residual_quantize
@@ -11,7 +10,6 @@ from fastvq.ops.statistics import code_statistics, ema_update_, replace_dead_cod
 from fastvq.ops.step import VQStep, vq_step
 
 __all__ = [
-    "DRAWING_BACKENDS",
     "PackedCodebook",
     "PixelCNNState",
     "PixelCNNSteps",
@@ -24,7 +22,6 @@ __all__ = [
     "masked_conv2d",
     "nearest",
     "pack_codebook",
-    "pixelcnn_draw_",
     "pixelcnn_start",
     "pixelcnn_step",
     "quantize",

@@ -114,8 +114,9 @@ class Op(Generic[C]):
     def __post_init__(self) -> None:
         self.public_name = self.public_name or f"fastvq.ops.{self.name}"
         types = {name: _schema_type(hint) for name, hint in typing.get_type_hints(self.call).items()}
-        self._first = first = next(name for name, kind in types.items() if kind in ("Tensor", "Tensor[]"))
+        first = next(name for name, kind in types.items() if kind in ("Tensor", "Tensor[]"))
         is_list, tensors = types[first] == "Tensor[]", attrgetter(first)
+        self._first = f"{first}[0]" if is_list else first
         self.device = (lambda call: tensors(call)[0].device) if is_list else attrgetter(f"{first}.device")
 
     def schema(self) -> str:

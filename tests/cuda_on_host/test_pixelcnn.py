@@ -7,7 +7,8 @@ import torch
 
 from fastvq import use_backend
 from fastvq.models.sampling import Choice, sample_ids
-from fastvq.ops import pixelcnn_draw_, pixelcnn_start
+from fastvq.ops import pixelcnn_start
+from fastvq.ops.pixelcnn.cuda import Sampler
 from tests.cuda_on_host import host
 from tests.models import test_sampling as plain
 from tests.models.test_sampling import make
@@ -81,7 +82,7 @@ def draw(logits, uniforms, **options):
     weights = [*map(torch.zeros, sizes), torch.zeros(k, 1, 1, 1), logits]
     state = pixelcnn_start(weights, [1], (n, 1, 1))
     ids = torch.full((n, 1, 1), -1)
-    pixelcnn_draw_(state, ids, uniforms.view(n, 1, 1), torch.ones(n, 1, 1, dtype=torch.bool), **options)
+    Sampler(state).run(ids, uniforms.view(n, 1, 1), torch.ones(n, 1, 1, dtype=torch.bool), Choice(**options))
     return ids.view(n)
 
 
@@ -106,22 +107,18 @@ def test_what_it_cannot_add_or_draw_is_refused(cuda_on_host):
         with pytest.raises(ValueError, match="cuda: it computes in float32, a weight is"):
             make(n_layers=1, channels=4).double().sampler_state((1, 2, 2), None, None)
         state = make(n_layers=1, channels=4).sampler_state((1, 2, 2), None, None)
-    ids, u, wanted = torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).double(), torch.ones(1, 2, 2).bool()
+    ids, u, mask = torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).double(), torch.ones(1, 2, 2).bool()
     for arguments, message in (
-        ((ids, u.float(), wanted), "uniforms must be torch.float64"),
-        ((ids, u, wanted[:, :1]), "wanted must be torch.bool"),
-        ((ids, u.mT, wanted), "contiguous"),
-        ((ids, u, wanted, 3, 2), "positions must lie in 0 .. 4, got 2 from 3 on"),
+        ((ids, u.float(), mask), "uniforms must be torch.float64"),
+        ((ids, u, mask[:, :1]), "mask must be torch.bool"),
+        ((ids, u.mT, mask), "contiguous"),
+        ((ids[:, :1], u, mask), r"ids must be int64 \[1, 2, 2\]"),
     ):
         with pytest.raises(ValueError, match=message):
-            pixelcnn_draw_(state, *arguments)
-    with use_backend("reference"):
-        state = make(n_layers=1, channels=4).sampler_state((1, 2, 2), None, None)
-    with pytest.raises(ValueError, match="a backend that draws ids itself, cuda, got reference"):
-        pixelcnn_draw_(state, ids, u, wanted)
+            Sampler(state).run(*arguments, Choice())
 
 
-def whole_map(calls, state, ids, uniforms, wanted, logits, **options):
+def whole_map(calls, state, ids, uniforms, mask, logits, **options):
     """Adds a call that draws all ids of a map in one launch, or one that leaves the logits of each position."""
     embedding, packed, table = state.weights
     condition = torch.zeros(0) if state.condition is None else state.condition
@@ -130,7 +127,7 @@ def whole_map(calls, state, ids, uniforms, wanted, logits, **options):
     calls.add(
         "pixelcnn_map",
         [*map(host.as_bytes, (ids, embedding, packed, table)), np.full(state.cache.nbytes, 0xFF, np.uint8),
-         *map(host.as_bytes, (condition, logits, uniforms, wanted))],
+         *map(host.as_bytes, (condition, logits, uniforms, mask))],
         [host.Buffer(0), *ids.shape, host.Buffer(1), *embedding.shape, host.Buffer(2), host.Buffer(3),
          len(state.kernel_sizes), host.Buffer(4), state.cache.shape[1],
          host.NOTHING if state.condition is None else host.Buffer(5), tall, wide,
@@ -149,17 +146,17 @@ def test_under_sanitizers(kind, tmp_path, cuda_on_host):
         model = make(**options)
         given = plain.conditions(model, *shape, scale)
         uniforms = torch.rand(shape, generator=generator(i), dtype=torch.float64)
-        wanted = torch.rand(shape, generator=generator(i)) < 0.8
+        mask = torch.rand(shape, generator=generator(i)) < 0.8
         choice = CHOICES[-1 - i % len(CHOICES)]
         with use_backend("cuda"):
             state = model.sampler_state(shape, **given)
             drawn = torch.randint(0, model.n_codes, shape, generator=generator(4))
-            whole_map(calls, state, drawn, uniforms, wanted, torch.zeros(0), **choice)
-            pixelcnn_draw_(state, drawn, uniforms, wanted, **choice)
+            whole_map(calls, state, drawn, uniforms, mask, torch.zeros(0), **choice)
+            Sampler(state).run(drawn, uniforms, mask, Choice(**choice))
         b, h, w = shape
         logits = torch.full((h, w, b, model.n_codes), torch.nan)
         if kind == "address":
-            whole_map(calls, state, drawn, uniforms, wanted, logits)
+            whole_map(calls, state, drawn, uniforms, mask, logits)
         with use_backend("reference"):
             maps = None if given["condition"] is None else given["condition"].double()
             expected.append((drawn, model.double()(drawn, given["labels"], maps).permute(2, 3, 0, 1)))

@@ -198,7 +198,6 @@ def test_registration():
             list(state.kernel_sizes),
             row,
             column,
-            state.isa,
             state.backend,
         )
         torch.library.opcheck(torch.ops.fastvq.pixelcnn_step.default, arguments)

@@ -82,7 +82,7 @@ BOTH = dict(top_k=5, top_p=0.5, temperature=2.0)
 )
 def test_the_choice_in_one_launch_is_that_of_torch(n_codes, options):
     """Ties, ids without probability, the ends of [0, 1), positions outside the mask, NaN and infinity."""
-    from fastvq.ops.pixelcnn.triton_choice import choose_
+    from fastvq.ops.pixelcnn import triton_choice
 
     g = generator(n_codes)
     logits = 3 * torch.randn(9, n_codes, generator=g)
@@ -96,7 +96,7 @@ def test_the_choice_in_one_launch_is_that_of_torch(n_codes, options):
     ids, position, choice = torch.full((9, 2, 2), -5), torch.tensor([2]), Choice(**options)
     expected = ids.clone()
     expected[:, 1, 0] = torch.where(mask[:, 1, 0], sample_ids(logits, uniforms[:, 1, 0], choice), -5)
-    choose_(logits, uniforms, mask.contiguous(), ids, position, *choice)
+    triton_choice.sample_ids(logits, uniforms, mask.contiguous(), ids, position, *choice)
     assert torch.equal(ids, expected)
 
 

@@ -22,6 +22,8 @@ SCHEMAS = {
     "bool need_weight, bool need_bias, str? backend) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
     "gated_masked_conv2d": "Tensor x, Tensor weight, Tensor? bias, Tensor? condition, str mask, Tensor? taps, "
     "bool save, str? backend) -> (Tensor out, Tensor tanh_a, Tensor sigmoid_b)",
+    "pixelcnn_step": "Tensor ids, Tensor[] weights, Tensor(a!) cache, Tensor? condition, int[] kernel_sizes, int row, "
+    "int column, str backend) -> Tensor",
     "gate_backward": "Tensor grad, Tensor tanh_a, Tensor sigmoid_b, str? backend) -> Tensor",
     "code_statistics": "Tensor x, Tensor indices, int n_codes, int? n_heads, bool deterministic, str? backend) -> "
     "(Tensor sums, Tensor counts)",

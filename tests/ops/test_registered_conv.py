@@ -75,13 +75,13 @@ def state():
     [
         {0: torch.zeros(2, 4, 6, dtype=torch.int64)}, {0: torch.zeros(2, 4, 5)}, {1: []}, {2: torch.zeros(3)},
         {3: torch.randn(3, 2, 3, 5, 32)}, {3: torch.randn(3, 2, 0, 5, 32)}, {4: [5, 3]}, {4: [5, 3, 2]}, {5: 4},
-        {6: -1}, {7: 99}, {8: "metal"},
+        {6: -1}, {7: "metal"},
     ],
 )  # fmt: skip
 def test_pixelcnn_step(change):
     model, ids = state()
     s = model.sampler_state((2, 4, 5), None, None)
-    given = [ids, s.weights, s.cache, s.condition, list(s.kernel_sizes), 0, 0, s.isa, s.backend]
+    given = [ids, s.weights, s.cache, s.condition, list(s.kernel_sizes), 0, 0, s.backend]
     assert OPS.pixelcnn_step(*given).shape == (2, 7)
     for place, wrong in change.items():
         given[place] = wrong

@@ -8,7 +8,7 @@ import torch
 from fastvq.ops.masked_conv import triton_ops as conv
 from fastvq.ops.nearest import triton_ops as lookup
 from fastvq.ops.pixelcnn import triton_ops as pixelcnn
-from fastvq.ops.pixelcnn.triton_choice import choose_
+from fastvq.ops.pixelcnn.triton_choice import sample_ids
 from fastvq.ops.residual import triton_ops as residual
 from tests.support import triton_calls_learning
 
@@ -68,20 +68,20 @@ def pixelcnn_steps(
                 weights += [torch.empty(n, channels, *size, dtype=dtype), torch.empty(n, dtype=dtype)]
         for n in (channels, 512):
             weights += [torch.empty(n, channels, 1, 1, dtype=dtype), torch.empty(n, dtype=dtype)]
-        packed, cache = pixelcnn.prepare(weights, kernel_sizes, *shape, 0)
+        packed, cache = pixelcnn.prepare(weights, kernel_sizes, *shape)
         condition = torch.empty(len(kernel_sizes), 16, 8, 8, 4 * channels, dtype=dtype)
         ids = torch.empty(shape, dtype=torch.int64)
         with mock.patch.object(pixelcnn, "pick", last if tuned else pixelcnn.pick):
-            pixelcnn.step(ids, packed, cache, condition, kernel_sizes, 1, 0, 0)
+            pixelcnn.step(ids, packed, cache, condition, kernel_sizes, 1, 0)
 
     return call
 
 
 def choice(n_codes: int, temperature: float, top_k: int | None, top_p: float | None) -> Callable[[], object]:
     def call():
-        uniforms, free = (torch.empty(16, 32, 32, dtype=dtype) for dtype in (F64, torch.bool))
+        uniforms, mask = (torch.empty(16, 32, 32, dtype=dtype) for dtype in (F64, torch.bool))
         ids, position = torch.empty(16, 32, 32, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
-        choose_(torch.empty(16, n_codes), uniforms, free, ids, position, temperature, top_k, top_p)
+        sample_ids(torch.empty(16, n_codes), uniforms, mask, ids, position, temperature, top_k, top_p)
 
     return call
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastvq.ops._contract import check_tensor
 
-__all__ = ["check_condition", "check_step"]
+__all__ = ["RUN", "check_condition", "check_map", "check_step", "positions_to_draw"]
+
+RUN = "fastvq.ops.pixelcnn.Sampler.run"
 
 
 def check_condition(
@@ -62,7 +64,7 @@ def check_step(
         return
     if backend != "triton" and dtype != torch.float32:
         raise ValueError(f"{op}: weights must be float32 for backend {backend!r}, got {dtype}")
-    table = weights[-1:] if backend == "cuda" else []
+    table = weights[-1:] if backend in ("cpu", "cuda") else []
     for t in (*weights[: len(weights) - len(table)], cache, *(() if condition is None else (condition,))):
         if not t.is_contiguous() or t.device != device or t.dtype != dtype:
             raise ValueError(
@@ -70,7 +72,8 @@ def check_step(
                 f"{t.device}; make the state with pixelcnn_start"
             )
     for t in table:
-        check_tensor(op, "the state's table", t, (len(kernel_sizes) + 1, 11), torch.int64, device)
+        shape = (1,) if backend == "cpu" else (len(kernel_sizes) + 1, 11)
+        check_tensor(op, "the state's table", t, shape, torch.int64, device)
     if backend in ("triton", "cuda"):
         sizes = _sizes_of_triton if backend == "triton" else _sizes_of_cuda
         expected, n_cache = sizes(tuple(kernel_sizes), batch, width, *embedding.shape)
@@ -79,6 +82,30 @@ def check_step(
                 f"{op}: the state was not made for ids {list(ids.shape)} and kernel_sizes {list(kernel_sizes)}; "
                 "make it with pixelcnn_start"
             )
+
+
+def check_map(
+    ids: Tensor,  # [B, H, W] int64
+    uniforms: Tensor,  # [B, H, W] float64
+    mask: Tensor,  # [B, H, W] bool
+) -> None:
+    wanted = {"ids": torch.int64, "uniforms": torch.float64, "mask": torch.bool}
+    for (name, dtype), given in zip(wanted.items(), (ids, uniforms, mask), strict=True):
+        if given.shape != ids.shape or given.dtype != dtype or given.device != ids.device or not given.is_contiguous():
+            raise ValueError(
+                f"{RUN}: {name} must be {dtype} {list(ids.shape)}, contiguous, on {ids.device}, got {given.dtype} "
+                f"{list(given.shape)} with strides {list(given.stride())} on {given.device}"
+            )
+
+
+def positions_to_draw(
+    mask: Tensor,  # [B, H, W] bool
+) -> list[bool]:
+    """Of the positions in raster order, up to the last where an image draws: whether any image draws there."""
+    drawn: list[bool] = mask.any(0).flatten().tolist()
+    while drawn and not drawn[-1]:
+        drawn.pop()
+    return drawn
 
 
 @lru_cache(maxsize=64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,24 +13,17 @@ from fastvq.ops._contract import check_tensor
 from fastvq.ops._library import register
 from fastvq.ops.pixelcnn.common import PER_LAYER
 
-__all__ = ["prepare", "step", "why_unsupported"]
+__all__ = ["prepare", "step"]
 
 PACK = "fastvq.ops.pixelcnn_pack"
 
 
-def why_unsupported(weights: Sequence[Tensor], *_: Any) -> str | None:
-    for w in weights:
-        if w.device.type != "cpu":
-            return f"it takes CPU tensors, a weight is on {w.device}"
-        if w.dtype != torch.float32:
-            return f"it computes in float32, a weight is {w.dtype}"
-    return None
-
-
 @cpu_backend.cpu_call
 def prepare(
-    weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int, isa: int
+    weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int
 ) -> tuple[list[Tensor], Tensor]:
+    """Embedding, all else packed, and the instruction set that it is packed for; an empty cache."""
+    isa = cpu_backend.isa()
     embedding, *rest = weights
     n_codes, channels = embedding.shape
     shape = (batch, height, width, channels, n_codes, list(kernel_sizes))
@@ -46,7 +38,8 @@ def prepare(
         folded += [v, v_bias, link, link_bias + h_bias, h, h_bias, out, out_bias]
     folded += rest[PER_LAYER * len(kernel_sizes) :]
     packed = torch.ops.fastvq.pixelcnn_pack(folded, batch, height, width, kernel_sizes, n_codes, isa)
-    return [embedding.contiguous(), packed], embedding.new_zeros(n_cache)
+    table = torch.tensor([isa], dtype=torch.int64, device="cpu")
+    return [embedding.contiguous(), packed, table], embedding.new_zeros(n_cache)
 
 
 def _pack(
@@ -109,23 +102,23 @@ register(
 @cpu_backend.cpu_call
 def step(
     ids: Tensor,  # [B, H, W] int64
-    weights: Sequence[Tensor],  # embedding [K, C], packed
+    weights: Sequence[Tensor],  # of prepare
     cache: Tensor,
     condition: Tensor | None,  # [layers, B, h, w, 4C]
     kernel_sizes: Sequence[int],
     row: int,
     column: int,
-    isa: int,
 ) -> Tensor:  # [B, K]
-    embedding, packed = weights
+    embedding, packed, table = weights
+    isa = int(table)
     n_codes, channels = embedding.shape
     shape = (*ids.shape, channels, n_codes, list(kernel_sizes))
+    _check_isa(isa)
     if (packed.numel(), cache.numel()) != tuple(cpu_backend._cpu.pixelcnn_sizes(shape, isa)):
         raise ValueError(
             "fastvq.ops.pixelcnn_step: state was not made for these sizes; make it with pixelcnn_start for "
             f"ids of shape {list(ids.shape)}"
         )
-    _check_isa(isa)
     ids = ids.contiguous()
     logits = torch.empty(ids.shape[0], n_codes, dtype=torch.float32, device="cpu")
     cpu_backend._cpu.pixelcnn_step(

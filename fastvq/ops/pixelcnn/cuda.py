@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +10,12 @@ from torch import Tensor
 
 from fastvq.backends import cuda as cuda_backend
 from fastvq.backends.views import address
+from fastvq.ops.pixelcnn.choice import Choice, Progress
 from fastvq.ops.pixelcnn.common import PER_LAYER
+from fastvq.ops.pixelcnn.contract import RUN, check_map, positions_to_draw
+from fastvq.ops.pixelcnn.state import PixelCNNState, check_ids
 
-__all__ = ["draw", "prepare", "step", "why_unsupported"]
-
-
-def why_unsupported(weights: Sequence[Tensor], *_: Any) -> str | None:
-    for w in weights:
-        if (reason := cuda_backend.why_unsupported(w)) is not None:
-            return reason
-        if w.dtype != torch.float32:
-            return f"it computes in float32, a weight is {w.dtype}"
-    return None
+__all__ = ["Sampler", "prepare", "step"]
 
 
 class _Layout:
@@ -54,7 +47,7 @@ def _in_pairs(m: Tensor) -> Tensor:
 
 
 def prepare(
-    weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int, isa: int
+    weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int
 ) -> tuple[list[Tensor], Tensor]:
     """Embedding, all else packed, and the table of where it lies; an empty cache [B, floats]."""
     embedding, *rest = weights
@@ -85,9 +78,9 @@ def prepare(
 
 def _positions(
     ids: Tensor, weights: Sequence[Tensor], cache: Tensor, condition: Tensor | None, n_layers: int, first: int,
-    count: int, logits: Tensor | None, uniforms: Tensor | None, wanted: Tensor | None, temperature: float, top_k: int,
-    top_p: float,
+    count: int, logits: Tensor | None, uniforms: Tensor | None, mask: Tensor | None, choice: Choice,
 ) -> None:  # fmt: skip
+    """``count`` positions from ``first`` on: their logits, or their ids, drawn where ``mask`` is True."""
     embedding, packed, table = weights
     given = (0, 1, 1) if condition is None else (address(condition), *condition.shape[2:4])
     with cuda_backend.on_device_of(ids):
@@ -96,8 +89,8 @@ def _positions(
             (address(ids), *ids.shape), (address(embedding), *embedding.shape),
             (address(packed), address(table), n_layers), (address(cache), cache.shape[1]), given,
             (first, count), address(arrived), 0 if logits is None else address(logits),
-            (0, 0) if uniforms is None or wanted is None else (address(uniforms), address(wanted)),
-            temperature, top_k, top_p, cuda_backend.stream(ids),
+            (0, 0) if uniforms is None or mask is None else (address(uniforms), address(mask)),
+            choice.temperature, choice.top_k or 0, choice.top_p or 0.0, cuda_backend.stream(ids),
         )  # fmt: skip
 
 
@@ -109,28 +102,36 @@ def step(
     kernel_sizes: Sequence[int],
     row: int,
     column: int,
-    isa: int,
 ) -> Tensor:  # [B, K]
     logits = weights[0].new_empty(ids.shape[0], weights[0].shape[0])
     _positions(ids.contiguous(), weights, cache, condition, len(kernel_sizes), row * ids.shape[2] + column, 1, logits,
-               None, None, 1.0, 0, 0.0)  # fmt: skip
+               None, None, Choice())  # fmt: skip
     return logits
 
 
-def draw(
-    ids: Tensor,  # [B, H, W] int64, contiguous; changed where wanted
-    weights: Sequence[Tensor],  # of prepare
-    cache: Tensor,  # of prepare; changed
-    condition: Tensor | None,  # [layers, B, h, w, 4C]
-    kernel_sizes: Sequence[int],
-    uniforms: Tensor,  # [B, H, W] float64, contiguous
-    wanted: Tensor,  # [B, H, W] bool, contiguous
-    first: int,
-    count: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-) -> None:
-    """``count`` positions from ``first`` on, in one launch, their ids drawn as ``models.sampling.sample_ids`` does."""
-    _positions(ids, weights, cache, condition, len(kernel_sizes), first, count, None, uniforms, wanted, temperature,
-               top_k or 0, top_p or 0.0)  # fmt: skip
+class Sampler:
+    """See ``sampler.Sampler``. Any number of positions are one launch, whose blocks choose the ids themselves."""
+
+    def __init__(self, state: PixelCNNState) -> None:
+        self.state = state
+
+    def run(
+        self,
+        ids: Tensor,
+        uniforms: Tensor,
+        mask: Tensor,
+        choice: Choice,
+        progress: Progress | None = None,
+    ) -> None:
+        s = self.state
+        check_ids(RUN, s, ids)
+        check_map(ids, uniforms, mask)
+        total = len(positions_to_draw(mask))
+        per_launch = ids.shape[2] if progress is not None else max(total, 1)
+        for first in range(0, total, per_launch):
+            count = min(per_launch, total - first)
+            _positions(ids, s.weights, s.cache, s.condition, len(s.kernel_sizes), first, count, None, uniforms, mask,
+                       choice)  # fmt: skip
+            if progress is not None:
+                ids[0, 0, 0].item()  # waits for the launch
+                progress(first + count, total)

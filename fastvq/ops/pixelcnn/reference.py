@@ -13,7 +13,7 @@ __all__ = ["prepare", "step"]
 
 
 def prepare(
-    weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int, isa: int
+    weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int
 ) -> tuple[list[Tensor], Tensor]:
     """The weights as ``step`` takes them, and an empty cache."""
     size = _cache_size(kernel_sizes, batch, width, weights[0].shape[1])
@@ -72,7 +72,6 @@ def step(
     kernel_sizes: Sequence[int],
     row: int,
     column: int,
-    isa: int,
 ) -> Tensor:  # [B, K]
     """Logits at (row, column); see ``fastvq.ops.pixelcnn_step``."""
     embedding = weights[0]

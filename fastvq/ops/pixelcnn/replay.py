@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fastvq.backends import triton as triton_backend
-from fastvq.ops.pixelcnn import PixelCNNState, check_ids, pixelcnn_step
+from fastvq.ops.pixelcnn import pixelcnn_step
+from fastvq.ops.pixelcnn.state import PixelCNNState, check_ids
 
-__all__ = ["WIDEST_CHOICE", "PixelCNNSteps"]
+__all__ = ["PixelCNNSteps", "Use"]
 
 OP = "fastvq.ops.PixelCNNSteps"
 _KERNELS = "fastvq.ops.pixelcnn.triton_ops"
-WIDEST_CHOICE = 4096  # ids that triton_choice.py chooses from: a program holds all of them
+Use = Callable[[Tensor, Tensor], None]  # called with logits [B, K] and the position [1]
 
 
 class PixelCNNSteps:
@@ -33,7 +34,7 @@ class PixelCNNSteps:
         ValueError: ids of another shape than the state's, or not contiguous; at a call as ``pixelcnn_step``.
     """
 
-    def __init__(self, state: PixelCNNState, ids: Tensor, use: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, state: PixelCNNState, ids: Tensor, use: Use) -> None:
         check_ids(OP, state, ids)
         if not ids.is_contiguous():
             raise ValueError(f"{OP}: ids must be contiguous, got strides {ids.stride()}; use .contiguous()")

@@ -4,11 +4,11 @@
 tensor           layout
 logits           [B, K]                 any float
 uniforms         [B, H, W] float64      one number a position, drawn before the first
-free             [B, H, W] bool         positions to be drawn; others keep their id
+mask             [B, H, W] bool         positions to be drawn; others keep their id
 ids              [B, H, W] int64        written at the position
 position         [1] int64              row * W + column
 
-All arithmetic is float64, as in ``fastvq.models.sampling.sample_ids``, whose result this is, but for the order of the
+All arithmetic is float64, as in ``sample_ids`` of choice.py, whose result this is, but for the order of the
 sums: a uniform within a rounding of the step from one id to the next may fall to either. Nothing is sorted. What
 ``top_k`` and ``top_p`` keep is every id above some probability and the first few at it, and that probability is found
 bit by bit: a non-negative float64 is ordered as the integer of its bits.
@@ -23,9 +23,9 @@ from torch import Tensor
 
 from fastvq.backends import tiles
 from fastvq.backends.triton import float64_bits
-from fastvq.ops.pixelcnn.replay import WIDEST_CHOICE
+from fastvq.ops.pixelcnn.sampler import WIDEST_CHOICE
 
-__all__ = ["choose_"]
+__all__ = ["sample_ids"]
 
 BITS = tl.constexpr(62)  # of a probability, which is at most 1: 0x3FF << 52
 # By the number of ids, all of which a program holds at once.
@@ -54,7 +54,7 @@ def _least_kept(key, weight, wanted):
 
 @triton.jit(do_not_specialize=["n_codes", "n_positions", "inverse_bits", "top_k", "top_p_bits"])
 def _choose(
-    logits, uniforms, free, ids, position, n_codes, n_positions, inverse_bits, top_k, top_p_bits,
+    logits, uniforms, to_draw, ids, position, n_codes, n_positions, inverse_bits, top_k, top_p_bits,
     GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
@@ -97,13 +97,13 @@ def _choose(
         first = tl.min(tl.where((sums > threshold) & (p > 0), k, BLOCK), axis=0)
         last = tl.max(tl.where(p > 0, k, -1), axis=0)
         chosen = tl.where(sane, tl.where(first < BLOCK, first, last), n_codes)
-    tl.store(ids + at, chosen.to(tl.int64), mask=tl.load(free + at).to(tl.int1))
+    tl.store(ids + at, chosen.to(tl.int64), mask=tl.load(to_draw + at).to(tl.int1))
 
 
-def choose_(
+def sample_ids(
     logits: Tensor,  # [B, K]
     uniforms: Tensor,  # [B, H, W] float64, contiguous
-    free: Tensor,  # [B, H, W] bool, contiguous
+    mask: Tensor,  # [B, H, W] bool, contiguous
     ids: Tensor,  # [B, H, W] int64, contiguous; changed
     position: Tensor,  # [1] int64
     temperature: float,
@@ -115,7 +115,7 @@ def choose_(
     inverse = min(1 / temperature, sys.float_info.max) if temperature else 0.0
     tile = tiles.pick("pixelcnn choice", TILES, logits.device, n_codes, torch.float64)
     _choose[(batch,)](
-        logits.contiguous(), uniforms, free, ids, position, n_codes, ids[0].numel(), float64_bits(inverse),
+        logits.contiguous(), uniforms, mask, ids, position, n_codes, ids[0].numel(), float64_bits(inverse),
         min(top_k or n_codes, n_codes), float64_bits(top_p or 1.0), GREEDY=temperature == 0, TOP_K=top_k is not None,
         TOP_P=top_p is not None, BLOCK=triton.next_power_of_2(n_codes), enable_fp_fusion=False, **tile,
     )  # fmt: skip

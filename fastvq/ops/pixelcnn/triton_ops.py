@@ -67,7 +67,7 @@ def _cache(cache: Tensor, kernel_sizes: Sequence[int], batch: int, width: int, c
 
 
 def prepare(
-    weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int, isa: int
+    weights: Sequence[Tensor], kernel_sizes: Sequence[int], batch: int, height: int, width: int
 ) -> tuple[list[Tensor], Tensor]:
     embedding, *rest = weights
     packed = [embedding]
@@ -190,7 +190,6 @@ def step(
     kernel_sizes: Sequence[int],
     row: int,
     column: int,
-    isa: int,
 ) -> Tensor:  # [B, K]
     ids = ids.contiguous()
     position = torch.full((1,), row * ids.shape[2] + column, dtype=torch.int64, device=ids.device)

@@ -1,0 +1,37 @@
+"""The state of the sampler between its positions."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvq._checks import check_same_device
+from fastvq.ops._library import serialisable
+
+__all__ = ["PixelCNNState", "check_ids"]
+
+
+@serialisable("ops.PixelCNNState")
+class PixelCNNState(NamedTuple):
+    """What ``pixelcnn_start`` makes and ``pixelcnn_step`` goes on with."""
+
+    weights: list[Tensor]  # in the backend's own layout
+    cache: Tensor  # activations that later positions read; the same size from the first position to the last
+    condition: Tensor | None  # [layers, B, h, w, 4C]
+    kernel_sizes: tuple[int, ...]
+    shape: tuple[int, int, int]  # B, H, W
+    backend: str
+
+
+def check_ids(op: str, state: PixelCNNState, ids: Tensor) -> None:
+    if not isinstance(state, PixelCNNState):
+        raise TypeError(f"{op}: state must be what pixelcnn_start returned, got {type(state).__name__}")
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{op}: ids must be int64 {list(state.shape)}, got {type(ids).__name__}")
+    if ids.dtype != torch.int64 or tuple(ids.shape) != state.shape:
+        raise ValueError(
+            f"{op}: ids must be int64 {list(state.shape)}, as the state was made for, got {ids.dtype} {list(ids.shape)}"
+        )
+    check_same_device(op, "the state's weights", state.weights[0], "ids", ids)
