@@ -19,19 +19,19 @@ import torch
 from fastvq import _env
 from fastvq.backends import triton as triton_backend
 
-__all__ = ["NOT_MEASURED", "Tile", "pick"]
-
-NOT_MEASURED = "not measured on a GPU"
+__all__ = ["Tile", "pick"]
 
 
 class Tile(NamedTuple):
-    """One row: for cards of ``capability`` (times ten) or later, widths up to ``dim`` and elements of ``dtype``."""
+    """One row: for cards of ``capability`` (times ten) or later, widths up to ``dim`` and elements of ``dtype``.
+
+    A comment at the row or its table names the card, the shape and the date of its measurement, if there was one.
+    """
 
     capability: int
     dim: int
     dtype: torch.dtype  # of the operands as the tensor cores see them
     meta: Mapping[str, int]  # block sizes by their tl.constexpr names, num_warps, num_stages
-    measured: str = NOT_MEASURED  # the card, the shape and the date, or that it was not
 
 
 def pick(
