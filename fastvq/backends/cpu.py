@@ -16,7 +16,7 @@ from fastvq import _env
 
 _import_error: str | None = None
 try:
-    from fastvq import _cpu  # type: ignore[attr-defined]
+    from fastvq import _cpu
 except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 
@@ -35,7 +35,7 @@ __all__ = [
 
 Adapter = TypeVar("Adapter", bound=Callable[..., Any])
 
-# The numbers of csrc/fastvq.h.
+# The numbers of csrc/fastvq_cpu.h.
 ISAS = {"generic": 0, "avx2": 1, "avx512": 2, "avx512_vnni": 3, "amx": 4, "emulated": 5}
 
 
@@ -59,7 +59,7 @@ def cpu_call(adapter: Adapter) -> Adapter:
 
 
 def _set_main_thread() -> None:
-    _cpu.set_main_thread(threading.main_thread().ident)
+    _cpu.set_main_thread(threading.main_thread().ident or 0)
 
 
 if _import_error is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 _import_error: str | None = None
 try:
-    from fastvq import _cuda  # type: ignore[attr-defined]
+    from fastvq import _cuda
 except ImportError as error:
     _import_error = f"{type(error).__name__}: {error}"
 

@@ -120,6 +120,7 @@ def gate_backward(
     with cuda_backend.on_device_of(grad):
         both = like_input(tanh_a, 2 * tanh_a.shape[1])
         cuda_backend._cuda.gate_backward(
-            *(views.image_view(t) for t in (grad, tanh_a, sigmoid_b, both)), cuda_backend.stream(grad)
-        )
+            views.image_view(grad), views.image_view(tanh_a), views.image_view(sigmoid_b), views.image_view(both),
+            cuda_backend.stream(grad),
+        )  # fmt: skip
     return both

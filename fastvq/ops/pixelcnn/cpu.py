@@ -121,9 +121,10 @@ def step(
         )
     ids = ids.contiguous()
     logits = torch.empty(ids.shape[0], n_codes, dtype=torch.float32, device="cpu")
+    condition_height, condition_width = (1, 1) if condition is None else condition.shape[2:4]
     cpu_backend._cpu.pixelcnn_step(
         shape, address(ids), address(packed), address(embedding), address(cache),
-        0 if condition is None else address(condition), *((1, 1) if condition is None else condition.shape[2:4]),
-        address(logits), row, column, isa, torch.get_num_threads(),
+        0 if condition is None else address(condition), condition_height, condition_width, address(logits),
+        row, column, isa, torch.get_num_threads(),
     )  # fmt: skip
     return logits
