@@ -1,4 +1,4 @@
-// What surrounds the kernels of a call: Python's signals and the floating-point environment.
+// Around the kernels of a call: Python's signals and the floating-point environment.
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -19,7 +19,7 @@ inline unsigned long& main_thread() {
   return identity;
 }
 
-// Runs the handlers of signals that came; true where one of them raised (Ctrl-C: KeyboardInterrupt). The exception
+// Runs the handlers of pending signals. Returns whether one of them raised (Ctrl-C: KeyboardInterrupt). The exception
 // stays set in this thread until the call returns to Python.
 inline bool python_interrupted() {
   if (PyThread_get_thread_ident() != main_thread()) return false;
@@ -39,7 +39,7 @@ inline void bind_calls(py::module_& m) {
     }
   });
   m.def("set_main_thread", [](unsigned long identity) { main_thread() = identity; });
-  // The default floating-point environment, until leave_call gets back what enter_call returned.
+  // Sets the default floating-point environment; leave_call restores the one that enter_call returned.
   m.def("enter_call", [] {
     begin_call();
     const DefaultFloatingPoint::Saved saved = DefaultFloatingPoint::enter();

@@ -4,18 +4,17 @@
 #include <pybind11/stl.h>
 
 #include "bind_images.h"
-#include "masked_conv.h"
-#include "pixelcnn.h"
+#include "fastvq_cpu.h"
 
 namespace fastvq {
 
 namespace py = pybind11;
 
-// Weights arrive as (address, dtype, shape [C_out, C_in, kh, kw], active taps, colours, own colour).
+// Weights arrive as (address, dtype, shape [C_out, C_in, kh, kw], active taps, channel groups, whether a group sees itself).
 using WeightTuple = std::tuple<uintptr_t, int, std::array<int64_t, 4>, std::vector<int64_t>, int64_t, bool>;
 
 inline MaskedWeight to_weight(const WeightTuple& given) {
-  const auto& [address, dtype, shape, taps, colours, own_colour] = given;
+  const auto& [address, dtype, shape, taps, channel_groups, sees_own_group] = given;
   MaskedWeight w{reinterpret_cast<const void*>(address),
                  static_cast<DType>(dtype),
                  shape[0],
@@ -23,8 +22,8 @@ inline MaskedWeight to_weight(const WeightTuple& given) {
                  shape[2] * shape[3],
                  {},
                  (shape[2] / 2) * shape[3] + shape[3] / 2,
-                 colours,
-                 own_colour};
+                 channel_groups,
+                 sees_own_group};
   for (int64_t t : taps) w.taps.push_back({t, t / shape[3] - shape[2] / 2, t % shape[3] - shape[3] / 2});
   return w;
 }

@@ -1,4 +1,4 @@
-// pybind11 and nothing else: numbers in, kernels called without the GIL.
+// fastvq._cpu: converts numbers and calls the kernels without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,10 +7,20 @@
 #include "bind_calls.h"
 #include "bind_conv.h"
 #include "bind_views.h"
-#include "fastvq.h"
+#include "fastvq_cpu.h"
 
 namespace py = pybind11;
 using namespace fastvq;
+
+namespace {
+
+using StatisticsTuple = std::array<int64_t, 3>;
+
+StatisticsOut statistics_out(const StatisticsTuple& t) {
+  return {pointer<void>(t[0]), t[1] != 0, pointer<int64_t>(t[2])};
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
   m.def("compiler", &compiler);
@@ -23,31 +33,31 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("amx_unavailable", &amx_unavailable);
 
   m.def("nearest", [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t indices, int isa,
-                      int n_threads, int64_t kept) {
+                      int n_threads, int64_t packed) {
     LookupCounts counts;
     {
       py::gil_scoped_release release;
       counts = nearest(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<int64_t>(indices),
-                       static_cast<Isa>(isa), n_threads, pointer<void>(kept));
+                       static_cast<Isa>(isa), n_threads, pointer<void>(packed));
     }
     return py::make_tuple(counts.rescored, counts.scanned);
   });
   m.def("packed_bytes", [](const CodesTuple& c, int isa) { return packed_bytes(codes(c), static_cast<Isa>(isa)); });
-  m.def("said_bytes", [](int64_t kept) { return said_bytes(pointer<const void>(kept)); });
-  m.def("pack_codebook", [](const CodesTuple& c, int metric, int isa, int n_threads, int64_t kept) {
+  m.def("recorded_bytes", [](int64_t packed) { return recorded_bytes(pointer<const void>(packed)); });
+  m.def("pack_codebook", [](const CodesTuple& c, int metric, int isa, int n_threads, int64_t packed) {
     py::gil_scoped_release release;
-    pack_codebook(codes(c), static_cast<Metric>(metric), static_cast<Isa>(isa), n_threads, pointer<void>(kept));
+    pack_codebook(codes(c), static_cast<Metric>(metric), static_cast<Isa>(isa), n_threads, pointer<void>(packed));
   });
   m.def("quantize_forward",
         [](const RowsTuple& x, const CodesTuple& c, int metric, bool fast, int64_t mask, const RowsTuple& quantized,
-           int64_t indices, int isa, int n_threads, int64_t kept, const std::optional<StatisticsTuple>& statistics) {
+           int64_t indices, int isa, int n_threads, int64_t packed, const std::optional<StatisticsTuple>& statistics) {
           const StatisticsOut out = statistics_out(statistics.value_or(StatisticsTuple{}));
           QuantizeSums sums;
           {
             py::gil_scoped_release release;
             sums = quantize_forward(rows(x), codes(c), static_cast<Metric>(metric), fast, pointer<const uint8_t>(mask),
                                     rows(quantized), pointer<int64_t>(indices), static_cast<Isa>(isa), n_threads,
-                                    pointer<void>(kept), statistics ? &out : nullptr);
+                                    pointer<void>(packed), statistics ? &out : nullptr);
           }
           return py::make_tuple(sums.squares, sums.n_rows);
         });

@@ -1,4 +1,4 @@
-// pybind11 and nothing else: device addresses, sizes and a stream in, kernels launched without the GIL.
+// fastvq._cuda: converts device addresses, sizes and streams, and launches the kernels without the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,11 +18,11 @@ void check(int error) {
 }
 
 // Weights arrive as (address, dtype, shape [C_out, C_in, kh, kw], first tap, number of taps, address of the taps that
-// count or 0, colours, own colour).
+// count or 0, channel groups, whether a group sees itself).
 using ConvWeightTuple = std::tuple<int64_t, int, std::array<int64_t, 4>, int64_t, int64_t, int64_t, int64_t, bool>;
 
 cuda::ConvWeight conv_weight(const ConvWeightTuple& given) {
-  const auto& [address, dtype, shape, first_tap, n_taps, used, colours, own_colour] = given;
+  const auto& [address, dtype, shape, first_tap, n_taps, used, channel_groups, sees_own_group] = given;
   return {pointer<const void>(address),
           static_cast<DType>(dtype),
           shape[0],
@@ -32,8 +32,8 @@ cuda::ConvWeight conv_weight(const ConvWeightTuple& given) {
           first_tap,
           n_taps,
           pointer<const uint8_t>(used),
-          colours,
-          own_colour};
+          channel_groups,
+          sees_own_group};
 }
 
 void bind_masked_conv(py::module_& m) {

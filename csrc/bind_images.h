@@ -1,4 +1,4 @@
-// How images come from Python.
+// Images from Python.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,7 +7,7 @@
 #include <optional>
 #include <tuple>
 
-#include "masked_conv.h"
+#include "fastvq_types.h"
 
 namespace fastvq {
 

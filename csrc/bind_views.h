@@ -1,16 +1,15 @@
-// How tensors come from Python: as tuples of numbers, data_ptr, dtype, sizes, strides.
+// Tensors from Python: tuples of numbers (address, dtype, sizes, strides).
 #pragma once
 #include <array>
 #include <cstdint>
 
-#include "fastvq.h"
+#include "fastvq_types.h"
 
 namespace fastvq {
 
 using RowsTuple = std::array<int64_t, 10>;
 using CodesTuple = std::array<int64_t, 8>;
 using EmaTuple = std::array<int64_t, 15>;
-using StatisticsTuple = std::array<int64_t, 3>;
 
 template <class T>
 T* pointer(int64_t address) {
@@ -21,9 +20,6 @@ inline Rows rows(const RowsTuple& t) {
 }
 inline Codes codes(const CodesTuple& t) {
   return {pointer<void>(t[0]), static_cast<DType>(t[1]), t[2], t[3], t[4], t[5], t[6], t[7]};
-}
-inline StatisticsOut statistics_out(const StatisticsTuple& t) {
-  return {pointer<void>(t[0]), t[1] != 0, pointer<int64_t>(t[2])};
 }
 inline EmaBuffers ema_buffers(const EmaTuple& t) {
   return {static_cast<DType>(t[0]),

@@ -6,8 +6,7 @@
 #include <cstdint>
 #include <string>
 
-#include "fastvq.h"
-#include "masked_conv.h"
+#include "fastvq_types.h"
 
 namespace fastvq::cuda {
 
@@ -120,14 +119,14 @@ int replace_dead_codes(const EmaBuffers& buffers, const Rows& x, const Replaceme
 // ---- masked convolution (cuda/masked_conv*.cu); tensors are float32, or all float16, or all bfloat16 ----
 
 // [C_out, C_in, kh, kw] weights, contiguous. Only a range of places of the kernel is walked; within it one counts where
-// `used` (or null: all) says so, and where the order of colours at the centre lets it.
+// `used` (or null: all) says so, and where the order of channel groups at the centre tap lets it.
 struct ConvWeight {
   const void* data;
   DType dtype;
   int64_t c_out, c_in, kh, kw, first_tap, n_taps;
   const uint8_t* used;  // [kh, kw]
-  int64_t colours;
-  bool own_colour;
+  int64_t channel_groups;
+  bool sees_own_group;
 };
 
 // Bytes of workspace for the packed weights; swapped: of the input gradient, whose channels change places.

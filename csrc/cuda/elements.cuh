@@ -1,8 +1,8 @@
 // Elements of the four input types as the numbers they hold, by run-time type: for the parts of a kernel that read or
-// write each element once. Rows and Codes are those of fastvq.h.
+// write each element once. Rows and Codes are those of fastvq_types.h.
 #pragma once
 
-#include "../fastvq.h"
+#include "../fastvq_types.h"
 #include "primitives.cuh"
 
 namespace fastvq::cuda {

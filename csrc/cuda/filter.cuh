@@ -45,7 +45,7 @@
 //   codes: [tile of 64][step of 16 dims][pair of eights: 4][lane: 32][2 eights x 4 dims] halves, 2 KiB ("slab") a step
 //   rows:  [16 rows][step][lane][2 pairs of dims][2 eights] pairs of halves, 512 bytes a step
 #pragma once
-#include "../fastvq.h"
+#include "../fastvq_types.h"
 #include "elements.cuh"
 
 namespace fastvq::cuda {

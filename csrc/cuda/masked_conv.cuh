@@ -153,9 +153,9 @@ __host__ __device__ inline int64_t positions(const Image& i) { return i.batch * 
 
 __device__ __forceinline__ bool is_active(const ConvWeight& w, int64_t tap, int64_t out, int64_t in) {
   if (tap < w.first_tap || tap >= w.first_tap + w.n_taps || (w.used && !w.used[tap])) return false;
-  if (w.colours == 1 || tap != w.kh / 2 * w.kw + w.kw / 2) return true;
-  const int64_t group_out = out * w.colours / w.c_out, group_in = in * w.colours / w.c_in;
-  return w.own_colour ? group_in <= group_out : group_in < group_out;
+  if (w.channel_groups == 1 || tap != w.kh / 2 * w.kw + w.kw / 2) return true;
+  const int64_t group_out = out * w.channel_groups / w.c_out, group_in = in * w.channel_groups / w.c_in;
+  return w.sees_own_group ? group_in <= group_out : group_in < group_out;
 }
 
 }  // namespace fastvq::cuda

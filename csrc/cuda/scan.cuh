@@ -1,7 +1,7 @@
 // The exhaustive scan: rows scored against every code by the definition, in double. It serves float64 tensors, and after the
 // filter the rows that the filter left unresolved. See scan.cu.
 #pragma once
-#include "../fastvq.h"
+#include "../fastvq_types.h"
 
 namespace fastvq::cuda {
 

@@ -23,7 +23,7 @@ __all__ = [
     "statistics_view",
 ]
 
-# The numbers of csrc/fastvq.h.
+# The numbers of csrc/fastvq_types.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
 
@@ -118,7 +118,7 @@ def rows_view(
     x: Tensor,  # [..., D], or [H, ..., D] with heads
     n_heads: int | None,
 ) -> tuple[Tensor, tuple[int, ...]]:
-    """``x`` as the ``Rows`` of csrc/fastvq.h, without a copy wherever two strides can walk the rows.
+    """``x`` as the ``Rows`` of csrc/fastvq_types.h, without a copy wherever two strides can walk the rows.
 
     Returns the tensor that the view points into, which the caller keeps alive, and the view's integers. Without heads,
     ``n_heads`` is None and the view has one. Rows that need three strides or more are copied.
@@ -128,14 +128,14 @@ def rows_view(
 
 
 def rows_of(view: Rows) -> tuple[int, ...]:
-    """The integers of csrc/fastvq.h's ``Rows``."""
+    """The integers of csrc/fastvq_types.h's ``Rows``."""
     return (address(view.tensor), DTYPES[view.tensor.dtype], *view[1:])
 
 
 def codes_view(
     codebook: Tensor,  # [K, D] or [H, K, D]
 ) -> tuple[int, ...]:
-    """``codebook`` as the ``Codes`` of csrc/fastvq.h. The caller keeps the tensor alive."""
+    """``codebook`` as the ``Codes`` of csrc/fastvq_types.h. The caller keeps the tensor alive."""
     heads, stride_head = (1, 0) if codebook.dim() == 2 else (codebook.shape[0], codebook.stride(0))
     return (
         address(codebook), DTYPES[codebook.dtype], heads, codebook.shape[-2], codebook.shape[-1],
@@ -147,7 +147,7 @@ def statistics_view(
     sums: Tensor,  # [K, D] or [H, K, D] float32 or float64, contiguous
     counts: Tensor,  # [K] or [H, K] int64, contiguous
 ) -> tuple[int, int, int]:
-    """Where statistics go, as the ``StatisticsOut`` of csrc/fastvq.h. The caller keeps the tensors alive."""
+    """Where statistics go, as the ``StatisticsOut`` of csrc/fastvq_cpu.h. The caller keeps the tensors alive."""
     return address(sums), sums.dtype == torch.float64, address(counts)
 
 
@@ -156,7 +156,7 @@ def ema_view(
     embed_sum: Tensor,  # [K, D] or [H, K, D]
     cluster_size: Tensor,  # [K] or [H, K]
 ) -> tuple[int, ...]:
-    """What ``ema_update_`` writes as the ``EmaBuffers`` of csrc/fastvq.h. The caller keeps the tensors alive."""
+    """What ``ema_update_`` writes as the ``EmaBuffers`` of csrc/fastvq_types.h. The caller keeps the tensors alive."""
     if codebook.dim() == 2:
         codebook, embed_sum, cluster_size = codebook[None], embed_sum[None], cluster_size[None]
     return (
@@ -169,5 +169,5 @@ def ema_view(
 def image_view(
     x: Tensor,  # [B, C, H, W]
 ) -> tuple[int, int, list[int], list[int]]:
-    """``x`` as the ``Image`` of csrc/masked_conv.h, any strides. The caller keeps the tensor alive."""
+    """``x`` as the ``Image`` of csrc/fastvq_types.h, any strides. The caller keeps the tensor alive."""
     return address(x), DTYPES[x.dtype], list(x.shape), list(x.stride())

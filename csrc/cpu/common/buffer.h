@@ -1,4 +1,4 @@
-// Memory of a lookup, and how many threads one is worth. For sources compiled for the baseline instruction set.
+// Memory of a lookup. For sources compiled for the baseline instruction set.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -9,15 +9,15 @@ namespace fastvq {
 
 constexpr size_t kKeep = size_t{1} << 20;
 
-// Uninitialised memory. The calling thread keeps up to 1 MiB in each slot from call to call: fresh pages would cost
-// a small lookup more than its arithmetic.
+// Uninitialised memory. A thread keeps up to 1 MiB in each slot from call to call, because fresh pages would cost a small
+// lookup more than its arithmetic.
 class Buffer {
  public:
   enum Slot { codes_slot, rows_slot, no_slot };
   Buffer(size_t bytes, Slot slot) {
     bytes = (bytes + kAlign - 1) / kAlign * kAlign + kAlign;
     thread_local Kept kept[no_slot];
-    // A slot may be in use: an interruption can run a signal handler, and the handler another lookup.
+    // A slot may be in use: an interruption can run a signal handler, and the handler can run another lookup.
     if (slot == no_slot || bytes > kKeep || kept[slot].lent) {
       own_ = data_ = allocate_aligned(bytes);
       return;
@@ -54,12 +54,5 @@ class Buffer {
 };
 
 inline size_t padded(int64_t bytes) { return (static_cast<size_t>(bytes) + kAlign - 1) / kAlign * kAlign; }
-
-// A thread must have this much to do, in multiply-adds of the filter, to be worth starting.
-constexpr double kWorkPerThread = 4e6;
-inline int useful_threads(double work, int n_threads) {
-  const double useful = work / kWorkPerThread;
-  return useful < n_threads ? (useful < 1 ? 1 : static_cast<int>(useful)) : n_threads;
-}
 
 }  // namespace fastvq

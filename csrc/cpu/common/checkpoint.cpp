@@ -14,7 +14,7 @@ thread_local const std::atomic<bool>* stop_of_call = nullptr;  // null on the th
 thread_local bool uninterrupted = false;
 thread_local int64_t last_check = 0;  // or the start of the call
 
-// Any clock that is cheap to read; a tick of some milliseconds is fine.
+// A clock that is cheap to read; a resolution of some milliseconds is enough.
 int64_t nanoseconds() {
 #if defined(CLOCK_MONOTONIC_COARSE)
   timespec now;

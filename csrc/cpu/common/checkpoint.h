@@ -1,4 +1,4 @@
-// Where long work may be left: checkpoint() between two pieces of it. See ../../interrupt.h.
+// checkpoint(), called between two pieces of long work, lets a call be interrupted. See ../../interrupt.h.
 #pragma once
 #include <atomic>
 
@@ -6,11 +6,11 @@
 
 namespace fastvq {
 
-// Throws Interrupted where the call is to stop. Costs about 5 ns: once for each 10 microseconds of work is plenty.
+// Throws Interrupted if the call should stop. Costs about 5 ns: once for each 10 microseconds of work is plenty.
 // Not inline: sources of any instruction set may call it.
 void checkpoint();
 
-// Within the scope checkpoint() on this thread only looks at `stop`, which the thread that called the kernel sets.
+// Within the scope checkpoint() on this thread only reads `stop`, which the thread that called the kernel sets.
 class HelperThread {
  public:
   explicit HelperThread(const std::atomic<bool>& stop);

@@ -1,5 +1,5 @@
-// Which instruction sets this build holds and this machine runs.
-#include "../../fastvq.h"
+// The instruction sets that this build holds and this machine runs.
+#include "../../fastvq_cpu.h"
 
 #include <string>
 #include <vector>
@@ -36,7 +36,7 @@ const char* isa_name(Isa isa) {
 namespace {
 
 #if defined(__x86_64__) && defined(FASTVQ_AMX) && defined(__linux__)
-// The registers are large, so Linux lets a process use them only once it has asked. Threads inherit the permission.
+// The registers are large, so Linux lets a process use them only after it has asked. Threads inherit the permission.
 std::string ask_for_tiles() {
   unsigned a, b, c, d;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kOsXsave = 1u << 27;

@@ -1,10 +1,10 @@
 // Elements of the four input types as the real numbers they hold, and back.
-// Included by files compiled per instruction set: everything has internal linkage.
+// Included by files compiled per instruction set, so everything has internal linkage.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
-#include "../../fastvq.h"
+#include "../../fastvq_types.h"
 
 namespace fastvq {
 namespace {

@@ -1,5 +1,5 @@
-// The default floating-point environment for the length of a scope, and the caller's again after it: rounding to
-// nearest and gradual underflow. torch.set_flush_denormal must not change which code is nearest.
+// The default floating-point environment within a scope: rounding to nearest and gradual underflow. After the scope the
+// caller's environment is back. torch.set_flush_denormal must not change which code is nearest.
 #pragma once
 #if defined(__SSE2__)
 #include <xmmintrin.h>

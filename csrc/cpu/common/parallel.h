@@ -1,9 +1,5 @@
-// One way to use several threads.
-//
-// Plain threads, made for the call and joined before it returns, rather than a pool: a pool (OpenMP's, say)
-// does not survive fork(), and a DataLoader worker that inherits one hangs. Starting a thread costs 10 to 30
-// microseconds, so callers ask for more than one only when there is work to share. With one thread none is
-// started at all.
+// Threads of a call: started for the call and joined before it returns. A pool (such as OpenMP's) would not survive fork(),
+// and a DataLoader worker that inherits one hangs. With one thread none is started.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -17,7 +13,14 @@
 
 namespace fastvq {
 
-// Threads that are joined wherever the scope is left, by an exception too.
+// How many threads are worth starting for this much work: one costs 10 to 30 microseconds, and kWorkPerThread takes longer.
+constexpr double kWorkPerThread = 4e6;  // multiply-adds
+inline int useful_threads(double multiply_adds, int n_threads) {
+  const double useful = multiply_adds / kWorkPerThread;
+  return useful < n_threads ? (useful < 1 ? 1 : static_cast<int>(useful)) : n_threads;
+}
+
+// Joins its threads when the scope is left, also by an exception.
 struct JoinedThreads {
   std::vector<std::thread> threads;
   ~JoinedThreads() {
@@ -25,9 +28,9 @@ struct JoinedThreads {
   }
 };
 
-// Calls body(chunk, thread) for every chunk in [0, n_chunks), chunks handed out in order to whichever thread is free.
-// Bodies run in the default floating-point environment. An exception in a body stops the hand-out and is thrown again
-// here; so does an interruption, which is asked for before every chunk but a thread's first.
+// Calls body(chunk, thread) for every chunk in [0, n_chunks). Free threads take the chunks in order. Bodies run in the
+// default floating-point environment. After an exception in a body no thread takes another chunk, and the exception is
+// thrown again here. The same holds for an interruption, which is checked before every chunk but a thread's first.
 template <class Body>
 void parallel_chunks(int64_t n_chunks, int n_threads, const Body& body) {
   if (n_threads > n_chunks) n_threads = static_cast<int>(n_chunks);
@@ -68,7 +71,7 @@ void parallel_chunks(int64_t n_chunks, int n_threads, const Body& body) {
     try {
       for (int t = 1; t < n_threads; ++t) joined.threads.emplace_back(help, t);
     } catch (const std::system_error&) {
-      // The system gives no more threads: the ones made so far do the work.
+      // The system starts no more threads: those that run do the work.
     } catch (...) {
       stop();
       throw;

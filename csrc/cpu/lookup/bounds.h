@@ -8,7 +8,9 @@
 //   the definition's own rounding in double:  euclidean (D+3) 2^-53 (|x'|^2 + |c'|^2), dot D 2^-53 |x||c|,
 //   cosine (2D+8) 2^-53 |x|
 //   underflow:  (2D+10) 2^-149, as gradual underflow is on
-// Collected: bound(row, code) = |x'| slope + offset + row_part |x'|^2, each times 1 + 2^-10.
+// Collected: bound(row, code) = |x'| slope + offset + own (+ lost reach), each times 1 + 2^-10, with
+//   slope, offset  of the code          own    of the row: row_part |x'|^2
+//   reach          of the code: |c^|    lost   of the row: |x' - x^|, where the filter rounds its operands further
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -20,9 +22,9 @@ namespace fastvq {
 namespace {
 
 constexpr double kSlack = 1 + 0x1p-10;
-constexpr double kLargeCode = 0x1p60, kLargeRow = 0x1p58;  // euclidean: see finish_packing in lookup/driver.cpp
+constexpr double kLargeCode = 0x1p60;  // euclidean: see finish in lookup/packed_codebook.h
 
-// A mean of up to kSampledCodes of the codes, evenly spread, is near enough to the mean of all.
+// The mean of up to kSampledCodes codes, evenly spaced, is near enough to the mean of all.
 constexpr int64_t kSampledCodes = 128;
 
 template <class E>
@@ -38,16 +40,16 @@ void centre_codes(const Codes& codes, int64_t h, double* sums, PackedCodes& pack
     double rest = 0;
     int64_t d = 0;
     for (; d + 8 <= D; d += 8) {
-      const D8 v = widen(load8(E{}, c + d));
+      const D8 v = widen(load(E{}, c + d));
       lanes += v * v;
     }
     for (; d < D; ++d) rest += static_cast<double>(E::get(c[d])) * static_cast<double>(E::get(c[d]));
-    const double square = sum8(lanes) + rest;
+    const double square = sum_lanes(lanes) + rest;
     if (!(square <= 0x1p200)) continue;
     squares += square;
     ++n;
     d = 0;
-    for (; d + 8 <= D; d += 8) store_as(sums + d, load_as<D8>(sums + d) + widen(load8(E{}, c + d)));
+    for (; d + 8 <= D; d += 8) store_as(sums + d, load_as<D8>(sums + d) + widen(load(E{}, c + d)));
     for (; d < D; ++d) sums[d] += E::get(c[d]);
   }
   double square = 0;
@@ -62,13 +64,13 @@ void centre_codes(const Codes& codes, int64_t h, double* sums, PackedCodes& pack
     for (int64_t d = 0; d < D; ++d) packed.mean[d] = 0;
 }
 
-// One code as the filter holds it, into out [D]; returns the sum of squares of that.
+// Writes one code as the filter holds it into out [D]. Returns the sum of squares of out.
 template <class E>
 double place_code(const typename E::Stored* c, int64_t D, const float* mean, double scale, float* out) {
   D8 lanes = {};
   int64_t d = 0;
   for (; d + 8 <= D; d += 8) {
-    const auto v = load8(E{}, c + d);
+    const auto v = load(E{}, c + d);
     F8 placed;
     if (scale != 0)
       placed = narrow(widen(v) * scale);
@@ -79,7 +81,7 @@ double place_code(const typename E::Stored* c, int64_t D, const float* mean, dou
     store_as(out + d, placed);
     lanes += widen(placed) * widen(placed);
   }
-  double sum = sum8(lanes);
+  double sum = sum_lanes(lanes);
   for (; d < D; ++d) {
     const auto v = E::get(c[d]);
     out[d] = static_cast<float>(scale != 0 ? v * scale : v - static_cast<typename E::Real>(mean[d]));
@@ -101,23 +103,25 @@ double sum_of_squares(const typename E::Stored* c, int64_t D) {
 inline float rounded_up(double v) { return static_cast<float>(v * kSlack); }
 
 // Layout says how a filter holds its operands:
-//   chain(D)        multiply-adds that a product goes through, at most
-//   underflow(D)    what flushing small numbers to zero may take from a score
-//   put(packed, panel, j, code, norm, eight)   places code j of a panel, float32 [D], row j % 8 of eight [8][D], of which
-//                   the rows before may have been overwritten;
-//                   returns what that rounds away
+//   chain(D)        most multiply-adds in the sum of a product
+//   underflow(D)    most that flushing small numbers to zero takes from a score
+//   put(packed, panel, j, code, norm, eight)   writes code j of a panel
+//     code   float32 [D]: row j % 8 of eight
+//     norm   of the code
+//     eight  [8][D]; put may have overwritten the rows before
+//     returns the rounding error's norm (its part of slope), and reach
 struct Placed {
   double slope, reach;
 };
 
 template <class E, class Layout>
-NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, int64_t first, int64_t last,
-                                 double* scratch, PackedCodes& packed) {
+LookupKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, int64_t first, int64_t last,
+                                double* workspace, PackedCodes& packed) {
   const int64_t D = packed.dim, W = packed.width;
   const double n = static_cast<double>(D), root = std::sqrt(n) * 0x1p-148, u = 0x1p-24;
   const double chain = Layout::chain(D), underflow = Layout::underflow(D);
-  float* eight = reinterpret_cast<float*>(scratch + D);
-  NearestKernels::Found found{false, false, false, 0, HUGE_VAL};
+  float* eight = reinterpret_cast<float*>(workspace + D);
+  LookupKernels::Found found{false, false, false, 0, HUGE_VAL};
   for (int64_t p = first; p < last; ++p) {
     float panel_slope = 0, panel_offset = 0, panel_reach = 0;
     for (int64_t j = 0; j < W; ++j) {
@@ -126,7 +130,7 @@ NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, i
       bool usable = false;
       double norm = 0;
       if (k < packed.n_codes) {
-        const auto* c = contiguous(code_at<E>(codes, h, k), codes.stride_d, D, scratch);
+        const auto* c = contiguous(code_at<E>(codes, h, k), codes.stride_d, D, workspace);
         double scale = 0;
         bool regular = true;
         if (metric == Metric::cosine) {
@@ -146,7 +150,7 @@ NearestKernels::Found pack_codes(const Codes& codes, int64_t h, Metric metric, i
       if (!usable)
         for (int64_t d = 0; d < D; ++d) out[d] = 0;
       const Placed placed = Layout::put(packed, p, static_cast<int>(j), out, usable ? norm : 0, eight);
-      float bias = kNever, slope = 0, offset = 0, reach = 0;
+      float bias = kUnreachable, slope = 0, offset = 0, reach = 0;
       if (usable) {
         found.usable = true;
         found.largest = norm > found.largest ? norm : found.largest;

@@ -1,4 +1,4 @@
-// The codes that may still be nearest to a row, and the bound that they have to reach.
+// The codes that may still be nearest to a row (candidates), and the lower bound that a candidate has to reach.
 #pragma once
 #include <cstdint>
 
@@ -6,31 +6,32 @@ namespace fastvq {
 namespace {
 
 template <class Real, int Most>
-struct Noted {
-  Real lower;  // a code whose upper bound lies below is not the nearest
-  int32_t n;   // codes noted; -1: too many, or none can be
+struct CandidateList {
+  Real lower;  // a code whose upper bound lies below this is not the nearest
+  int32_t n;   // listed codes; -1: the list overflowed, or the filter cannot bound this row
   Real upper[Most];
   int64_t code[Most];
 };
 
+// Removes the codes that list.lower rules out.
 template <class Real, int Most>
-inline void drop_beaten(Noted<Real, Most>& noted) {
+inline void prune(CandidateList<Real, Most>& list) {
   int kept = 0;
-  for (int i = 0; i < noted.n; ++i)
-    if (noted.upper[i] >= noted.lower) {
-      noted.upper[kept] = noted.upper[i];
-      noted.code[kept++] = noted.code[i];
+  for (int i = 0; i < list.n; ++i)
+    if (list.upper[i] >= list.lower) {
+      list.upper[kept] = list.upper[i];
+      list.code[kept++] = list.code[i];
     }
-  noted.n = kept;
+  list.n = kept;
 }
 
-// Returns whether there was room.
+// Returns false where the list stays full after pruning.
 template <class Real, int Most>
-inline bool note(Noted<Real, Most>& noted, int64_t code, Real upper) {
-  if (noted.n == Most) drop_beaten(noted);
-  if (noted.n == Most) return false;
-  noted.upper[noted.n] = upper;
-  noted.code[noted.n++] = code;
+inline bool push(CandidateList<Real, Most>& list, int64_t code, Real upper) {
+  if (list.n == Most) prune(list);
+  if (list.n == Most) return false;
+  list.upper[list.n] = upper;
+  list.code[list.n++] = code;
   return true;
 }
 

@@ -1,4 +1,4 @@
-// What every lookup over a whole tensor needs: the packed codebooks, blocks of rows handed to threads.
+// Shared by all lookups over a whole tensor: blocks of rows for threads, and checks.
 // For sources compiled for the baseline instruction set.
 #pragma once
 #include <algorithm>
@@ -15,22 +15,22 @@
 
 namespace fastvq {
 
-// Calls body(head, first row, rows, block, thread, scratch) for every block, scratch made once a thread.
+// Calls body(head, first row, rows, block, thread, workspace) for every block, workspace made once a thread.
 template <class Body>
-void for_blocks(const Rows& x, int n_threads, size_t scratch_bytes, const Body& body, int64_t block) {
+void for_blocks(const Rows& x, int n_threads, size_t workspace_bytes, const Body& body, int64_t block) {
   const int64_t N = x.n_rows(), n_blocks = (N + block - 1) / block;
-  std::vector<std::unique_ptr<Buffer>> scratch(static_cast<size_t>(n_threads));
+  std::vector<std::unique_ptr<Buffer>> workspace(static_cast<size_t>(n_threads));
   parallel_chunks(x.n_heads * n_blocks, n_threads, [&](int64_t i, int thread) {
-    auto& mine = scratch[static_cast<size_t>(thread)];
-    if (!mine) mine = std::make_unique<Buffer>(scratch_bytes, thread == 0 ? Buffer::rows_slot : Buffer::no_slot);
+    auto& mine = workspace[static_cast<size_t>(thread)];
+    if (!mine) mine = std::make_unique<Buffer>(workspace_bytes, thread == 0 ? Buffer::rows_slot : Buffer::no_slot);
     const int64_t first = i % n_blocks * block;
     body(i / n_blocks, first, std::min(block, N - first), i, mine->data());
   });
 }
 
 template <class Body>
-void for_blocks(const Rows& x, int n_threads, size_t scratch_bytes, const Body& body) {
-  for_blocks(x, n_threads, scratch_bytes, body, block_rows(x.dim));
+void for_blocks(const Rows& x, int n_threads, size_t workspace_bytes, const Body& body) {
+  for_blocks(x, n_threads, workspace_bytes, body, block_rows(x.dim));
 }
 
 inline void check(const Rows& x, const Codes& codes) {

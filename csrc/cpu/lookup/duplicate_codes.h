@@ -1,5 +1,5 @@
-// Codes that repeat an earlier one bit for bit never win: the lookup leaves them out, so that a codebook of which most is
-// one code (early in a training) has as little to decide as any other.
+// Codes that repeat an earlier one bit for bit never win, so the lookup leaves them out. Otherwise a codebook that mostly
+// repeats one code (early in a training) would leave many candidates.
 // For sources compiled for the baseline instruction set.
 #pragma once
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace fastvq {
 
-// Best effort: a repeat that is not found among a few slots of the table is scored like any code, which is right too.
+// Best effort: a repeat that is not found within kProbes slots of the table is scored like any code, which is also right.
 inline void leave_out_duplicates(const Codes& codes, int64_t head, PackedCodes& packed) {
   constexpr int64_t kSamples = 4, kProbes = 8;
   const int64_t K = packed.n_codes, D = packed.dim;
@@ -31,7 +31,7 @@ inline void leave_out_duplicates(const Codes& codes, int64_t head, PackedCodes& 
   const int64_t step = D < kSamples ? 1 : D / kSamples, samples = D < kSamples ? D : kSamples;
   for (int64_t k = 0; k < K; ++k) {
     if (k % 4096 == 0) checkpoint();
-    if (packed.bias[k] == kNever) continue;
+    if (packed.bias[k] == kUnreachable) continue;
     uint64_t hash = 0;
     std::memcpy(&hash, packed.bias + k, 4);
     for (int64_t i = 0; i < samples; ++i) {
@@ -47,7 +47,7 @@ inline void leave_out_duplicates(const Codes& codes, int64_t head, PackedCodes& 
         break;
       }
       if (same(slot, k)) {
-        packed.bias[k] = kRepeated;
+        packed.bias[k] = kDuplicate;
         packed.slope[k] = packed.offset[k] = 0;
         if (packed.reach) packed.reach[k] = 0;
         break;

@@ -1,9 +1,8 @@
 // The definition: scores in double, d = 0 ... D-1 in order, one accumulator, no fused multiply-add (the build
-// switches contraction off), ties to the lowest index. Several codes are scored side by side, one a lane:
-// each lane keeps the order.
+// switches contraction off), ties to the lowest index. Each lane of a vector scores another code in this order.
 //   euclidean: t = x_d - c_kd; acc += t * t       dot: acc += x_d * c_kd, d_k = -acc
 //   cosine: as dot, d_k = -acc / sqrt(sum c_kd^2); a code of norm 0 is no candidate
-// A code that holds NaN or infinity is no candidate. Without a candidate, or where no d_k is below infinity: index 0.
+// A code that holds NaN or infinity is no candidate. Index 0 where there is no candidate or no d_k below infinity.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,12 +13,12 @@
 namespace fastvq {
 namespace {
 
-// Codes side by side: enough chains of additions to hide their latency, no more than there are registers for.
+// Codes scored together: enough chains of additions to hide their latency, few enough for the registers.
 constexpr int kExactCodes = kLanes == 16 ? 32 : 16;
 constexpr int64_t kExactDims = 128;
 constexpr int kMaxExact = 256;  // codes that best_of chooses among
 
-struct ExactScratch {
+struct ScanWorkspace {
   int64_t* pending;  // rows of the block, counted from its first
   double *best, *sums, *codes, *row;
 };
@@ -40,14 +39,15 @@ inline double definition_score(Metric metric, const double* row, const double* c
   return -sum / std::sqrt(square);
 }
 
-// d_k in whatever order is fast, and how far from the definition's that may be: each of the two is within (D + 3) 2^-53
-// of the exact number, relative to it (euclidean, where all terms are positive) or to |x| |c|; doubled for second orders.
-struct QuickScore {
-  double score, off;
+// d_k summed in the fastest order, and a bound of its difference from the definition's d_k. Each of the two is within
+// (D + 3) 2^-53 of the exact number, relative to that number (euclidean: all terms are positive) or to |x| |c|; the bound is
+// twice their sum, for terms of second order.
+struct BoundedScore {
+  double score, error;
   bool in_range;  // no square overflowed or came near underflow
 };
 template <class E>
-inline QuickScore quick_score(Metric metric, const double* row, const typename E::Stored* code, int64_t D) {
+inline BoundedScore bounded_score(Metric metric, const double* row, const typename E::Stored* code, int64_t D) {
   D8 sums = {}, rows = {}, codes = {};
   double sum = 0, rr = 0, cc = 0;
   int64_t d = 0;
@@ -55,22 +55,22 @@ inline QuickScore quick_score(Metric metric, const double* row, const typename E
   const double unit = static_cast<double>(D + 8) * 0x1p-50;
   if (metric == Metric::euclidean) {
     for (; d + 8 <= D; d += 8) {
-      const D8 t = load_as<D8>(row + d) - widen(load8(E{}, code + d));
+      const D8 t = load_as<D8>(row + d) - widen(load(E{}, code + d));
       sums += t * t;
     }
-    for (sum = sum8(sums); d < D; ++d) {
+    for (sum = sum_lanes(sums); d < D; ++d) {
       const double t = row[d] - static_cast<double>(E::get(code[d]));
       sum += t * t;
     }
     return {sum, sum * unit, in_range(sum)};
   }
   for (; d + 8 <= D; d += 8) {
-    const D8 x = load_as<D8>(row + d), c = widen(load8(E{}, code + d));
+    const D8 x = load_as<D8>(row + d), c = widen(load(E{}, code + d));
     sums += x * c;
     rows += x * x;
     codes += c * c;
   }
-  for (sum = sum8(sums), rr = sum8(rows), cc = sum8(codes); d < D; ++d) {
+  for (sum = sum_lanes(sums), rr = sum_lanes(rows), cc = sum_lanes(codes); d < D; ++d) {
     const double c = E::get(code[d]);
     sum += row[d] * c;
     rr += row[d] * row[d];
@@ -81,12 +81,12 @@ inline QuickScore quick_score(Metric metric, const double* row, const typename E
   return {-sum / std::sqrt(cc), std::sqrt(rr) * unit, fine};
 }
 
-// The index among a few finite codes, all of them candidates: by quick scores where these are far enough apart, else by
-// the definition. room: 2 D doubles.
-inline int64_t best_of(const Lookup& lookup, int64_t h, int64_t r, const int64_t* codes, int n, double* room) {
+// The nearest of n finite codes: by bounded_score where that separates them, else by the definition.
+// workspace: 2 D doubles.
+inline int64_t best_of(const LookupCall& lookup, int64_t h, int64_t r, const int64_t* codes, int n, double* workspace) {
   const Rows& x = *lookup.x;
   const int64_t D = x.dim;
-  double *row = room, *code = room + D;
+  double *row = workspace, *code = workspace + D;
   with_element(x.dtype, [&](auto e) { to_double<decltype(e)>(row_at<decltype(e)>(x, h, r), x.stride_d, D, row); });
   double lower[kMaxExact], upper = HUGE_VAL;
   int best = 0;
@@ -95,11 +95,11 @@ inline int64_t best_of(const Lookup& lookup, int64_t h, int64_t r, const int64_t
     using E = decltype(e);
     for (int i = 0; i < n; ++i) {
       const auto* p = contiguous(code_at<E>(*lookup.codes, h, codes[i]), lookup.codes->stride_d, D, code);
-      const QuickScore q = quick_score<E>(lookup.metric, row, p, D);
+      const BoundedScore q = bounded_score<E>(lookup.metric, row, p, D);
       decided &= q.in_range;
-      lower[i] = q.score - q.off;
-      if (q.score + q.off < upper) {
-        upper = q.score + q.off;
+      lower[i] = q.score - q.error;
+      if (q.score + q.error < upper) {
+        upper = q.score + q.error;
         best = i;
       }
     }
@@ -125,15 +125,15 @@ inline int64_t best_of(const Lookup& lookup, int64_t h, int64_t r, const int64_t
 template <class E, int Stride = kExactCodes>
 void gather_codes(const Codes& codes, int64_t h, int64_t k0, int64_t d0, int64_t n, double* out) {
   for (int j = 0; j < kExactCodes; ++j) {
-    const bool there = k0 + j < codes.n_codes;
-    const auto* p = code_at<E>(codes, h, there ? k0 + j : 0) + d0 * codes.stride_d;
+    const bool exists = k0 + j < codes.n_codes;
+    const auto* p = code_at<E>(codes, h, exists ? k0 + j : 0) + d0 * codes.stride_d;
     for (int64_t d = 0; d < n; ++d)
-      out[d * Stride + j] = there ? static_cast<double>(E::get(p[d * codes.stride_d])) : 0;
+      out[d * Stride + j] = exists ? static_cast<double>(E::get(p[d * codes.stride_d])) : 0;
   }
 }
 
 // Scores rows `pending` (counted from row `first`) against every code.
-inline void scan_rows(const Lookup& lookup, int64_t h, int64_t first, int64_t n_pending, ExactScratch& s,
+inline void scan_rows(const LookupCall& lookup, int64_t h, int64_t first, int64_t n_pending, ScanWorkspace& s,
                       int64_t* indices) {
   const Rows& x = *lookup.x;
   const Codes& codes = *lookup.codes;

@@ -1,11 +1,11 @@
 // The lookup's filter on matrix tiles: operands rounded to bfloat16, sums in float32. The including file names its tiles
-// first (simd/amx_tiles.h, or testing/emulated_tiles/tiles.h for tests).
+// first (simd/amx.h, or testing/emulated_tiles/emulated.h).
 //
 //            codes, 32 a panel [step][2][16 pairs][16 codes]       a step is 32 elements of D, one instruction deep
-//   rows     +-------+-------+                                     1. pack a block of rows, measuring what rounding takes
-//   32 a     | sum 0 | sum 1 |                                     2. panel by 32 rows: sums are kept for the chunk, the
-//   group    +-------+-------+                                        bias is added and the largest of each lane taken
-//   [step]   | sum 2 | sum 3 |                                        while the next panel is under way
+//   rows     +-------+-------+                                     1. pack a block of rows, measuring the rounding error
+//   32 a     | sum 0 | sum 1 |                                     2. panel by 32 rows: sums are kept for the chunk. Adding
+//   group    +-------+-------+                                        the bias and taking the largest of each lane overlaps
+//   [step]   | sum 2 | sum 3 |                                        with the products of the next panel
 //   [32][32] +-------+-------+                                     3., 4. as in lookup/filter.h
 #pragma once
 #include <cmath>
@@ -13,12 +13,11 @@
 #include <type_traits>
 
 #include "bounds.h"
+#include "rounded_operands.h"
 
 namespace fastvq {
 namespace {
-constexpr bool kRounded = true;
-// A row's sums of squares are float32 sums, off by less than (D / 16 + 8) 2^-24.
-constexpr double kRowSlack = 1 + 0x1p-9;
+constexpr int kTileVectors = 2;
 }  // namespace
 }  // namespace fastvq
 
@@ -28,7 +27,7 @@ namespace fastvq {
 namespace {
 
 constexpr int kGroup = 32, kStep = 32;
-constexpr int64_t kAgainRows = kGroup;  // that lookup/relist.h looks at together
+constexpr int64_t kRelistRows = kGroup;  // that lookup/relist.h looks at together
 constexpr int kTile = 16 * 32;  // bfloat16 elements of a register
 constexpr int kChunkPanels = 16;
 constexpr int kScoreStride = kChunkPanels * kWidth + 16;  // off a multiple of the first-level cache's sets
@@ -68,21 +67,21 @@ struct CodeLayout {
   }
 };
 
-struct FilterScratch {
+struct FilterWorkspace {
   uint16_t* rows;  // [groups][steps][kGroup][kStep]
   float *scores, *maxima, *placed;
-  double* room;  // [2 D]
+  double* doubles;  // [2 D]
 };
 
 template <class Take>
-FilterScratch filter_scratch(int64_t D, const Take& take) {
+FilterWorkspace filter_workspace(int64_t D, const Take& take) {
   const int64_t rows = (block_rows(D) + kGroup - 1) / kGroup * kGroup;
-  FilterScratch s;
+  FilterWorkspace s;
   s.rows = reinterpret_cast<uint16_t*>(take(2 * rows * steps(D) * kStep));
   s.scores = reinterpret_cast<float*>(take(4 * kGroup * kScoreStride));
   s.maxima = reinterpret_cast<float*>(take(4 * kGroup * kMaximaStride));
   s.placed = reinterpret_cast<float*>(take(4 * (16 * D + 16)));
-  s.room = reinterpret_cast<double*>(take(8 * 2 * D));
+  s.doubles = reinterpret_cast<double*>(take(8 * 2 * D));
   return s;
 }
 
@@ -90,7 +89,7 @@ FilterScratch filter_scratch(int64_t D, const Take& take) {
 inline Measured round_row(const float* x, const float* mean, int64_t D, uint16_t* to) {
   const __m512i half = _mm512_set1_epi32(0x7fff), one = _mm512_set1_epi32(1);
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000)), exponent = _mm512_set1_epi32(0x7f800000);
-  V squares = spread(0), losts = spread(0);
+  V squares = broadcast(0), losts = broadcast(0);
   for (int64_t d0 = 0; d0 < steps(D) * kStep; d0 += kLanes) {
     const int64_t left = D - d0;
     const __mmask16 mask = left >= kLanes ? 0xffff : left > 0 ? static_cast<__mmask16>((1u << left) - 1) : 0;
@@ -100,14 +99,14 @@ inline Measured round_row(const float* x, const float* mean, int64_t D, uint16_t
     __m512i r = _mm512_and_si512(_mm512_add_epi32(_mm512_add_epi32(bits, half), odd), high);
     r = _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(r, exponent), r);
     const V rest = sub(v, _mm512_castsi512_ps(r));
-    squares = mul_add(v, v, squares);
-    losts = mul_add(rest, rest, losts);
+    squares = fma(v, v, squares);
+    losts = fma(rest, rest, losts);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d0 / kStep * kGroup * kStep + d0 % kStep),
                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
   }
   const float square = _mm512_reduce_add_ps(squares);
   if (square >= 0x1p-40f && square < 0x1p116f) return {square, _mm512_reduce_add_ps(losts)};
-  // Squares that float32 does not hold: once more in double.
+  // Squares beyond float32: again in double.
   double wide = 0, lost = 0;
   for (int64_t d = 0; d < D; ++d) {
     const float v = x[d] - mean[d], rest = v - round_to_bf16(v);
@@ -120,7 +119,7 @@ inline Measured round_row(const float* x, const float* mean, int64_t D, uint16_t
 // Step 1 for up to 16 rows of one group.
 template <class E>
 void pack_rows(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean, const float* zeros, uint16_t* to,
-               FilterScratch& s, Measured* measured) {
+               FilterWorkspace& s, Measured* measured) {
   const int64_t D = x.dim;
   if (std::is_same<E, Element<DType::f32>>::value && x.stride_d == 1) {
     for (int64_t i = 0; i < n; ++i)
@@ -136,7 +135,7 @@ void pack_rows(const Rows& x, int64_t h, int64_t first, int64_t n, const float* 
         s.placed[i * D + d] = static_cast<float>(E::get(p[i]) - static_cast<Real>(mean[d]));
   } else {
     for (int64_t i = 0; i < n; ++i)
-      place_code<E>(contiguous(row_at<E>(x, h, first + i), x.stride_d, D, s.room), D, mean, 0, s.placed + i * D);
+      place_code<E>(contiguous(row_at<E>(x, h, first + i), x.stride_d, D, s.doubles), D, mean, 0, s.placed + i * D);
   }
   for (int64_t i = 0; i < n; ++i) measured[i] = round_row(s.placed + i * D, zeros, D, to + i * kStep);
 }
@@ -179,11 +178,11 @@ inline void panel_maxima(const float* sums, const float* bias, int n_rows, float
 #pragma GCC unroll 4
   for (int i = 0; i < n_rows; ++i)
     store(maxima + i * kMaximaStride,
-          larger(add(load(sums + i * kScoreStride), low), add(load(sums + i * kScoreStride + kLanes), high)));
+          max(add(load(sums + i * kScoreStride), low), add(load(sums + i * kScoreStride + kLanes), high)));
 }
 
 // Step 2 for one group and a chunk. A panel's maxima are taken after the next one's products are issued and before its
-// sums are written: behind those, loads would wait wherever the low bits of their addresses are those of a store.
+// sums are stored: loads after these stores would wait wherever the low bits of the addresses agree.
 template <int Halves>
 __attribute__((noinline)) void score_panels(const uint16_t* rows, const PackedCodes& packed, const Chunk& chunk,
                                             float* sums, float* maxima) {
@@ -204,8 +203,8 @@ inline void add_bias(const float* sums, const float* bias, float* scores) {
 }
 
 // Step 1 for a block of rows.
-inline void pack_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
-                       FilterScratch& s, RowState* rows) {
+inline void pack_block(const LookupCall& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+                       FilterWorkspace& s, RowBounds* rows) {
   const int64_t D = packed.dim, group_elements = steps(D) * kGroup * kStep;
   const float* zeros = packed.mean + D;
   for (int64_t i0 = 0; i0 < n; i0 += 16) {
@@ -216,7 +215,7 @@ inline void pack_block(const Lookup& lookup, const PackedCodes& packed, int64_t 
       pack_rows<decltype(e)>(*lookup.x, h, first + i0, here, lookup.metric == Metric::euclidean ? packed.mean : zeros,
                              zeros, to, s, measured);
     });
-    for (int64_t i = here; i < 16; ++i)  // rows that are not there: finite, or their sums would take an age
+    for (int64_t i = here; i < 16; ++i)  // padding: denormals or NaN would slow the sums down
       for (int64_t step = 0; step < steps(D); ++step)
         for (int64_t d = 0; d < kStep; ++d) to[step * kGroup * kStep + i * kStep + d] = 0;
     for (int64_t i = 0; i < here; ++i)
@@ -226,8 +225,8 @@ inline void pack_block(const Lookup& lookup, const PackedCodes& packed, int64_t 
 
 // All scores of a block of rows: visit(row, first code of a panel, its scores).
 template <class Visit>
-void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n, FilterScratch& s,
-                 RowState* rows, const Visit& visit) {
+void score_block(const LookupCall& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+                 FilterWorkspace& s, RowBounds* rows, const Visit& visit) {
   const tile::Scope tiles;
   pack_block(lookup, packed, h, first, n, s, rows);
   for (int64_t i0 = 0; i0 < n; i0 += kGroup)
@@ -242,13 +241,13 @@ void score_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int
 }
 
 // Steps 1 to 3 for a block of rows.
-inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
-                         FilterScratch& s, RowState* rows) {
+inline void filter_block(const LookupCall& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+                         FilterWorkspace& s, RowBounds* rows) {
   pack_block(lookup, packed, h, first, n, s, rows);
   const int64_t D = packed.dim, group_elements = steps(D) * kGroup * kStep;
   const bool whole = packed.n_panels * panel_bytes(D) <= kWholeBytes;
   for (int64_t p0 = 0; p0 < packed.n_panels; p0 += kChunkPanels) {
-    if (p0 > 0) checkpoint();  // may run Python: outside the scope of the tiles
+    if (p0 > 0) checkpoint();  // may run Python, so it is outside the scope of the tiles
     const tile::Scope tiles;
     const Chunk chunk = chunk_at(packed, p0, kChunkPanels);
     // After the last chunk comes the first, for the next block.
@@ -263,13 +262,13 @@ inline void filter_block(const Lookup& lookup, const PackedCodes& packed, int64_
       here > 16 ? score_panels<2>(group, packed, chunk, s.scores, s.maxima)
                 : score_panels<1>(group, packed, chunk, s.scores, s.maxima);
       for (int64_t i = 0; i < here; ++i) {
-        RowState& row = rows[i0 + i];
+        RowBounds& row = rows[i0 + i];
         const float* maxima = s.maxima + i * kMaximaStride;
         const V top = top_of(maxima, chunk.n), bound = RowBound(row).of_chunk(chunk);
-        if (at_least(add(top, bound), spread(row.lower)))
-          search_chunk(row, packed, chunk, top, bound, maxima, lookup.fast, [&](int p, float* room) -> const float* {
-            add_bias(s.scores + i * kScoreStride + p * kWidth, packed.bias + (p0 + p) * kWidth, room);
-            return room;
+        if (at_least(add(top, bound), broadcast(row.lower)))
+          search_chunk(row, packed, chunk, top, bound, maxima, lookup.fast, [&](int p, float* buffer) -> const float* {
+            add_bias(s.scores + i * kScoreStride + p * kWidth, packed.bias + (p0 + p) * kWidth, buffer);
+            return buffer;
           });
       }
     }

@@ -1,4 +1,4 @@
-// The filter's operands in float32: sums of fused multiply-adds, one element of D after another.
+// The filter with float32 operands: sums of fused multiply-adds, one element of D after another.
 #pragma once
 #include <cstdint>
 
@@ -6,7 +6,9 @@
 
 namespace fastvq {
 namespace {
-// Operands are float32, as near as the bound counts them.
+// A tile of rows by a panel of codes has all its sums in registers: 8 by 3 vectors of 16 codes, 6 by 2 of 8 or 4 by 2 of 4.
+constexpr int kTileRows = kLanes == 16 ? 8 : kLanes == 8 ? 6 : 4, kTileVectors = kLanes == 16 ? 3 : 2;
+// The bound of bounds.h covers the rounding to float32.
 constexpr bool kRounded = false;
 constexpr double kRowSlack = kSlack;
 }  // namespace
@@ -47,9 +49,9 @@ __attribute__((noinline)) void score_tile(const float* tile, const float* panel,
     for (int v = 0; v < Vectors; ++v) codes[v] = load(panel + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
-      const V row = spread(tile[i]);
+      const V row = broadcast(tile[i]);
 #pragma GCC unroll 8
-      for (int v = 0; v < Vectors; ++v) sums[i][v] = mul_add(row, codes[v], sums[i][v]);
+      for (int v = 0; v < Vectors; ++v) sums[i][v] = fma(row, codes[v], sums[i][v]);
     }
     tile += kTileRows;
     panel += kWidth;
@@ -60,26 +62,26 @@ __attribute__((noinline)) void score_tile(const float* tile, const float* panel,
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
       if (KeepScores) store(scores + i * kScoreStride + v * kLanes, sums[i][v]);
-      if (v) top = larger(top, sums[i][v]);
+      if (v) top = max(top, sums[i][v]);
     }
     store(maxima + i * kMaximaStride, top);
   }
 }
 
-// The scores of one row of a tile against one panel once more.
+// Recomputes the scores of one row of a tile against one panel.
 inline void score_row(const float* tile, int64_t i, const float* panel, const float* bias, int64_t D, float* scores) {
   V sums[kTileVectors];
   for (int v = 0; v < kTileVectors; ++v) sums[v] = load(bias + v * kLanes);
   for (int64_t d = 0; d < D; ++d)
     for (int v = 0; v < kTileVectors; ++v)
-      sums[v] = mul_add(spread(tile[d * kTileRows + i]), load(panel + d * kWidth + v * kLanes), sums[v]);
+      sums[v] = fma(broadcast(tile[d * kTileRows + i]), load(panel + d * kWidth + v * kLanes), sums[v]);
   for (int v = 0; v < kTileVectors; ++v) store(scores + v * kLanes, sums[v]);
 }
 
 // Step 1 for one tile: rows [first, first + n) into out [D][kTileRows], room for 8 floats behind it.
 template <class E>
 __attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean,
-                                         float* out, float* eight, void* room, Measured* measured) {
+                                         float* out, float* eight, void* buffer, Measured* measured) {
   using Real = typename E::Real;
   const int64_t D = x.dim;
   if (x.stride_d != 1 && x.stride_inner == 1 && n == kTileRows && first / x.n_inner == (first + n - 1) / x.n_inner) {
@@ -96,7 +98,7 @@ __attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first
   }
   for (int i = 0; i < kTileRows; ++i) {
     if (i < n) {
-      const auto* p = contiguous(row_at<E>(x, h, first + i), x.stride_d, D, room);
+      const auto* p = contiguous(row_at<E>(x, h, first + i), x.stride_d, D, buffer);
       measured[i] = {place_code<E>(p, D, mean, 0, eight + i * D), 0};
     } else {
       for (int64_t d = 0; d < D; ++d) eight[i * D + d] = 0;

@@ -1,21 +1,20 @@
-// The filter's operands in 16-bit integers: sums of products are exact in 32 bits, two elements of D an instruction.
+// The filter with operands in 16-bit integers: sums of products are exact in 32 bits, two elements of D an instruction.
 //
-// A vector v is held as q = round(v 2^e), e the largest with |v| at most 46000 2^-e and no element above 32767 2^-e. So
+// A vector v is integers as q = round(v 2^e), e the largest with |v| at most 46000 2^-e and no element above 32767 2^-e. So
 // elements fit 16 bits and, by Cauchy and Schwarz, sums of products and every part of one fit 32: (46000 + sqrt(D) / 2)^2
-// is below 2^31. What rounding took, sqrt(D) / 2 at most of 16000 or more, is measured. How a vector's elements are spread
-// matters little, as it would with fewer bits.
+// is below 2^31. The rounding error, at most sqrt(D) / 2 of a norm of 16000 or more, is measured. With 16 bits the spread
+// of a vector's elements matters little.
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "bounds.h"
+#include "rounded_operands.h"
 
 namespace fastvq {
 namespace {
-constexpr bool kRounded = true;
-// Squares of what rounding takes are summed in float32, off by less than (D / 16 + 8) 2^-24.
-constexpr double kRowSlack = 1 + 0x1p-9;
+// A tile of rows by a panel of codes has all its sums in registers: 8 by 3 vectors, 24 of 32 registers.
+constexpr int kTileRows = 8, kTileVectors = 3;
 }  // namespace
 }  // namespace fastvq
 
@@ -24,8 +23,8 @@ constexpr double kRowSlack = 1 + 0x1p-9;
 namespace fastvq {
 namespace {
 
-// A tile is [steps][kTileRows] pairs, then what the rows' integers are multiples of; a panel [steps][kWidth] pairs, then
-// the codes'.
+// A tile is [steps][kTileRows] pairs, then the rows' units [kTileRows]; a panel [steps][kWidth] pairs, then the codes'
+// units [kWidth]. A vector is its unit times its integers.
 inline int64_t steps(int64_t D) { return (D + 1) / 2; }
 inline int64_t panel_floats(int64_t D) { return (steps(D) + 1) * kWidth; }
 inline int64_t tile_floats(int64_t D) { return (steps(D) + 1) * kTileRows; }
@@ -33,37 +32,37 @@ inline float* panel_at(const PackedCodes& packed, int64_t panel) {
   return reinterpret_cast<float*>(packed.panels) + panel * panel_floats(packed.dim);
 }
 
-struct Held {
+struct Integers {
   float unit;  // the vector is unit times its integers
-  double lost;  // square of what rounding took
+  double lost;  // squared norm of the rounding error
 };
 
-// v [D] of the norm given as integers, in pairs, into words [steps(D)], which may begin where v does or before.
-inline Held hold(const float* v, int64_t D, double norm, float* words) {
+// Writes v [D], whose norm is given, as pairs of integers into words [steps(D)]. words may begin at v or before it.
+inline Integers to_integers(const float* v, int64_t D, double norm, float* words) {
   // Units of 2^-74 and more: the product of two is a float32 (see CodeLayout::underflow).
   constexpr int kFinest = 74;
   const int64_t W = steps(D);
-  if (!(norm < 0x1p121)) {  // the caller does not use the scores of such a vector; NaN too
+  if (!(norm < 0x1p121)) {  // or NaN: the caller does not use the scores of such a vector
     for (int64_t w = 0; w < W; ++w) words[w] = 0;
     return {1, 0};
   }
   int exponent = 0;
   const double mantissa = std::frexp(norm, &exponent);  // below 1: the norm is mantissa 2^exponent
   const auto first = [](int64_t n) { return static_cast<__mmask16>(n >= kLanes ? 0xffff : n > 0 ? (1u << n) - 1 : 0); };
-  V highest = spread(0);
+  V highest = broadcast(0);
   for (int64_t d0 = 0; d0 < D; d0 += kLanes)
-    highest = larger(highest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(D - d0), v + d0)));
+    highest = max(highest, _mm512_abs_ps(_mm512_maskz_loadu_ps(first(D - d0), v + d0)));
   int e = 16 - exponent - (mantissa * 0x1p16 > 46000);
-  e -= std::ldexp(static_cast<double>(largest(highest)), e) > 32767;
+  e -= std::ldexp(static_cast<double>(max_lanes(highest)), e) > 32767;
   e = norm == 0 || e > kFinest ? kFinest : e;
-  const V scale = spread(std::ldexp(1.0f, e));
-  V losts = spread(0);
+  const V scale = broadcast(std::ldexp(1.0f, e));
+  V losts = broadcast(0);
   for (int64_t d0 = 0; d0 < 2 * W; d0 += kLanes) {
     const int64_t left = D - d0, out = 2 * W - d0;
     const V scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(first(left), v + d0), scale);
     const __m512i q = _mm512_cvtps_epi32(scaled);
     const V rest = sub(scaled, _mm512_cvtepi32_ps(q));
-    losts = mul_add(rest, rest, losts);
+    losts = fma(rest, rest, losts);
     _mm256_mask_storeu_epi16(words + d0 / 2, first(out), _mm512_cvtepi32_epi16(q));
   }
   return {std::ldexp(1.0f, -e), std::ldexp(static_cast<double>(_mm512_reduce_add_ps(losts)), -2 * e)};
@@ -80,27 +79,15 @@ struct CodeLayout {
 
   static Placed put(const PackedCodes& packed, int64_t p, int j, const float* code, double norm, float* eight) {
     const int64_t D = packed.dim, W = steps(D);
-    // The integers of row j & 7 lie before what is left of the eight rows.
-    const Held held = hold(code, D, norm, eight + (j & 7) * W);
+    // The integers of row j & 7 overwrite only rows before it.
+    const Integers integers = to_integers(code, D, norm, eight + (j & 7) * W);
     float* panel = panel_at(packed, p);
-    panel[W * kWidth + j] = held.unit;
+    panel[W * kWidth + j] = integers.unit;
     if ((j & 7) == 7) transpose8(eight, W, panel + j - 7, kWidth);
-    const double rest = std::sqrt(held.lost * kRowSlack);
+    const double rest = std::sqrt(integers.lost * kRowSlack);
     return {rest, norm + rest};
   }
 };
-
-// sums + pairs of rows times pairs of codes. By hand: gcc 12 copies what its intrinsic adds to.
-inline __m512i multiply_pairs(__m512i sums, __m512i rows, __m512i codes) {
-  asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(rows), "v"(codes));
-  return sums;
-}
-inline __m512i load_pairs(const float* from) { return _mm512_loadu_si512(from); }
-inline __m512i spread_pair(const float* from) {
-  int32_t pair;
-  std::memcpy(&pair, from, 4);
-  return _mm512_set1_epi32(pair);
-}
 
 // Step 2 for one tile and the first `Vectors` vectors of one panel.
 template <int Vectors, bool KeepScores>
@@ -117,7 +104,7 @@ __attribute__((noinline)) void score_tile(const float* tile, const float* panel,
     for (int v = 0; v < Vectors; ++v) codes[v] = load_pairs(panel + v * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < kTileRows; ++i) {
-      const __m512i row = spread_pair(tile + i);
+      const __m512i row = broadcast_pair(tile + i);
 #pragma GCC unroll 8
       for (int v = 0; v < Vectors; ++v) sums[i][v] = multiply_pairs(sums[i][v], row, codes[v]);
     }
@@ -126,38 +113,38 @@ __attribute__((noinline)) void score_tile(const float* tile, const float* panel,
   }
 #pragma GCC unroll 8
   for (int i = 0; i < kTileRows; ++i) {
-    const V unit = spread(tile[i]);
+    const V unit = broadcast(tile[i]);
     V top;
 #pragma GCC unroll 8
     for (int v = 0; v < Vectors; ++v) {
       const V product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[i][v]), unit);
-      const V score = mul_add(product, load(panel + v * kLanes), load(bias + v * kLanes));
+      const V score = fma(product, load(panel + v * kLanes), load(bias + v * kLanes));
       if (KeepScores) store(scores + i * kScoreStride + v * kLanes, score);
-      top = v ? larger(top, score) : score;
+      top = v ? max(top, score) : score;
     }
     store(maxima + i * kMaximaStride, top);
   }
 }
 
-// The scores of one row of a tile against one panel once more.
+// Recomputes the scores of one row of a tile against one panel.
 inline void score_row(const float* tile, int64_t i, const float* panel, const float* bias, int64_t D, float* scores) {
   const int64_t W = steps(D);
   __m512i sums[kTileVectors];
   for (int v = 0; v < kTileVectors; ++v) sums[v] = _mm512_setzero_si512();
   for (int64_t w = 0; w < W; ++w)
     for (int v = 0; v < kTileVectors; ++v)
-      sums[v] =
-          multiply_pairs(sums[v], spread_pair(tile + w * kTileRows + i), load_pairs(panel + w * kWidth + v * kLanes));
+      sums[v] = multiply_pairs(sums[v], broadcast_pair(tile + w * kTileRows + i),
+                               load_pairs(panel + w * kWidth + v * kLanes));
   for (int v = 0; v < kTileVectors; ++v) {
-    const V product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[v]), spread(tile[W * kTileRows + i]));
-    store(scores + v * kLanes, mul_add(product, load(panel + W * kWidth + v * kLanes), load(bias + v * kLanes)));
+    const V product = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[v]), broadcast(tile[W * kTileRows + i]));
+    store(scores + v * kLanes, fma(product, load(panel + W * kWidth + v * kLanes), load(bias + v * kLanes)));
   }
 }
 
 // Step 1 for one tile: rows [first, first + n) into out.
 template <class E>
 __attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first, int64_t n, const float* mean,
-                                         float* out, float* eight, void* room, Measured* measured) {
+                                         float* out, float* eight, void* buffer, Measured* measured) {
   using Real = typename E::Real;
   const int64_t D = x.dim, W = steps(D);
   if (x.stride_d != 1 && x.stride_inner == 1 && first / x.n_inner == (first + n - 1) / x.n_inner) {
@@ -173,14 +160,14 @@ __attribute__((noinline)) void pack_tile(const Rows& x, int64_t h, int64_t first
   } else {
     for (int64_t i = 0; i < n; ++i)
       measured[i].square =
-          place_code<E>(contiguous(row_at<E>(x, h, first + i), x.stride_d, D, room), D, mean, 0, eight + i * D);
+          place_code<E>(contiguous(row_at<E>(x, h, first + i), x.stride_d, D, buffer), D, mean, 0, eight + i * D);
   }
   float* units = out + W * kTileRows;
   for (int64_t i = 0; i < kTileRows; ++i) {
     if (i < n) {
-      const Held held = hold(eight + i * D, D, std::sqrt(measured[i].square), eight + i * W);
-      measured[i].lost = held.lost;
-      units[i] = held.unit;
+      const Integers integers = to_integers(eight + i * D, D, std::sqrt(measured[i].square), eight + i * W);
+      measured[i].lost = integers.lost;
+      units[i] = integers.unit;
     } else {
       for (int64_t w = 0; w < W; ++w) eight[i * W + w] = 0;
       units[i] = 1;

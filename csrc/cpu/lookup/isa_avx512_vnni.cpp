@@ -1,4 +1,4 @@
-#include "../simd/avx512.h"
+#define FASTVQ_ISA avx512_vnni
+#include "../simd/avx512_vnni.h"
 #include "filter_int16.h"
-#define FASTVQ_NEAREST_TABLE nearest_avx512_vnni
 #include "kernel_table.h"

@@ -1,5 +1,5 @@
-// The functions of one instruction set, gathered for lookup/driver.cpp. The including file names its vectors first
-// (simd_*.h), then its filter (lookup/filter.h, lookup/filter_bf16_tiles.h), and defines FASTVQ_NEAREST_TABLE.
+// The functions of one instruction set, gathered for lookup/driver.cpp. The including file names its filter first
+// (filter_float32.h, filter_int16.h, filter_bf16_tiles.h).
 #pragma once
 #include "resolve.h"
 #include "quantize_rows.h"
@@ -7,24 +7,24 @@
 namespace fastvq {
 namespace {
 
-void centre(const Codes& codes, int64_t h, Metric metric, double* scratch, PackedCodes& packed) {
+void centre(const Codes& codes, int64_t h, Metric metric, double* workspace, PackedCodes& packed) {
   packed.centred = false;
   packed.mean_norm = 0;
   for (int64_t d = 0; d < 2 * packed.dim; ++d) packed.mean[d] = 0;
   if (metric != Metric::cosine)
-    with_element(codes.dtype, [&](auto e) { centre_codes<decltype(e)>(codes, h, scratch, packed); });
+    with_element(codes.dtype, [&](auto e) { centre_codes<decltype(e)>(codes, h, workspace, packed); });
 }
 
-NearestKernels::Found pack(const Codes& codes, int64_t h, Metric metric, int64_t first, int64_t last, double* scratch,
-                           PackedCodes& packed) {
+LookupKernels::Found pack(const Codes& codes, int64_t h, Metric metric, int64_t first, int64_t last, double* workspace,
+                          PackedCodes& packed) {
   return with_element(codes.dtype, [&](auto e) {
-    return pack_codes<decltype(e), CodeLayout>(codes, h, metric, first, last, scratch, packed);
+    return pack_codes<decltype(e), CodeLayout>(codes, h, metric, first, last, workspace, packed);
   });
 }
 
 }  // namespace
 
-const NearestKernels FASTVQ_NEAREST_TABLE = {kWidth,       kRounded, panel_bytes, centre,  pack,
-                                             search_bytes, search,   gather,      backward};
+const LookupKernels FASTVQ_TABLE(lookup_kernels) = {kWidth,       kRounded, panel_bytes, centre,  pack,
+                                                    search_bytes, search,   gather,      backward};
 
 }  // namespace fastvq

@@ -1,8 +1,8 @@
-// The packed codebooks of all heads: made for one call, or kept by the caller from call to call.
+// The packed codebook of all heads: made for one call, or kept by the caller from call to call.
 // For sources compiled for the baseline instruction set.
 //
-// Kept memory holds a PackedHeader, one PackedCodes a head, whose pointers are set anew at every use (the memory may
-// have been copied), and each head's arrays. What it holds depends on the instruction set.
+// Kept memory holds a PackedHeader, one PackedCodes a head and each head's arrays. The pointers in PackedCodes are set
+// again at every use, because the memory may have been copied. The arrays depend on the instruction set.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -27,18 +27,18 @@ struct PackedHeader {
 constexpr uint64_t kPackedMark = 0x31515666'6b636170;  // "packfVQ1"; another number for another layout
 
 // Heads that share one codebook (stride 0) share the packing.
-class PackedHeads {
+class PackedCodebook {
  public:
-  PackedHeads(const NearestKernels& kernels, const Codes& codes, Metric metric, bool fast, int n_threads)
+  PackedCodebook(const LookupKernels& kernels, const Codes& codes, Metric metric, bool fast, int n_threads)
       : heads_(describe(kernels, codes)), memory_(arrays_bytes(kernels, heads_), Buffer::codes_slot) {
-    if (!heads_[0].only_exact) {
+    if (!heads_[0].skip_filter) {
       place(kernels, heads_, memory_.data());
       fill(kernels, codes, metric, n_threads);
     }
     if (fast) drop_bounds();
   }
   // From memory that `keep` wrote for the same codes, metric and instruction set.
-  PackedHeads(const NearestKernels& kernels, const Codes& codes, Isa isa, Metric metric, bool fast, void* kept)
+  PackedCodebook(const LookupKernels& kernels, const Codes& codes, Isa isa, Metric metric, bool fast, void* kept)
       : heads_(describe(kernels, codes)), memory_(0, Buffer::no_slot) {
     PackedHeader header;
     std::memcpy(&header, kept, sizeof header);
@@ -57,33 +57,33 @@ class PackedHeads {
   }
   const PackedCodes& operator[](int64_t h) const { return heads_[heads_.size() == 1 ? 0 : static_cast<size_t>(h)]; }
 
-  // Kept memory of another instruction set is no use.
+  // Whether the kept memory was packed for this instruction set.
   static bool is_for(const void* kept, Isa isa) {
     PackedHeader header;
     std::memcpy(&header, kept, sizeof header);
     return header.mark == kPackedMark && header.isa == static_cast<int64_t>(isa);
   }
 
-  // How many bytes memory that `keep` wrote says it has, or -1 where it is no such memory.
-  static int64_t said_bytes(const void* kept) {
+  // The size that `keep` recorded in kept memory; -1 where `keep` did not write it.
+  static int64_t recorded_bytes(const void* kept) {
     PackedHeader header;
     std::memcpy(&header, kept, sizeof header);
     return header.mark == kPackedMark ? header.bytes : -1;
   }
 
-  static int64_t kept_bytes(const NearestKernels& kernels, const Codes& codes) {
+  static int64_t kept_bytes(const LookupKernels& kernels, const Codes& codes) {
     const std::vector<PackedCodes> heads = describe(kernels, codes);
     return static_cast<int64_t>(padded(sizeof(PackedHeader)) +
                                 padded(static_cast<int64_t>(heads.size() * sizeof(PackedCodes))) +
                                 arrays_bytes(kernels, heads));
   }
-  static void keep(const NearestKernels& kernels, const Codes& codes, Isa isa, Metric metric, int n_threads, void* to) {
+  static void keep(const LookupKernels& kernels, const Codes& codes, Isa isa, Metric metric, int n_threads, void* to) {
     const PackedHeader header = header_of(kernels, codes, isa, metric);
     std::memcpy(to, &header, sizeof header);
     char* at = static_cast<char*>(to) + padded(sizeof header);
-    PackedHeads packed(describe(kernels, codes));
+    PackedCodebook packed(describe(kernels, codes));
     const size_t described = packed.heads_.size() * sizeof(PackedCodes);
-    if (!packed.heads_[0].only_exact) {
+    if (!packed.heads_[0].skip_filter) {
       place(kernels, packed.heads_, at + padded(static_cast<int64_t>(described)));
       packed.fill(kernels, codes, metric, n_threads);
     }
@@ -91,26 +91,26 @@ class PackedHeads {
   }
 
  private:
-  explicit PackedHeads(std::vector<PackedCodes> heads) : heads_(std::move(heads)), memory_(0, Buffer::no_slot) {}
+  explicit PackedCodebook(std::vector<PackedCodes> heads) : heads_(std::move(heads)), memory_(0, Buffer::no_slot) {}
 
-  static PackedHeader header_of(const NearestKernels& kernels, const Codes& codes, Isa isa, Metric metric) {
+  static PackedHeader header_of(const LookupKernels& kernels, const Codes& codes, Isa isa, Metric metric) {
     return {kPackedMark, static_cast<int64_t>(isa), static_cast<int64_t>(metric), codes.n_heads, codes.n_codes,
             codes.dim,   kept_bytes(kernels, codes)};
   }
 
-  static std::vector<PackedCodes> describe(const NearestKernels& kernels, const Codes& codes) {
+  static std::vector<PackedCodes> describe(const LookupKernels& kernels, const Codes& codes) {
     const bool shared = codes.n_heads > 1 && codes.stride_head == 0;
     PackedCodes p{};
     p.n_codes = codes.n_codes;
     p.dim = codes.dim;
     p.width = kernels.width;
     p.n_panels = (codes.n_codes + p.width - 1) / p.width;
-    p.only_exact = codes.dim > kMaxFilterDim;
+    p.skip_filter = codes.dim > kMaxFilterDim;
     return std::vector<PackedCodes>(static_cast<size_t>(shared ? 1 : codes.n_heads), p);
   }
 
   // Lays one head's arrays out from `base` (null: for their size alone); returns the bytes.
-  static size_t lay_out(const NearestKernels& kernels, PackedCodes& p, char* base) {
+  static size_t lay_out(const LookupKernels& kernels, PackedCodes& p, char* base) {
     size_t used = 0;
     const auto take = [&](int64_t bytes) {
       char* at = base ? base + used : nullptr;
@@ -133,32 +133,32 @@ class PackedHeads {
     p.mean = floats(2 * p.dim);
     return used;
   }
-  static size_t arrays_bytes(const NearestKernels& kernels, const std::vector<PackedCodes>& heads) {
+  static size_t arrays_bytes(const LookupKernels& kernels, const std::vector<PackedCodes>& heads) {
     PackedCodes one = heads[0];
-    return one.only_exact ? 0 : heads.size() * lay_out(kernels, one, nullptr);
+    return one.skip_filter ? 0 : heads.size() * lay_out(kernels, one, nullptr);
   }
-  static void place(const NearestKernels& kernels, std::vector<PackedCodes>& heads, char* at) {
+  static void place(const LookupKernels& kernels, std::vector<PackedCodes>& heads, char* at) {
     for (PackedCodes& p : heads) at += lay_out(kernels, p, at);
   }
 
-  void fill(const NearestKernels& kernels, const Codes& codes, Metric metric, int n_threads) {
+  void fill(const LookupKernels& kernels, const Codes& codes, Metric metric, int n_threads) {
     const int64_t D = codes.dim, H = static_cast<int64_t>(heads_.size());
     const int64_t per_chunk = std::max<int64_t>(1, (int64_t{1} << 15) / (D * heads_[0].width));
     const int64_t n_chunks = (heads_[0].n_panels + per_chunk - 1) / per_chunk;
-    std::vector<NearestKernels::Found> found(static_cast<size_t>(H * n_chunks));
+    std::vector<LookupKernels::Found> found(static_cast<size_t>(H * n_chunks));
     n_threads = useful_threads(8.0 * static_cast<double>(H * codes.n_codes) * static_cast<double>(D), n_threads);
-    std::vector<char> scratch(padded(8 * 5 * D) * static_cast<size_t>(n_threads));
-    const auto room = [&](int thread) {
-      return reinterpret_cast<double*>(scratch.data() + padded(8 * 5 * D) * static_cast<size_t>(thread));
+    std::vector<char> workspace(padded(8 * 5 * D) * static_cast<size_t>(n_threads));
+    const auto of_thread = [&](int thread) {
+      return reinterpret_cast<double*>(workspace.data() + padded(8 * 5 * D) * static_cast<size_t>(thread));
     };
     parallel_chunks(H, n_threads, [&](int64_t h, int thread) {
-      kernels.centre(codes, h, metric, room(thread), heads_[static_cast<size_t>(h)]);
+      kernels.centre(codes, h, metric, of_thread(thread), heads_[static_cast<size_t>(h)]);
     });
     parallel_chunks(H * n_chunks, n_threads, [&](int64_t i, int thread) {
       PackedCodes& p = heads_[static_cast<size_t>(i / n_chunks)];
       const int64_t first = i % n_chunks * per_chunk;
-      found[static_cast<size_t>(i)] =
-          kernels.pack(codes, i / n_chunks, metric, first, std::min(first + per_chunk, p.n_panels), room(thread), p);
+      found[static_cast<size_t>(i)] = kernels.pack(codes, i / n_chunks, metric, first,
+                                                   std::min(first + per_chunk, p.n_panels), of_thread(thread), p);
     });
     parallel_chunks(H, n_threads, [&](int64_t h, int) {
       PackedCodes& p = heads_[static_cast<size_t>(h)];
@@ -169,7 +169,7 @@ class PackedHeads {
 
   // A code of norm beyond 2^60 was left out under the euclidean metric. It cannot be nearest to a row of norm below
   // 2^58 if there is a code of norm up to 2^58, which is nearer: 2^59 at most against more than 2^59.4.
-  static void finish(PackedCodes& p, Metric metric, const NearestKernels::Found* found, int64_t n) {
+  static void finish(PackedCodes& p, Metric metric, const LookupKernels::Found* found, int64_t n) {
     bool usable = false, excluded = false, irregular = false;
     double largest = 0, smallest = HUGE_VAL;
     for (int64_t i = 0; i < n; ++i) {
@@ -179,7 +179,7 @@ class PackedHeads {
       largest = std::max(largest, found[i].largest);
       smallest = std::min(smallest, found[i].smallest);
     }
-    p.only_exact = irregular || !usable || (excluded && !(smallest <= 0x1p58));
+    p.skip_filter = irregular || !usable || (excluded && !(smallest <= 0x1p58));
     p.row_part = 0;
     if (metric == Metric::euclidean) {
       p.row_limit = 0x1p58f;

@@ -1,4 +1,4 @@
-// What quantize adds to the lookup, row by row: the chosen code and its squared distance; and the gradient for x.
+// Quantization, row by row: the chosen code and its squared distance, and the gradient for x.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -12,14 +12,14 @@
 namespace fastvq {
 namespace {
 
-// Strided rows pass through these; contiguous ones do not.
+// A row to write: a strided row is written to a buffer first, a contiguous row in place.
 template <class T>
 struct RowOut {
   T* at;
   T* to;
   int64_t stride, n;
-  RowOut(T* p, int64_t stride_d, int64_t dim, void* room)
-      : at(stride_d == 1 ? p : static_cast<T*>(room)), to(p), stride(stride_d), n(dim) {}
+  RowOut(T* p, int64_t stride_d, int64_t dim, void* buffer)
+      : at(stride_d == 1 ? p : static_cast<T*>(buffer)), to(p), stride(stride_d), n(dim) {}
   void finish() const {
     if (at != to)
       for (int64_t d = 0; d < n; ++d) to[d * stride] = at[d];
@@ -27,8 +27,8 @@ struct RowOut {
 };
 
 template <class EX, class EC>
-double gather_rows(const Lookup& lookup, const Rows& quantized, int64_t h, int64_t first, int64_t n, int64_t& n_real,
-                   double* room) {
+double gather_rows(const LookupCall& lookup, const Rows& quantized, int64_t h, int64_t first, int64_t n,
+                   int64_t& n_real, double* workspace) {
   using TX = typename EX::Stored;
   const Rows& x = *lookup.x;
   const int64_t D = x.dim;
@@ -37,24 +37,25 @@ double gather_rows(const Lookup& lookup, const Rows& quantized, int64_t h, int64
   n_real = 0;
   for (int64_t r = first; r < first + n; ++r) {
     const RowOut<TX> out(static_cast<TX*>(const_cast<void*>(quantized.data)) + quantized.offset(h, r),
-                         quantized.stride_d, D, room);
+                         quantized.stride_d, D, workspace);
     if (indices[r] < 0) {
       for (int64_t d = 0; d < D; ++d) out.at[d] = EX::put(0.0f);
       out.finish();
       continue;
     }
     ++n_real;
-    const TX* row = contiguous(row_at<EX>(x, h, r), x.stride_d, D, room + D);
-    const auto* code = contiguous(code_at<EC>(*lookup.codes, h, indices[r]), lookup.codes->stride_d, D, room + 2 * D);
+    const TX* row = contiguous(row_at<EX>(x, h, r), x.stride_d, D, workspace + D);
+    const auto* code =
+        contiguous(code_at<EC>(*lookup.codes, h, indices[r]), lookup.codes->stride_d, D, workspace + 2 * D);
     D8 lanes = {};
     int64_t d = 0;
     for (; d + 8 <= D; d += 8) {
-      const auto c = load8(EC{}, code + d);
-      const D8 t = widen(load8(EX{}, row + d)) - widen(c);
+      const auto c = load(EC{}, code + d);
+      const D8 t = widen(load(EX{}, row + d)) - widen(c);
       lanes += t * t;
-      store8(EX{}, out.at + d, c);
+      store(EX{}, out.at + d, c);
     }
-    double sum = sum8(lanes);
+    double sum = sum_lanes(lanes);
     for (; d < D; ++d) {
       const auto c = EC::get(code[d]);
       const double t = static_cast<double>(EX::get(row[d])) - static_cast<double>(c);
@@ -68,11 +69,11 @@ double gather_rows(const Lookup& lookup, const Rows& quantized, int64_t h, int64
   return total;
 }
 
-double gather(const Lookup& lookup, const Rows& quantized, int64_t h, int64_t first, int64_t n, int64_t& n_real,
-              double* room) {
+double gather(const LookupCall& lookup, const Rows& quantized, int64_t h, int64_t first, int64_t n, int64_t& n_real,
+              double* workspace) {
   return with_element(lookup.x->dtype, [&](auto ex) {
     return with_element(lookup.codes->dtype, [&](auto ec) {
-      return gather_rows<decltype(ex), decltype(ec)>(lookup, quantized, h, first, n, n_real, room);
+      return gather_rows<decltype(ex), decltype(ec)>(lookup, quantized, h, first, n, n_real, workspace);
     });
   });
 }
@@ -108,7 +109,7 @@ Rotation rotation_of(const typename EX::Stored* x, const typename EC::Stored* c,
   D8 lxx = {}, lcc = {}, lxg = {}, lcg = {};
   int64_t d = 0;
   for (; d + 8 <= D; d += 8) {
-    const D8 vx = widen(load8(EX{}, x + d)), vc = widen(load8(EC{}, c + d)), vg = widen(load8(EX{}, g + d));
+    const D8 vx = widen(load(EX{}, x + d)), vc = widen(load(EC{}, c + d)), vg = widen(load(EX{}, g + d));
     lxx += vx * vx;
     lcc += vc * vc;
     lxg += vx * vg;
@@ -121,10 +122,10 @@ Rotation rotation_of(const typename EX::Stored* x, const typename EC::Stored* c,
     xg += vx * vg;
     cg += vc * vg;
   }
-  xx += sum8(lxx);
-  const double nx = std::sqrt(xx), nc = std::sqrt(cc + sum8(lcc));
-  xg += sum8(lxg);
-  cg += sum8(lcg);
+  xx += sum_lanes(lxx);
+  const double nx = std::sqrt(xx), nc = std::sqrt(cc + sum_lanes(lcc));
+  xg += sum_lanes(lxg);
+  cg += sum_lanes(lcg);
   const double ix = 1 / nx, ic = 1 / nc;
   if (!(xx <= std::numeric_limits<double>::max()) && !all_finite<EX>(x, 1, D)) {
     const double nan = std::nan("");  // as the formula gives for a row that is not finite
@@ -134,20 +135,20 @@ Rotation rotation_of(const typename EX::Stored* x, const typename EC::Stored* c,
   double square = 0;  // of x^ + q^; from the dot product it would cancel where the two are nearly opposite
   D8 lanes = {};
   for (d = 0; d + 8 <= D; d += 8) {
-    const D8 v = widen(load8(EX{}, x + d)) * ix + widen(load8(EC{}, c + d)) * ic;
+    const D8 v = widen(load(EX{}, x + d)) * ix + widen(load(EC{}, c + d)) * ic;
     lanes += v * v;
   }
   for (; d < D; ++d) {
     const double v = static_cast<double>(EX::get(x[d])) * ix + static_cast<double>(EC::get(c[d])) * ic;
     square += v * v;
   }
-  square += sum8(lanes);
+  square += sum_lanes(lanes);
   if (!(square > 1e-12)) return {};  // opposite: no one rotation takes x to its code
   const double rg = 2 * (xg * ix + cg * ic) / square;
   return {true, nc * ix, 2 * cg * ic - rg, -rg, ix, ic};
 }
 
-// Does Real hold v, 0 included, with all its precision?
+// Whether Real holds v with full precision; 0 counts.
 template <class Real>
 bool holds(double v) {
   const double size = std::fabs(v);
@@ -164,18 +165,18 @@ bool write_gradient(const typename EX::Stored* row, const typename EC::Stored* c
   const Real a = static_cast<Real>(turn.lambda), b = static_cast<Real>(wide_b), e = static_cast<Real>(wide_e),
              s = static_cast<Real>(scale);
   const bool turned = turn.lambda != 1 || wide_b != 0 || wide_e != 0;
-  Sum lanes{};  // sums, to see whether all numbers were finite
+  Sum lanes{};  // sums: finite if all numbers were
   Real left = 0;
   int64_t d = 0;
   for (; d + 8 <= D; d += 8) {
-    const Sum vx = as<Sum>(load8(EX{}, row + d)), vc = as<Sum>(load8(EC{}, code + d));
+    const Sum vx = as<Sum>(load(EX{}, row + d)), vc = as<Sum>(load(EC{}, code + d));
     Sum v = s == 0 ? Sum{} : s * (vx - vc);
     if (g) {
-      const Sum vg = as<Sum>(load8(EX{}, g + d));
+      const Sum vg = as<Sum>(load(EX{}, g + d));
       v = turned ? (a * vg + (b * vx + e * vc)) + v : vg + v;
     }
     lanes += v;
-    store8(EX{}, out + d, v);
+    store(EX{}, out + d, v);
   }
   for (; d < D; ++d) {
     const Real vx = EX::get(row[d]), vc = EC::get(code[d]);
@@ -209,28 +210,28 @@ void write_gradient_of_any_size(const typename EX::Stored* row, const typename E
 
 template <class EX, class EC>
 void backward_rows(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized, double scale,
-                   bool rotation, const Rows& grad_x, int64_t h, int64_t first, int64_t n, double* room) {
+                   bool rotation, const Rows& grad_x, int64_t h, int64_t first, int64_t n, double* workspace) {
   using TX = typename EX::Stored;
   using TC = typename EC::Stored;
-  using Sum = typename Wider<decltype(load8(EX{}, static_cast<const TX*>(nullptr))),
-                             decltype(load8(EC{}, static_cast<const TC*>(nullptr)))>::type;
+  using Sum = typename Wider<decltype(load(EX{}, static_cast<const TX*>(nullptr))),
+                             decltype(load(EC{}, static_cast<const TC*>(nullptr)))>::type;
   using Real = decltype(typename EX::Real{} + typename EC::Real{});
   const int64_t D = x.dim;
   const bool difference = scale != 0 || rotation;
   for (int64_t r = first; r < first + n; ++r) {
     const RowOut<TX> out(static_cast<TX*>(const_cast<void*>(grad_x.data)) + grad_x.offset(h, r), grad_x.stride_d, D,
-                         room);
+                         workspace);
     const int64_t k = indices[h * x.n_rows() + r];
     const TX* g = grad_quantized && k >= 0
-                      ? contiguous(row_at<EX>(*grad_quantized, h, r), grad_quantized->stride_d, D, room + D)
+                      ? contiguous(row_at<EX>(*grad_quantized, h, r), grad_quantized->stride_d, D, workspace + D)
                       : nullptr;
     if (!difference || k < 0) {
       for (int64_t d = 0; d < D; ++d) out.at[d] = g ? g[d] : EX::put(0.0f);
       out.finish();
       continue;
     }
-    const TX* row = contiguous(row_at<EX>(x, h, r), x.stride_d, D, room + 2 * D);
-    const TC* code = contiguous(code_at<EC>(codes, h, k), codes.stride_d, D, room + 3 * D);
+    const TX* row = contiguous(row_at<EX>(x, h, r), x.stride_d, D, workspace + 2 * D);
+    const TC* code = contiguous(code_at<EC>(codes, h, k), codes.stride_d, D, workspace + 3 * D);
     Rotation turn;
     if (rotation && g) turn = rotation_of<EX, EC>(row, code, g, D);
     if (!write_gradient<Sum, Real, EX, EC>(row, code, g, turn, scale, out.at, D))
@@ -240,11 +241,11 @@ void backward_rows(const Rows& x, const Codes& codes, const int64_t* indices, co
 }
 
 void backward(const Rows& x, const Codes& codes, const int64_t* indices, const Rows* grad_quantized, double scale,
-              bool rotation, const Rows& grad_x, int64_t h, int64_t first, int64_t n, double* room) {
+              bool rotation, const Rows& grad_x, int64_t h, int64_t first, int64_t n, double* workspace) {
   with_element(x.dtype, [&](auto ex) {
     with_element(codes.dtype, [&](auto ec) {
       backward_rows<decltype(ex), decltype(ec)>(x, codes, indices, grad_quantized, scale, rotation, grad_x, h, first, n,
-                                                room);
+                                                workspace);
     });
   });
 }

@@ -1,9 +1,9 @@
-// Residual quantization: some blocks of rows stay in cache while every level quantizes what the levels before left over.
+// Residual quantization: some blocks of rows stay in cache while every level quantizes the residual of the levels before.
 //
 //   r = x;  for each level:  i = nearest(r, codes);  quantized += c_i;  r -= c_i      (r, quantized: float, or double)
 //
 // Statistics of the residuals take a second pass, over columns: a column of every residual follows from that column
-// of x and the codes alone, so each task adds up its columns of every level, rows in order, whatever the threads.
+// of x and the codes. Each task adds its columns of every level, rows in order, for any number of threads.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -20,7 +20,7 @@
 namespace fastvq {
 namespace {
 
-// Blocks that go through a level together, so that its codes are read from beyond the second-level cache once for all.
+// Blocks that go through a level together: its codes are read once for all of them from beyond the second-level cache.
 constexpr int64_t kBlocks = 4;
 constexpr int64_t kRowsBetweenCheckpoints = 4096;
 constexpr int64_t kColumns = 16;  // a cache line of float: what a task of the statistics reads of a row
@@ -56,15 +56,15 @@ const Real* level_code(const Codes& levels, int64_t q, int64_t k) {
 
 // The arrays of kBlocks blocks. total is [n, D] like the residual, chosen that of one block.
 template <class Real>
-struct Block {
+struct ResidualBlock {
   Real *residual, *chosen, *total;
   int64_t* indices;  // of one level and block
-  double* room;  // [3 D]
+  double* doubles;  // [3 D]
   char* search;
 };
 
 template <class Real>
-size_t block_layout(int64_t D, size_t search_bytes, char* base, Block<Real>* out) {
+size_t block_layout(int64_t D, size_t search_bytes, char* base, ResidualBlock<Real>* out) {
   size_t used = 0;
   const auto take = [&](int64_t bytes) {
     char* at = base + used;
@@ -72,12 +72,12 @@ size_t block_layout(int64_t D, size_t search_bytes, char* base, Block<Real>* out
     return at;
   };
   const int64_t n = block_rows(D), matrix = n * D * static_cast<int64_t>(sizeof(Real));  // of one block
-  Block<Real> b;
+  ResidualBlock<Real> b;
   b.residual = reinterpret_cast<Real*>(take(kBlocks * matrix));
   b.chosen = reinterpret_cast<Real*>(take(matrix));
   b.total = reinterpret_cast<Real*>(take(kBlocks * matrix));
   b.indices = reinterpret_cast<int64_t*>(take(8 * n));
-  b.room = reinterpret_cast<double*>(take(3 * 8 * D));
+  b.doubles = reinterpret_cast<double*>(take(3 * 8 * D));
   b.search = take(static_cast<int64_t>(search_bytes));
   if (out) *out = b;
   return used;
@@ -86,17 +86,17 @@ size_t block_layout(int64_t D, size_t search_bytes, char* base, Block<Real>* out
 // One level of one block, rows [first, first + n): its indices, total += the codes, residual -= the codes.
 // Returns how many of the rows are real; square is the sum of (residual - code)^2 over them.
 template <class Real>
-int64_t quantize_level(const NearestKernels& kernels, const PackedCodes& packed, const Codes& level,
+int64_t quantize_level(const LookupKernels& kernels, const PackedCodes& packed, const Codes& level,
                        const ResidualOptions& options, int64_t q, int64_t first, int64_t n, Real* residual, Real* total,
-                       const Block<Real>& b, const ResidualOutputs& out, int64_t Q, double& square) {
+                       const ResidualBlock<Real>& b, const ResidualOutputs& out, int64_t Q, double& square) {
   const int64_t D = level.dim;
   const Rows rows = block_view(residual, n, D), chosen = block_view(b.chosen, n, D);
-  const Lookup lookup{&rows,    &level, options.metric, options.fast, options.mask ? options.mask + first : nullptr,
-                      b.indices};
+  const LookupCall lookup{&rows,    &level, options.metric, options.fast, options.mask ? options.mask + first : nullptr,
+                          b.indices};
   LookupCounts counts;
   kernels.search(lookup, packed, 0, 0, n, b.search, counts);
   int64_t n_real = 0;
-  square = kernels.gather(lookup, chosen, 0, 0, n, n_real, b.room);
+  square = kernels.gather(lookup, chosen, 0, 0, n, n_real, b.doubles);
   for (int64_t i = 0; i < n; ++i) {
     out.indices[(first + i) * Q + q] = b.indices[i];
     if (out.finite_levels && is_finite(residual + i * D, D)) out.finite_levels[first + i] = static_cast<int32_t>(q + 1);
@@ -111,18 +111,18 @@ int64_t quantize_level(const NearestKernels& kernels, const PackedCodes& packed,
 template <class Real>
 void forward(const Rows& x, const Codes& levels, const ResidualOptions& options, const Rows& quantized,
              const ResidualOutputs& out, Isa isa, int n_threads) {
-  const NearestKernels& kernels = nearest_kernels(isa, x.dim);
+  const LookupKernels& kernels = lookup_kernels(isa, x.dim);
   const int64_t D = x.dim, N = x.n_rows(), Q = levels.n_heads, rows = block_rows(D), n_blocks = (N + rows - 1) / rows;
-  const PackedHeads packed(kernels, levels, options.metric, options.fast, n_threads);
+  const PackedCodebook packed(kernels, levels, options.metric, options.fast, n_threads);
   std::vector<double> squares(static_cast<size_t>(Q * n_blocks));
   std::atomic<int64_t> n_real{0};
   const size_t search_bytes = kernels.search_bytes(D);
   n_threads = useful_threads(filter_work(x, levels) * static_cast<double>(Q), n_threads);
   for_blocks(
       x, n_threads, block_layout<Real>(D, search_bytes, nullptr, nullptr),
-      [&](int64_t, int64_t first, int64_t n, int64_t, char* scratch) {
-        Block<Real> b;
-        block_layout<Real>(D, search_bytes, scratch, &b);
+      [&](int64_t, int64_t first, int64_t n, int64_t, char* workspace) {
+        ResidualBlock<Real> b;
+        block_layout<Real>(D, search_bytes, workspace, &b);
         with_element(x.dtype, [&](auto e) {
           using E = decltype(e);
           for (int64_t i = 0; i < n; ++i) {
@@ -197,7 +197,7 @@ void statistics(const Rows& x, const Codes& levels, const int64_t* indices, cons
     for (int64_t q = 0; q < finite_levels[r]; ++q)
       if (const int64_t k = indices[r * Q + q]; k >= 0) ++counts[q * K + k];
   }
-  // About as long per element and level as 16 multiply-adds of the filter.
+  // An element of a level takes as long as about 16 multiply-adds of the filter.
   n_threads = useful_threads(16.0 * static_cast<double>(N * Q) * static_cast<double>(D), n_threads);
   std::vector<std::vector<double>> tables(static_cast<size_t>(std::max(1, n_threads)));
   parallel_chunks((D + kColumns - 1) / kColumns, n_threads, [&](int64_t chunk, int thread) {
@@ -216,9 +216,9 @@ void backward(const Rows& x, const Codes& levels, const int64_t* indices, const 
   const int64_t D = x.dim, Q = levels.n_heads;
   n_threads = useful_threads(16.0 * static_cast<double>(x.n_rows() * Q) * static_cast<double>(D), n_threads);
   const size_t row_bytes = padded(D * static_cast<int64_t>(sizeof(Real)));
-  for_blocks(x, n_threads, 2 * row_bytes, [&](int64_t, int64_t first, int64_t n, int64_t, char* scratch) {
-    Real* residual = reinterpret_cast<Real*>(scratch);
-    Real* total = reinterpret_cast<Real*>(scratch + row_bytes);
+  for_blocks(x, n_threads, 2 * row_bytes, [&](int64_t, int64_t first, int64_t n, int64_t, char* workspace) {
+    Real* residual = reinterpret_cast<Real*>(workspace);
+    Real* total = reinterpret_cast<Real*>(workspace + row_bytes);
     with_element(x.dtype, [&](auto ex) {
       using EX = decltype(ex);
       using Stored = typename EX::Stored;
@@ -238,7 +238,7 @@ void backward(const Rows& x, const Codes& levels, const int64_t* indices, const 
         for (int64_t q = 0; q < Q; ++q) {
           const Real* code = level_code<Real>(levels, q, chosen[q]);
           const Real scale = static_cast<Real>(scales[q]);
-          if (scale == 0) {  // not even with a residual that is not finite
+          if (scale == 0) {  // also where the residual is not finite
             for (int64_t d = 0; d < D; ++d) residual[d] -= code[d * levels.stride_d];
             continue;
           }

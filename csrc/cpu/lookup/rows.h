@@ -1,5 +1,5 @@
-// The part of the lookup that looks at one row: what may still be nearest after a chunk of panels was scored. Shared by
-// every filter; the including file names its vectors and kRounded first.
+// The part of the lookup that works on one row: its bounds, and its candidates after a chunk of panels was scored. Shared
+// by every filter. The including file names its vectors, kTileVectors, kRounded and kRowSlack first.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -11,29 +11,29 @@ namespace fastvq {
 namespace {
 
 constexpr int kWidth = kTileVectors * kLanes;
-constexpr int kMaxNoted = 16;
+constexpr int kMaxCandidates = 16;
 
-// Asks for a piece of what is needed next, so that it is in the second-level cache by then.
+// Prefetches into the second-level cache.
 inline void prefetch(const char* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Squares of a row less the mean, and of what its operand is off by.
+// Squared norms of a row less the mean, and of its operand's rounding error.
 struct Measured {
   double square, lost;
 };
 
-// A lower bound that no score passes, not even an infinite one.
-constexpr float kClosed = __builtin_nanf("");
+// NaN: compares false with every score, so nothing is listed.
+constexpr float kNoBound = __builtin_nanf("");
 
-// What is known of one row. upper = score + bound; fast: the score. lost: what its operand is off by, where the filter
-// rounds its operands (kRounded). With too many codes noted its lower bound is followed to the end (lookup/relist.h).
-struct RowState : Noted<float, kMaxNoted> {
+// Bounds of one row (bounds.h has the terms norm, own, lost). upper = score + bound; fast: the score. lost is 0 where the
+// filter does not round its operands. After the list overflowed, `lower` still rises, for lookup/relist.h.
+struct RowBounds : CandidateList<float, kMaxCandidates> {
   float norm, own, lost;
 };
 
-// A chunk of panels with the largest coefficients of them. Where the panels' differ much, the largest would say too
-// little about the others, and each panel's own is used.
+// A chunk of panels, with the largest coefficients of its panels. uneven: the coefficients differ so much that the largest
+// would be a poor bound for most panels; each panel is then tested with its own.
 struct Chunk {
   int64_t first;
   int n;
@@ -57,47 +57,48 @@ inline Chunk chunk_at(const PackedCodes& packed, int64_t first, int64_t chunk_pa
   return c;
 }
 
-// The bound of lookup/bounds.h for one row: of one code, of some, or of no less than any of a panel.
+// Error bound of a score for this row: for a vector of codes, or the maximum over a panel or a chunk.
 struct RowBound {
   V norm, own, lost;
-  explicit RowBound(const RowState& row) : norm(spread(row.norm)), own(spread(row.own)), lost(spread(row.lost)) {}
+  explicit RowBound(const RowBounds& row)
+      : norm(broadcast(row.norm)), own(broadcast(row.own)), lost(broadcast(row.lost)) {}
   V operator()(V slope, V offset, V reach) const {
-    const V bound = add(mul_add(norm, slope, offset), own);
-    return kRounded ? mul_add(lost, reach, bound) : bound;
+    const V bound = add(fma(norm, slope, offset), own);
+    return kRounded ? fma(lost, reach, bound) : bound;
   }
-  V of_chunk(const Chunk& c) const { return (*this)(spread(c.slope), spread(c.offset), spread(c.reach)); }
+  V of_chunk(const Chunk& c) const { return (*this)(broadcast(c.slope), broadcast(c.offset), broadcast(c.reach)); }
   V of_panel(const PackedCodes& packed, int64_t p) const {
-    return (*this)(spread(packed.panel_slope[p]), spread(packed.panel_offset[p]),
-                   spread(kRounded ? packed.panel_reach[p] : 0.0f));
+    return (*this)(broadcast(packed.panel_slope[p]), broadcast(packed.panel_offset[p]),
+                   broadcast(kRounded ? packed.panel_reach[p] : 0.0f));
   }
   V of_codes(const PackedCodes& packed, int64_t k) const {
     return (*this)(load(packed.slope + k), load(packed.offset + k), kRounded ? load(packed.reach + k) : own);
   }
 };
 
-// Step 3 where the chunk may hold a winner: top >= score of each lane, bound >= bound of each panel. Bounds grow with
-// their coefficients and rounding is monotone, so a panel that fails its test holds no code that would pass its own.
-// scores_of(p, room) gives the scores of the chunk's panel p, from where they were kept or made again in room.
+// Step 3 for a chunk that may hold a winner: top >= score of each lane, bound >= bound of each panel. Bounds grow with
+// their coefficients and rounding is monotone, so a panel that fails its test holds no code that passes the code's test.
+// scores_of(p, buffer) gives the scores of the chunk's panel p: those kept, or recomputed into buffer.
 template <class Scores>
-__attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& packed, const Chunk& chunk, V top,
+__attribute__((noinline)) void search_chunk(RowBounds& row, const PackedCodes& packed, const Chunk& chunk, V top,
                                             V bound, const float* maxima, bool fast, const Scores& scores_of) {
   const RowBound row_bound(row);
   V best = sub(top, bound);
   if (chunk.uneven)
     for (int p = 0; p < chunk.n; ++p)
-      best = larger(best, sub(load(maxima + p * kLanes), row_bound.of_panel(packed, chunk.first + p)));
-  const float lower = largest(best);
+      best = max(best, sub(load(maxima + p * kLanes), row_bound.of_panel(packed, chunk.first + p)));
+  const float lower = max_lanes(best);
   if (lower > row.lower) {
     row.lower = lower;
-    if (row.n > 0) drop_beaten(row);
+    if (row.n > 0) prune(row);
   }
   if (row.n < 0) return;
-  const V limit = spread(row.lower);
+  const V limit = broadcast(row.lower);
   for (int p = 0; p < chunk.n; ++p) {
     if (p % 4 == 0 && p + 4 <= chunk.n) {  // most panels hold no winner: four at a time
       const float* four = maxima + p * kLanes;
       const V top_of_four =
-          larger(larger(load(four), load(four + kLanes)), larger(load(four + 2 * kLanes), load(four + 3 * kLanes)));
+          max(max(load(four), load(four + kLanes)), max(load(four + 2 * kLanes), load(four + 3 * kLanes)));
       if (!at_least(add(top_of_four, bound), limit)) {
         p += 3;
         continue;
@@ -114,8 +115,8 @@ __attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& pa
       const int64_t k = k0 + v * kLanes;
       const V code_bound = row_bound.of_codes(packed, k);
       const V score = load(scores + v * kLanes), code_upper = add(score, code_bound);
-      if (chunk.uneven) {  // the panel's bound may be another code's: this code's own says more
-        const float code_lower = largest(sub(score, code_bound));
+      if (chunk.uneven) {  // a code's bound may be much tighter than the panel's
+        const float code_lower = max_lanes(sub(score, code_bound));
         row.lower = code_lower > row.lower ? code_lower : row.lower;
       }
       store(upper + v * kLanes, code_upper);
@@ -123,36 +124,36 @@ __attribute__((noinline)) void search_chunk(RowState& row, const PackedCodes& pa
     }
     for (; mask; mask &= mask - 1) {
       const int j = __builtin_ctzll(mask);
-      if (note(row, k0 + j, upper[j])) continue;
-      // Fast: those noted have the largest score already and came first, this one ties with them or loses.
+      if (push(row, k0 + j, upper[j])) continue;
+      // Fast: the listed codes have the largest score and lower indices; this code ties with them or loses.
       if (!fast) row.n = -1;
       return;
     }
   }
 }
 
-// The largest score of each lane over n panels. Two chains of maxima: one alone would wait for itself.
+// The largest score of each lane over n panels. Two chains of maxima, because one is bound by its latency.
 inline V top_of(const float* maxima, int n) {
   V even = load(maxima), odd = even;
   int p = 1;
   for (; p + 4 <= n; p += 4) {
-    even = larger(even, load(maxima + p * kLanes));
-    odd = larger(odd, load(maxima + (p + 1) * kLanes));
-    even = larger(even, load(maxima + (p + 2) * kLanes));
-    odd = larger(odd, load(maxima + (p + 3) * kLanes));
+    even = max(even, load(maxima + p * kLanes));
+    odd = max(odd, load(maxima + (p + 1) * kLanes));
+    even = max(even, load(maxima + (p + 2) * kLanes));
+    odd = max(odd, load(maxima + (p + 3) * kLanes));
   }
-  for (; p < n; ++p) even = larger(even, load(maxima + p * kLanes));
-  return larger(even, odd);
+  for (; p < n; ++p) even = max(even, load(maxima + p * kLanes));
+  return max(even, odd);
 }
 
-// A row that enters the filter. norm, lost: of the row less the mean; lost is what rounding took from its operand.
-inline void start_row(RowState& row, const PackedCodes& packed, bool fast, double norm, double lost) {
+// Starts a row of the filter. norm: of the row less the mean; lost: norm of its operand's rounding error.
+inline void start_row(RowBounds& row, const PackedCodes& packed, bool fast, double norm, double lost) {
   const bool inside = norm < packed.row_limit;  // false for NaN
   const bool bounded = inside && !fast;
   row.norm = bounded ? static_cast<float>(norm * kRowSlack) + 0x1p-149f : 0.0f;
   row.lost = bounded && kRounded ? static_cast<float>(lost * kRowSlack + norm * 0x1p-44) : 0.0f;
   row.own = packed.row_part > 0 ? row.norm * row.norm * packed.row_part : 0.0f;
-  row.lower = inside ? -HUGE_VALF : kClosed;
+  row.lower = inside ? -HUGE_VALF : kNoBound;
   row.n = inside ? 0 : -1;
 }
 

@@ -1,4 +1,4 @@
-// What the masked convolution's forward and gradients share. For sources compiled for the baseline instruction set.
+// Shared by the forward and the gradients of the masked convolution. For sources compiled for the baseline instruction set.
 #pragma once
 #include <cstdint>
 
@@ -7,10 +7,10 @@
 
 namespace fastvq {
 
-constexpr int64_t kSlice = 16;              // input channels that make one cache line of a pixel
+constexpr int64_t kSlice = 16;  // input channels that make one cache line of a pixel
 constexpr int64_t kTileElements = 16 * 32;  // of a register of tiles
 
-// What makes the products: tiles where there are any and all three tensors are bfloat16 (null: float32 vectors).
+// Kernels of a call. tiles: null unless the instruction set has tiles and all three tensors are bfloat16.
 struct ConvEngine {
   ConvKernels k;
   const TileKernels* tiles;
@@ -18,7 +18,7 @@ struct ConvEngine {
 ConvEngine conv_engine(Isa isa, const Image& x, const Image& out, const MaskedWeight& w);
 
 inline int64_t tile_steps(int64_t n) { return (n + 31) / 32; }
-inline int64_t lanes_of(const Block& block, const ConvKernels& k) {
+inline int64_t lanes_of(const ChannelBlock& block, const ConvKernels& k) {
   return static_cast<int64_t>(block.n_vectors) * k.lanes;
 }
 inline double multiply_adds(const Image& image, const MaskedWeight& w) {

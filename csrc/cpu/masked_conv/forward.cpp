@@ -1,12 +1,12 @@
-// Masked convolution on the CPU: packing, cutting into tasks, and what becomes of a finished row.
+// Masked convolution on the CPU: packing weights, cutting the work into tasks, storing finished rows.
 //
 // Forward and input gradient are one routine (the gradient's taps are mirrored and its channels swapped):
 //   1. weights are packed as [block of output channels][tap][input channel][block]: active taps only;
-//   2. a task is a band of rows of one image: its input is copied to zero-padded channels-last scratch that fits the
+//   2. a task is a band of rows of one image: its input is copied to zero-padded channels-last workspace that fits the
 //      second-level cache;
 //   3. for each block of channels, for each row: one product over all taps and channels, sums in registers;
-//   4. the row is stored in the output's own layout, or gated first.
-// Where there are matrix tiles, bfloat16 images and weights keep their type in steps 1 to 3; everything else is float32.
+//   4. the row is gated where asked, and stored in the layout of the output.
+// On matrix tiles bfloat16 images and weights keep their type in steps 1 to 3; everything else is float32.
 // The order of additions for an element does not depend on bands, tiles or threads.
 #include <algorithm>
 #include <cstddef>
@@ -21,19 +21,19 @@ namespace fastvq {
 
 const ConvKernels& conv_kernels(Isa isa) {
 #if defined(__x86_64__)
-  if (isa >= Isa::avx512) return conv_kernels_avx512();
-  if (isa == Isa::avx2) return conv_kernels_avx2();
+  if (isa >= Isa::avx512) return conv_kernels_avx512;
+  if (isa == Isa::avx2) return conv_kernels_avx2;
 #endif
   (void)isa;
-  return conv_kernels_generic();
+  return conv_kernels_generic;
 }
 
 const TileKernels* tile_kernels(Isa isa) {
 #if defined(__x86_64__) && defined(FASTVQ_AMX)
-  if (isa == Isa::amx) return &conv_tiles_amx();
+  if (isa == Isa::amx) return &tile_kernels_amx;
 #endif
 #if defined(__x86_64__) && defined(FASTVQ_EMULATED)
-  if (isa == Isa::emulated) return &conv_tiles_emulated();
+  if (isa == Isa::emulated) return &tile_kernels_emulated;
 #endif
   (void)isa;
   return nullptr;
@@ -46,8 +46,8 @@ ConvEngine conv_engine(Isa isa, const Image& x, const Image& out, const MaskedWe
   return e;
 }
 
-std::vector<Block> split_channels(int64_t n_channels, const ConvKernels& kernels) {
-  std::vector<Block> blocks;
+std::vector<ChannelBlock> split_channels(int64_t n_channels, const ConvKernels& kernels) {
+  std::vector<ChannelBlock> blocks;
   int64_t vectors = (n_channels + kernels.lanes - 1) / kernels.lanes;
   for (int64_t first = 0; vectors > 0;) {
     int n = static_cast<int>(std::min<int64_t>(vectors, kernels.max_vectors));
@@ -63,13 +63,13 @@ std::vector<Block> split_channels(int64_t n_channels, const ConvKernels& kernels
 
 namespace {
 
-constexpr int64_t kBandBytes = 512 << 10;  // of scratch a band's input may take
+constexpr int64_t kBandBytes = 512 << 10;  // most workspace for the input of a band
 float weight_at(const MaskedWeight& w, int64_t i) {
   return w.dtype == DType::bf16 ? Bf16::get(static_cast<const uint16_t*>(w.data)[i])
                                 : static_cast<const float*>(w.data)[i];
 }
 
-// put(number of the tap, depth, lane, place in the data) for every weight of a block that counts.
+// put(number of the tap, depth, lane, index into the weights) for every active weight of a block.
 template <class Put>
 void each_weight(const MaskedWeight& w, bool swapped, int64_t first, int64_t n_channels, const Put& put) {
   const int64_t depth = swapped ? w.c_out : w.c_in, n_taps = static_cast<int64_t>(w.taps.size());
@@ -100,7 +100,7 @@ void pack_block(const MaskedWeight& w, bool swapped, int64_t first, int64_t n_ch
 namespace {
 
 // For tiles: [tap][step of 32 channels][vector][16 pairs of channels][16 lanes][2].
-void pack_pairs(const MaskedWeight& w, bool swapped, const Block& block, uint16_t* dst) {
+void pack_pairs(const MaskedWeight& w, bool swapped, const ChannelBlock& block, uint16_t* dst) {
   const int64_t step = block.n_vectors * kTileElements, tap_size = tile_steps(swapped ? w.c_out : w.c_in) * step;
   std::memset(dst, 0, static_cast<size_t>(tap_size) * w.taps.size() * sizeof(uint16_t));
   const uint16_t* data = static_cast<const uint16_t*>(w.data);
@@ -110,22 +110,23 @@ void pack_pairs(const MaskedWeight& w, bool swapped, const Block& block, uint16_
   });
 }
 
-struct Packed {
-  std::vector<Block> blocks;
+struct PackedConvWeight {
+  std::vector<ChannelBlock> blocks;
   std::vector<int64_t> start;  // of each block's weights, in elements
   Floats weights;  // for tiles they hold bfloat16
-  const uint16_t* narrow() const { return reinterpret_cast<const uint16_t*>(weights.get()); }
+  const uint16_t* bf16() const { return reinterpret_cast<const uint16_t*>(weights.get()); }
 };
 
 // `parts` = 2 for a gated convolution: blocks of a and b alternate, so that a pair is finished together.
-std::unique_ptr<Packed> pack(const MaskedWeight& w, bool swapped, int64_t parts, const ConvEngine& e, int n_threads) {
-  auto packed = std::make_unique<Packed>();
+std::unique_ptr<PackedConvWeight> pack(const MaskedWeight& w, bool swapped, int64_t parts, const ConvEngine& e,
+                                       int n_threads) {
+  auto packed = std::make_unique<PackedConvWeight>();
   const int64_t lanes_total = swapped ? w.c_in : w.c_out, depth = swapped ? w.c_out : w.c_in;
-  for (const Block& block : split_channels(lanes_total / parts, e.k))
+  for (const ChannelBlock& block : split_channels(lanes_total / parts, e.k))
     for (int64_t part = 0; part < parts; ++part)
       packed->blocks.push_back({block.first + part * (lanes_total / parts), block.n_channels, block.n_vectors});
   int64_t size = 0;
-  for (const Block& block : packed->blocks) {
+  for (const ChannelBlock& block : packed->blocks) {
     packed->start.push_back(size);
     const int64_t of_a_tap =
         e.tiles ? tile_steps(depth) * block.n_vectors * kTileElements : depth * lanes_of(block, e.k);
@@ -133,7 +134,7 @@ std::unique_ptr<Packed> pack(const MaskedWeight& w, bool swapped, int64_t parts,
   }
   packed->weights.resize(std::max<int64_t>(e.tiles ? size / 2 : size, 1));
   parallel_chunks(static_cast<int64_t>(packed->blocks.size()), n_threads, [&](int64_t i, int) {
-    const Block& block = packed->blocks[static_cast<size_t>(i)];
+    const ChannelBlock& block = packed->blocks[static_cast<size_t>(i)];
     const int64_t start = packed->start[static_cast<size_t>(i)];
     if (e.tiles)
       pack_pairs(w, swapped, block, reinterpret_cast<uint16_t*>(packed->weights.get()) + start);
@@ -151,23 +152,24 @@ std::vector<Tap> mirrored(std::vector<Tap> taps) {
   return taps;
 }
 
-// What one thread needs while it works on bands.
-struct BandScratch {
+// Workspace of one thread.
+struct BandWorkspace {
   Floats input, row_a, row_b, row_out, condition;
 };
 
 int64_t band_rows(const Image& x, const Reach& reach, int64_t pixel_bytes, int n_threads) {
   const int64_t row_bytes = (reach.left + x.width + reach.right) * pixel_bytes;
   int64_t rows = std::max<int64_t>(1, kBandBytes / row_bytes - reach.top - reach.bottom);
-  // Enough bands for every thread, though none so thin that copying the rows around it outweighs its work.
+  // Enough bands for every thread, but none so thin that copying the rows around it outweighs its work.
   const int64_t per_image = (4 * n_threads + x.batch - 1) / x.batch;
   if (n_threads > 1) rows = std::min(rows, std::max<int64_t>(4, (x.height + per_image - 1) / per_image));
   const int64_t n_bands = (x.height + rows - 1) / rows;
-  return (x.height + n_bands - 1) / n_bands;  // all about as high: a thin last band would read all weights for little
+  return (x.height + n_bands - 1) /
+         n_bands;  // about equal heights: a thin last band would read all weights for little work
 }
 
-// The bias of a block, and for a gated convolution the part of the condition that is the same for every position.
-void start_values(const float* bias, const Image* vector_condition, int64_t b, const Block& block, int64_t lanes,
+// Start values of the sums of a block: the bias, and a condition that is the same for every position.
+void start_values(const float* bias, const Image* vector_condition, int64_t b, const ChannelBlock& block, int64_t lanes,
                   const ConvKernels& k, float* dst) {
   std::memset(dst, 0, static_cast<size_t>(lanes) * sizeof(float));
   if (vector_condition) load_pixels(k, *vector_condition, b, 0, 0, 1, block.first, block.n_channels, dst, lanes);
@@ -175,15 +177,15 @@ void start_values(const float* bias, const Image* vector_condition, int64_t b, c
     for (int64_t c = 0; c < block.n_channels; ++c) dst[c] += bias[block.first + c];
 }
 
-void add_condition(const ConvKernels& k, const Image& condition, int64_t b, int64_t y, const Block& block,
-                   int64_t lanes, BandScratch& s, float* row) {
+void add_condition(const ConvKernels& k, const Image& condition, int64_t b, int64_t y, const ChannelBlock& block,
+                   int64_t lanes, BandWorkspace& s, float* row) {
   load_pixels(k, condition, b, y, 0, condition.width, block.first, block.n_channels, s.condition.get(), lanes);
   for (int64_t p = 0; p < condition.width; ++p)
     for (int64_t c = 0; c < block.n_channels; ++c) row[p * lanes + c] += s.condition.get()[p * lanes + c];
 }
 
-void convolve(const Image& x, const std::vector<Tap>& taps, const Packed& packed, const float* bias, const Gate* gate,
-              const Image& out, const ConvEngine& e, int n_threads) {
+void convolve(const Image& x, const std::vector<Tap>& taps, const PackedConvWeight& packed, const float* bias,
+              const Gate* gate, const Image& out, const ConvEngine& e, int n_threads) {
   const ConvKernels& k = e.k;
   const Reach reach(taps);
   const int64_t size = e.tiles ? 2 : 4, pixel = pixel_stride(x.channels, 64 / size);
@@ -196,15 +198,15 @@ void convolve(const Image& x, const std::vector<Tap>& taps, const Packed& packed
   const Image* vector_condition = gate && gate->condition.data && !mapped ? &gate->condition : nullptr;
   const int64_t widest = static_cast<int64_t>(k.max_vectors) * k.lanes;
 
-  std::vector<BandScratch> scratch(static_cast<size_t>(std::max(1, n_threads)));
+  std::vector<BandWorkspace> workspace(static_cast<size_t>(std::max(1, n_threads)));
   parallel_chunks(x.batch * n_bands, n_threads, [&](int64_t task, int thread) {
     const int64_t b = task / n_bands, y0 = task % n_bands * rows, n_rows = std::min(rows, x.height - y0);
-    BandScratch& s = scratch[static_cast<size_t>(thread)];
+    BandWorkspace& s = workspace[static_cast<size_t>(thread)];
     const int64_t band = (reach.top + rows + reach.bottom) * row;
-    uint16_t* narrow = nullptr;
+    uint16_t* input_bf16 = nullptr;
     if (e.tiles) {
-      narrow = s.input.resize_narrow(band + 16 * pixel);
-      load_padded(*e.tiles, x, b, 0, x.channels, y0, n_rows, reach, narrow, pixel);
+      input_bf16 = s.input.resize_bf16(band + 16 * pixel);
+      load_padded(*e.tiles, x, b, 0, x.channels, y0, n_rows, reach, input_bf16, pixel);
     } else {
       s.input.resize(band);
       load_padded(k, x, b, 0, x.channels, y0, n_rows, reach, s.input.get(), pixel);
@@ -219,7 +221,7 @@ void convolve(const Image& x, const std::vector<Tap>& taps, const Packed& packed
     const size_t step = gate ? 2 : 1;
     for (size_t i = 0; i < packed.blocks.size(); i += step) {
       checkpoint();
-      const Block& block = packed.blocks[i];
+      const ChannelBlock& block = packed.blocks[i];
       const int64_t lanes = lanes_of(block, k);
       float* rows_of[2] = {s.row_a.get(), s.row_b.get()};  // the part after the last pixel holds the start values
       for (size_t part = 0; part < step; ++part)
@@ -228,13 +230,14 @@ void convolve(const Image& x, const std::vector<Tap>& taps, const Packed& packed
         for (size_t part = 0; part < step; ++part) {
           const int64_t n_segments = static_cast<int64_t>(segments.size()), start = packed.start[i + part];
           if (e.tiles)
-            e.tiles->product({narrow + y * row, pixel, segments.data(), n_segments, tile_steps(x.channels),
-                              packed.narrow() + start, rows_of[part], lanes, rows_of[part] + made * widest, x.width,
+            e.tiles->product({input_bf16 + y * row, pixel, segments.data(), n_segments, tile_steps(x.channels),
+                              packed.bf16() + start, rows_of[part], lanes, rows_of[part] + made * widest, x.width,
                               block.n_vectors});
           else
             k.product({s.input.get() + y * row, pixel, 1, segments.data(), n_segments, x.channels,
                        packed.weights.get() + start, rows_of[part], lanes, rows_of[part] + made * widest, x.width,
-                       block.n_vectors, part == 0 ? lines_of(out, b, y0 + y, block.first, block.n_channels) : Touch{}});
+                       block.n_vectors,
+                       part == 0 ? lines_of(out, b, y0 + y, block.first, block.n_channels) : PrefetchLines{}});
           if (mapped) add_condition(k, gate->condition, b, y0 + y, packed.blocks[i + part], lanes, s, rows_of[part]);
         }
         const float* result = s.row_a.get();
@@ -259,7 +262,7 @@ void masked_conv_forward(const Image& x, const MaskedWeight& weight, const float
                          int n_threads) {
   if (empty(out)) return;
   const ConvEngine e = conv_engine(isa, x, out, weight);
-  n_threads = useful_threads(n_threads, multiply_adds(out, weight));
+  n_threads = useful_threads(multiply_adds(out, weight), n_threads);
   convolve(x, weight.taps, *pack(weight, false, 1, e, n_threads), bias, nullptr, out, e, n_threads);
 }
 
@@ -267,7 +270,7 @@ void gated_masked_conv_forward(const Image& x, const MaskedWeight& weight, const
                                const Image& out, Isa isa, int n_threads) {
   if (empty(out)) return;
   const ConvEngine e = conv_engine(isa, x, out, weight);
-  n_threads = useful_threads(n_threads, multiply_adds(out, weight));
+  n_threads = useful_threads(multiply_adds(out, weight), n_threads);
   convolve(x, weight.taps, *pack(weight, false, 2, e, n_threads), bias, &gate, out, e, n_threads);
 }
 
@@ -275,7 +278,7 @@ void masked_conv_input_grad(const Image& grad_out, const MaskedWeight& weight, c
                             int n_threads) {
   if (empty(grad_x)) return;
   const ConvEngine e = conv_engine(isa, grad_out, grad_x, weight);
-  n_threads = useful_threads(n_threads, multiply_adds(grad_x, weight));
+  n_threads = useful_threads(multiply_adds(grad_x, weight), n_threads);
   convolve(grad_out, mirrored(weight.taps), *pack(weight, true, 1, e, n_threads), nullptr, nullptr, grad_x, e,
            n_threads);
 }
@@ -283,8 +286,8 @@ void masked_conv_input_grad(const Image& grad_out, const MaskedWeight& weight, c
 void gate_backward(const float* grad, const float* tanh_a, const float* sigmoid_b, float* grad_ab, int64_t n_outer,
                    int64_t n_inner, Isa isa, int n_threads) {
   const ConvKernels& k = conv_kernels(isa);
-  n_threads = useful_threads(n_threads, 16.0 * static_cast<double>(n_outer * n_inner));
-  constexpr int64_t kPart = 4096;  // so that few long rows (contiguous images) are shared out too
+  n_threads = useful_threads(16.0 * static_cast<double>(n_outer * n_inner), n_threads);
+  constexpr int64_t kPart = 4096;  // cuts few long rows (contiguous images) for several threads
   const int64_t parts = (n_inner + kPart - 1) / kPart;
   const int64_t rows = std::max<int64_t>(1, kPart / std::max<int64_t>(1, n_inner));
   const int64_t n_tasks = (n_outer + rows - 1) / rows;

@@ -10,17 +10,17 @@
 namespace fastvq {
 namespace {
 
-constexpr int64_t kGroupBytes = 2LL << 20;  // of scratch that each operand may take
-constexpr int64_t kPixelsPerChunk = 128;    // whose gradients (128 x 48 floats) stay in the first-level cache
+constexpr int64_t kGroupBytes = 2LL << 20;  // most workspace for each operand
+constexpr int64_t kPixelsPerChunk = 128;    // their gradients (128 x 48 floats) stay in the first-level cache
 
-// Sums over pixels run in one order: a task owns (block of output channels, chunk of input channels) and adds chunk of
-// pixels after chunk of pixels, or line after line where there are tiles.
+// Sums over pixels have one order: a task owns (block of output channels, chunk of input channels) and adds one chunk of
+// pixels after another, or one line after another on tiles.
 struct WeightGrad {
   const ConvKernels k;
   const TileKernels* tiles;
   const MaskedWeight& weight;
   const int64_t depth;  // C_in; for tiles rounded up to 32
-  std::vector<Block> blocks;
+  std::vector<ChannelBlock> blocks;
   std::vector<int64_t> start;  // of each block's sums [tap][depth][lane]
   Floats sums, input, grads;
   std::vector<double> bias;
@@ -33,7 +33,7 @@ struct WeightGrad {
         blocks(split_channels(w.c_out, k)),
         bias(static_cast<size_t>(w.c_out), 0.0) {
     int64_t size = 0;
-    for (const Block& block : blocks) {
+    for (const ChannelBlock& block : blocks) {
       start.push_back(size);
       size += static_cast<int64_t>(w.taps.size()) * depth * lanes_of(block, k);
     }
@@ -41,7 +41,7 @@ struct WeightGrad {
     std::memset(sums.get(), 0, static_cast<size_t>(size) * sizeof(float));
   }
 
-  void add_bias(const Block& block, const float* grad, int64_t n_pixels) {
+  void add_bias(const ChannelBlock& block, const float* grad, int64_t n_pixels) {
     const int64_t lanes = lanes_of(block, k);
     constexpr float one = 1.0f;
     const int64_t none = 0;
@@ -65,7 +65,7 @@ struct WeightGrad {
         load_padded(k, x, b0 + i, c, std::min(kSlice, x.channels - c), 0, x.height, reach,
                     input.get() + (slice * n_images + i) * image, kSlice);
       }
-      for (const Block& block : blocks) {
+      for (const ChannelBlock& block : blocks) {
         const int64_t lanes = lanes_of(block, k);
         float* dst = grads.get() + block.first * n_pixels + i * x.height * x.width * lanes;
         if (block.n_channels < lanes)
@@ -107,7 +107,7 @@ struct WeightGrad {
     });
   }
 
-  // Bytes of scratch that an image takes; pixels lie next to each other in the input's, pairs of them in the gradient's.
+  // Bytes of workspace that an image takes; pixels lie next to each other in the input's, pairs of them in the gradient's.
   int64_t image_bytes(const Image& x, int64_t c_out) const {
     if (!tiles) {
       const int64_t channels = std::max(pixel_stride(x.channels), c_out);
@@ -128,26 +128,26 @@ struct WeightGrad {
           n(reach.top + x.height + reach.bottom) {}
   };
 
-  // As add_group, of bfloat16 on tiles: input as [image][C_in][line][pixel] with zeros around, gradients as pairs. Beyond
-  // the width the gradient is zero: there a tap may meet pixels it has no part in, of which one that is not finite would
-  // be seen.
+  // As add_group, for bfloat16 on tiles: input as [image][C_in][line][pixel] with zeros around, gradients as pairs. Beyond
+  // the width the gradient is zero. A tap multiplies those zeros by pixels outside its range, of which one that is not
+  // finite would show.
   void add_group_on_tiles(const Image& x, const Image& grad, int64_t b0, int64_t n_images, bool with_bias,
                           int n_threads) {
     const Lines lines(x, weight.taps);
     const int64_t channel = lines.n * lines.size, image = depth * channel;
     const int64_t vector = x.height * lines.steps * kTileElements;  // of one image: 16 channels of the gradient
     const int64_t n_vectors = (weight.c_out + 15) / 16;
-    uint16_t* const inputs = input.resize_narrow(n_images * image);
-    uint16_t* const pairs = grads.resize_narrow(n_images * n_vectors * vector);
+    uint16_t* const inputs = input.resize_bf16(n_images * image);
+    uint16_t* const pairs = grads.resize_bf16(n_images * n_vectors * vector);
     parallel_chunks(n_images, n_threads, [&](int64_t i, int) {
-      // Channels and pixels change places: a "pixel" of this view is a channel.
+      // Channels and pixels swapped: a "pixel" of this view is a channel.
       const Image turned{x.data,     x.dtype,    x.batch,    x.width,    x.height,
                          x.channels, x.stride_b, x.stride_w, x.stride_h, x.stride_c};
       uint16_t* const inside = inputs + i * image + lines.reach.top * lines.size + lines.reach.left;
       for (int64_t y = 0; y < x.height; ++y)
         load_pixels(*tiles, turned, b0 + i, y, 0, x.channels, 0, x.width, inside + y * lines.size, channel);
       std::vector<uint16_t> line(static_cast<size_t>(x.width * 32), 0);  // lanes without a channel stay zero
-      for (const Block& block : blocks) {
+      for (const ChannelBlock& block : blocks) {
         const int64_t lanes = lanes_of(block, k);
         if (block.n_channels < lanes) std::fill(line.begin(), line.end(), uint16_t{0});
         uint16_t* to = pairs + (block.first / 16 * n_images + i * block.n_vectors) * vector;
@@ -163,7 +163,7 @@ struct WeightGrad {
     const int64_t n_slices = depth / 32;
     parallel_chunks(static_cast<int64_t>(blocks.size()) * n_slices, n_threads, [&](int64_t task, int) {
       const size_t i = static_cast<size_t>(task / n_slices);
-      const Block& block = blocks[i];
+      const ChannelBlock& block = blocks[i];
       const int64_t first = task % n_slices * 32, lanes = lanes_of(block, k);
       for (int64_t n = 0; n < n_images; ++n) {
         checkpoint();
@@ -180,7 +180,7 @@ struct WeightGrad {
     });
   }
 
-  void add_bias_of_pairs(const Block& block, const uint16_t* pairs, int64_t n_lines, int64_t n_steps) {
+  void add_bias_of_pairs(const ChannelBlock& block, const uint16_t* pairs, int64_t n_lines, int64_t n_steps) {
     for (int64_t y = 0; y < n_lines; ++y) {
       float sum[2][16] = {};
       for (int64_t s = 0; s < n_steps; ++s)
@@ -218,10 +218,10 @@ struct WeightGrad {
 void masked_conv_weight_grad(const Image& x, const Image& grad_out, const MaskedWeight& weight, float* grad_weight,
                              float* grad_bias, Isa isa, int n_threads) {
   if (weight.c_out == 0) return;
-  n_threads = useful_threads(n_threads, multiply_adds(x, weight));
+  n_threads = useful_threads(multiply_adds(x, weight), n_threads);
   WeightGrad work(weight, conv_engine(isa, x, grad_out, weight));
   if (!empty(x)) {
-    // Groups bound the scratch. Their size depends on the shapes alone, so the order of additions does too.
+    // Groups of images bound the workspace. Their size depends on the shapes alone, and so does the order of additions.
     const int64_t group = std::max<int64_t>(1, kGroupBytes / work.image_bytes(x, grad_out.channels));
     for (int64_t b = 0; b < x.batch; b += group) {
       const int64_t n = std::min(group, x.batch - b);

@@ -1,11 +1,11 @@
-// Between images of any strides (float32 or bfloat16) and the kernels' channels-last float32 scratch.
+// Copies between images of any strides (float32 or bfloat16) and the kernels' channels-last float32 workspace.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
 
-#include "../../masked_conv.h"
+#include "conv_kernels.h"
 #include "../common/aligned_memory.h"
 #include "../common/elements.h"
 
@@ -28,8 +28,8 @@ class Floats {
     size_ = n;
   }
   float* get() const { return data_; }
-  // n bfloat16, zeros wherever nothing was written before: tiles read around the edges of what they need.
-  uint16_t* resize_narrow(int64_t n) {
+  // n bfloat16, zero unless written before: tiles read beyond the edges of their operands.
+  uint16_t* resize_bf16(int64_t n) {
     const int64_t before = size_;
     resize((n + 1) / 2);
     if (size_ != before) std::memset(data_, 0, static_cast<size_t>(size_) * sizeof(float));
@@ -71,7 +71,7 @@ inline void load_pixels(const ConvKernels& k, const Image& im, int64_t b, int64_
   }
 }
 
-// The same of a bfloat16 image for tiles, which read it as it is.
+// The same for a bfloat16 image on tiles, without conversion.
 inline void load_pixels(const TileKernels& k, const Image& im, int64_t b, int64_t y, int64_t x0, int64_t n_pixels,
                         int64_t c0, int64_t n_channels, uint16_t* dst, int64_t dst_pixel) {
   const uint16_t* src = static_cast<const uint16_t*>(im.data) + offset_of(im, b, y, x0, c0);
@@ -93,7 +93,7 @@ inline void store_pixels(const ConvKernels& k, const Image& im, int64_t b, int64
   if (im.dtype == DType::bf16) {
     uint16_t* dst = static_cast<uint16_t*>(im.data) + at;
     if (im.stride_c == 1) {
-      for (int64_t p = 0; p < n_pixels; ++p) k.narrow(src + p * src_pixel, dst + p * im.stride_w, n_channels);
+      for (int64_t p = 0; p < n_pixels; ++p) k.to_bf16(src + p * src_pixel, dst + p * im.stride_w, n_channels);
     } else if (im.stride_w == 1) {
       constexpr int64_t kPart = 32, kChannels = 16;
       float turned[kChannels * kPart];
@@ -102,7 +102,7 @@ inline void store_pixels(const ConvKernels& k, const Image& im, int64_t b, int64
           const int64_t pixels = kPart < n_pixels - p ? kPart : n_pixels - p;
           const int64_t channels = kChannels < n_channels - c ? kChannels : n_channels - c;
           k.transpose(src + p * src_pixel + c, src_pixel, turned, kPart, pixels, channels);
-          for (int64_t i = 0; i < channels; ++i) k.narrow(turned + i * kPart, dst + (c + i) * im.stride_c + p, pixels);
+          for (int64_t i = 0; i < channels; ++i) k.to_bf16(turned + i * kPart, dst + (c + i) * im.stride_c + p, pixels);
         }
     } else {
       for (int64_t p = 0; p < n_pixels; ++p)
@@ -136,14 +136,14 @@ struct Reach {
   }
 };
 
-// Elements from one pixel of the scratch to the next, `line` of them a cache line: an odd number of lines, so that the
+// Elements from one pixel of the workspace to the next, `line` of them a cache line: an odd number of lines, so that the
 // same channel of neighbouring pixels spreads over all sets of the first-level cache.
 inline int64_t pixel_stride(int64_t n_channels, int64_t line = 16) {
   return ((n_channels + line - 1) / line | 1) * line;
 }
 
 // Rows of one image, dst[(y - y0) * dst_row + p * dst_pixel + c]. A contiguous image is read a few channels at a time
-// over all rows, so that memory sees long streams and not two lines a page.
+// over all rows, so that memory is read in long streams and not two lines a page.
 template <class Kernels, class T>
 inline void load_rows(const Kernels& k, const Image& im, int64_t b, int64_t y0, int64_t n_rows, int64_t c0,
                       int64_t n_channels, T* dst, int64_t dst_row, int64_t dst_pixel) {
@@ -173,8 +173,8 @@ inline void load_padded(const Kernels& k, const Image& im, int64_t b, int64_t c0
   load_rows(k, im, b, first, last - first, c0, n_channels, inside, row, pixel);
 }
 
-// The lines that store_pixels will write, if it writes whole stretches.
-inline Touch lines_of(const Image& im, int64_t b, int64_t y, int64_t c0, int64_t n_channels) {
+// The cache lines that store_pixels will write, where it writes whole lines.
+inline PrefetchLines lines_of(const Image& im, int64_t b, int64_t y, int64_t c0, int64_t n_channels) {
   const int64_t size = im.dtype == DType::bf16 ? 2 : 4;
   const char* base = static_cast<const char*>(im.data) + offset_of(im, b, y, 0, c0) * size;
   if (im.stride_c == 1) return {base, im.width, im.stride_w * size, (n_channels * size + 63) / 64};

@@ -1,3 +1,3 @@
-#include "../simd/amx_tiles.h"
-#define FASTVQ_CONV_TILES conv_tiles_amx
-#include "tiles.h"
+#define FASTVQ_ISA amx
+#include "../simd/amx.h"
+#include "tile_kernels.h"

@@ -1,4 +1,4 @@
-// One position of a gated PixelCNN at a time, every position once.
+// A gated PixelCNN, one position after another.
 //
 // The vertical stack of row i sees rows above i alone, so it is computed for the whole row when the row begins; the
 // horizontal stack then goes position by position, all images of the batch together. Between calls a cache keeps, a
@@ -6,9 +6,9 @@
 //   v_in  [B, R + 1, W + 2R, P]   inputs of the vertical convolution: rows i - R ... i, zeros left and right
 //   h_in  [B, R + W, P]           inputs of the horizontal convolution: zeros, then this row's positions
 //   link  [B, W, blocks of (a, b)]  what row i of the vertical stack adds to the horizontal gate, biases included
-// It does not grow with the positions computed. Weights are packed once as [block][part][bias, tap, channel], in the
-// order they are read: a position streams through all of them, so they come from the last-level cache.
-#include "../../pixelcnn.h"
+// The cache does not grow with the number of positions. Weights are packed once as [block][part][bias, tap, channel], in the
+// order they are read: a position reads all of them, so they come from the last-level cache.
+#include "conv_kernels.h"
 
 #include <algorithm>
 #include <cstddef>
@@ -41,7 +41,7 @@ struct Plan {
   const ConvKernels& k;
   const PixelCNNShape& s;
   int64_t pixel, lanes_c;
-  std::vector<Block> blocks_c, blocks_k;
+  std::vector<ChannelBlock> blocks_c, blocks_k;
   std::vector<Layer> layers;
   Linear head_1, head_2;
   int64_t weight_floats = 0, cache_floats = 0;
@@ -79,16 +79,18 @@ struct Plan {
     head_2 = linear(1, s.n_codes, 1, s.channels);
   }
 
-  int64_t width(const Block& block) const { return static_cast<int64_t>(block.n_vectors) * k.lanes; }
-  const std::vector<Block>& blocks_of(const Linear& map) const { return map.n == s.channels ? blocks_c : blocks_k; }
-  int64_t floats_of(const Linear& map, const Block& block) const {
+  int64_t width(const ChannelBlock& block) const { return static_cast<int64_t>(block.n_vectors) * k.lanes; }
+  const std::vector<ChannelBlock>& blocks_of(const Linear& map) const {
+    return map.n == s.channels ? blocks_c : blocks_k;
+  }
+  int64_t floats_of(const Linear& map, const ChannelBlock& block) const {
     return width(block) * (1 + map.segments * map.depth);
   }
 
  private:
   Linear linear(int64_t parts, int64_t n, int64_t segments, int64_t depth) {
     const Linear map{parts, n, segments, depth, weight_floats};
-    for (const Block& block : blocks_of(map)) weight_floats += parts * floats_of(map, block);
+    for (const ChannelBlock& block : blocks_of(map)) weight_floats += parts * floats_of(map, block);
     return map;
   }
   int64_t take(int64_t n) {
@@ -102,7 +104,7 @@ void pack_linear(const Plan& plan, const Linear& map, const float* weight, const
                  const std::vector<Tap>& taps, float* packed) {
   const MaskedWeight w{weight, DType::f32, map.parts * map.n, map.depth, kernel_size, taps, 0, 1, true};
   float* at = packed + map.at;
-  for (const Block& block : plan.blocks_of(map))
+  for (const ChannelBlock& block : plan.blocks_of(map))
     for (int64_t part = 0; part < map.parts; ++part) {
       checkpoint();
       const int64_t lanes = plan.width(block), first = part * map.n + block.first;
@@ -117,7 +119,7 @@ void pack_linear(const Plan& plan, const Linear& map, const float* weight, const
 template <class Use>
 void for_blocks(const Plan& plan, const Linear& map, const float* packed, const Use& use) {
   const float* at = packed + map.at;
-  for (const Block& block : plan.blocks_of(map)) {
+  for (const ChannelBlock& block : plan.blocks_of(map)) {
     const int64_t step = plan.floats_of(map, block);
     use(block, at, at + plan.width(block), step);
     at += map.parts * step;
@@ -210,67 +212,69 @@ struct Run {
         return call.cache + n.v_in + b * n.v_image + n.reach * n.v_row + n.reach * pixel;
       };
       const std::vector<int64_t> segments = offsets(y.v_taps, y.v_row, pixel);
-      for_blocks(plan, y.v, call.weights, [&](const Block& block, const float* bias, const float* w, int64_t step) {
-        const int64_t lanes = plan.width(block);
-        float* parts[2] = {a.get(), b_.get()};
-        for (int64_t b = b0; b < b1; ++b) {
-          checkpoint();
-          for (int64_t part = 0; part < 2; ++part) {
-            k.product({here(b),
-                       pixel,
-                       1,
-                       segments.data(),
-                       y.v.segments,
-                       s.channels,
-                       w + part * step,
-                       parts[part],
-                       lanes,
-                       bias + part * step,
-                       s.width,
-                       block.n_vectors,
-                       {}});
-            if (call.condition)
-              for (int64_t x = 0; x < s.width; ++x) {
-                const float* c = condition(static_cast<int64_t>(l), b, call.row, x, part) + block.first;
-                for (int64_t i = 0; i < block.n_channels; ++i) parts[part][x * lanes + i] += c[i];
-              }
-          }
-          k.gate(a.get(), b_.get(), gated.get(), s.width * lanes);
-          for (int64_t x = 0; x < s.width; ++x) {
-            const float* from = here(b) + x * pixel + block.first;
-            float* to = next(b) + x * pixel + block.first;
-            for (int64_t i = 0; i < block.n_channels; ++i)
-              to[i] = l == 0 ? gated.get()[x * lanes + i] : from[i] + gated.get()[x * lanes + i];
-          }
-        }
-      });
+      for_blocks(plan, y.v, call.weights,
+                 [&](const ChannelBlock& block, const float* bias, const float* w, int64_t step) {
+                   const int64_t lanes = plan.width(block);
+                   float* parts[2] = {a.get(), b_.get()};
+                   for (int64_t b = b0; b < b1; ++b) {
+                     checkpoint();
+                     for (int64_t part = 0; part < 2; ++part) {
+                       k.product({here(b),
+                                  pixel,
+                                  1,
+                                  segments.data(),
+                                  y.v.segments,
+                                  s.channels,
+                                  w + part * step,
+                                  parts[part],
+                                  lanes,
+                                  bias + part * step,
+                                  s.width,
+                                  block.n_vectors,
+                                  {}});
+                       if (call.condition)
+                         for (int64_t x = 0; x < s.width; ++x) {
+                           const float* c = condition(static_cast<int64_t>(l), b, call.row, x, part) + block.first;
+                           for (int64_t i = 0; i < block.n_channels; ++i) parts[part][x * lanes + i] += c[i];
+                         }
+                     }
+                     k.gate(a.get(), b_.get(), gated.get(), s.width * lanes);
+                     for (int64_t x = 0; x < s.width; ++x) {
+                       const float* from = here(b) + x * pixel + block.first;
+                       float* to = next(b) + x * pixel + block.first;
+                       for (int64_t i = 0; i < block.n_channels; ++i)
+                         to[i] = l == 0 ? gated.get()[x * lanes + i] : from[i] + gated.get()[x * lanes + i];
+                     }
+                   }
+                 });
       const int64_t none = 0;
-      for_blocks(plan, y.link, call.weights, [&](const Block& block, const float* bias, const float* w, int64_t step) {
-        const int64_t lanes = plan.width(block);
-        checkpoint();
-        for (int64_t b = b0; b < b1; ++b)
-          for (int64_t part = 0; part < 2; ++part) {
-            float* out = call.cache + y.link_out + b * s.width * 2 * plan.lanes_c + 2 * block.first + part * lanes;
-            k.product({next(b),
-                       pixel,
-                       1,
-                       &none,
-                       1,
-                       s.channels,
-                       w + part * step,
-                       out,
-                       2 * plan.lanes_c,
-                       bias + part * step,
-                       s.width,
-                       block.n_vectors,
-                       {}});
-            if (call.condition)
-              for (int64_t x = 0; x < s.width; ++x) {
-                const float* c = condition(static_cast<int64_t>(l), b, call.row, x, 2 + part) + block.first;
-                for (int64_t i = 0; i < block.n_channels; ++i) out[x * 2 * plan.lanes_c + i] += c[i];
+      for_blocks(
+          plan, y.link, call.weights, [&](const ChannelBlock& block, const float* bias, const float* w, int64_t step) {
+            const int64_t lanes = plan.width(block);
+            checkpoint();
+            for (int64_t b = b0; b < b1; ++b)
+              for (int64_t part = 0; part < 2; ++part) {
+                float* out = call.cache + y.link_out + b * s.width * 2 * plan.lanes_c + 2 * block.first + part * lanes;
+                k.product({next(b),
+                           pixel,
+                           1,
+                           &none,
+                           1,
+                           s.channels,
+                           w + part * step,
+                           out,
+                           2 * plan.lanes_c,
+                           bias + part * step,
+                           s.width,
+                           block.n_vectors,
+                           {}});
+                if (call.condition)
+                  for (int64_t x = 0; x < s.width; ++x) {
+                    const float* c = condition(static_cast<int64_t>(l), b, call.row, x, 2 + part) + block.first;
+                    for (int64_t i = 0; i < block.n_channels; ++i) out[x * 2 * plan.lanes_c + i] += c[i];
+                  }
               }
-          }
-      });
+          });
     }
   }
 
@@ -285,7 +289,7 @@ struct Run {
       return call.cache + y.h_in + b * y.h_image + (y.reach + x) * pixel;
     };
     // n rows of a map applied to [n, pixel], block by block, into block_out.
-    const auto apply = [&](const float* rows, const Block& block, const float* bias, const float* w) {
+    const auto apply = [&](const float* rows, const ChannelBlock& block, const float* bias, const float* w) {
       checkpoint();
       k.product(
           {rows, pixel, 1, &none, 1, s.channels, w, block_out.get(), plan.width(block), bias, n, block.n_vectors, {}});
@@ -297,7 +301,7 @@ struct Run {
     for (size_t l = 0; l < plan.layers.size(); ++l) {
       const Layer& y = plan.layers[l];
       const std::vector<int64_t> segments = offsets(y.h_taps, 0, pixel);
-      for_blocks(plan, y.h, call.weights, [&](const Block& block, const float*, const float* w, int64_t step) {
+      for_blocks(plan, y.h, call.weights, [&](const ChannelBlock& block, const float*, const float* w, int64_t step) {
         const int64_t lanes = plan.width(block);
         float* parts[2] = {a.get(), b_.get()};
         checkpoint();
@@ -326,32 +330,33 @@ struct Run {
           std::memcpy(gated.get() + i * pixel + block.first, block_out.get() + i * lanes,
                       static_cast<size_t>(block.n_channels) * sizeof(float));
       });
-      for_blocks(plan, y.out, call.weights, [&](const Block& block, const float* bias, const float* w, int64_t step) {
-        const int64_t lanes = plan.width(block);
-        if (y.out.parts == 2) {  // residual, then skip; the last layer has only the skip
-          const Layer& next = plan.layers[l + 1];
-          const float* residual = apply(gated.get(), block, bias, w);
-          for (int64_t i = 0; i < n; ++i)
-            for (int64_t c = 0; c < block.n_channels; ++c)
-              at(next, b0 + i, j)[block.first + c] =
-                  l == 0 ? residual[i * lanes + c] : at(y, b0 + i, j)[block.first + c] + residual[i * lanes + c];
-          bias += step;
-          w += step;
-        }
-        k.product({gated.get(),
-                   pixel,
-                   1,
-                   &none,
-                   1,
-                   s.channels,
-                   w,
-                   skip.get() + block.first,
-                   plan.lanes_c,
-                   l == 0 ? bias : nullptr,
-                   n,
-                   block.n_vectors,
-                   {}});
-      });
+      for_blocks(
+          plan, y.out, call.weights, [&](const ChannelBlock& block, const float* bias, const float* w, int64_t step) {
+            const int64_t lanes = plan.width(block);
+            if (y.out.parts == 2) {  // residual, then skip; the last layer has only the skip
+              const Layer& next = plan.layers[l + 1];
+              const float* residual = apply(gated.get(), block, bias, w);
+              for (int64_t i = 0; i < n; ++i)
+                for (int64_t c = 0; c < block.n_channels; ++c)
+                  at(next, b0 + i, j)[block.first + c] =
+                      l == 0 ? residual[i * lanes + c] : at(y, b0 + i, j)[block.first + c] + residual[i * lanes + c];
+              bias += step;
+              w += step;
+            }
+            k.product({gated.get(),
+                       pixel,
+                       1,
+                       &none,
+                       1,
+                       s.channels,
+                       w,
+                       skip.get() + block.first,
+                       plan.lanes_c,
+                       l == 0 ? bias : nullptr,
+                       n,
+                       block.n_vectors,
+                       {}});
+          });
     }
     if (call.logits == nullptr) return;
 
@@ -360,19 +365,21 @@ struct Run {
       std::memcpy(gated.get() + i * pixel, skip.get() + i * plan.lanes_c,
                   static_cast<size_t>(s.channels) * sizeof(float));
     for (int64_t i = 0; i < n; ++i) relu(gated.get() + i * pixel, s.channels);
-    for_blocks(plan, plan.head_1, call.weights, [&](const Block& block, const float* bias, const float* w, int64_t) {
-      const float* rows = apply(gated.get(), block, bias, w);
-      for (int64_t i = 0; i < n; ++i)
-        std::memcpy(hidden.get() + i * pixel + block.first, rows + i * plan.width(block),
-                    static_cast<size_t>(block.n_channels) * sizeof(float));
-    });
+    for_blocks(plan, plan.head_1, call.weights,
+               [&](const ChannelBlock& block, const float* bias, const float* w, int64_t) {
+                 const float* rows = apply(gated.get(), block, bias, w);
+                 for (int64_t i = 0; i < n; ++i)
+                   std::memcpy(hidden.get() + i * pixel + block.first, rows + i * plan.width(block),
+                               static_cast<size_t>(block.n_channels) * sizeof(float));
+               });
     for (int64_t i = 0; i < n; ++i) relu(hidden.get() + i * pixel, s.channels);
-    for_blocks(plan, plan.head_2, call.weights, [&](const Block& block, const float* bias, const float* w, int64_t) {
-      const float* rows = apply(hidden.get(), block, bias, w);
-      for (int64_t i = 0; i < n; ++i)
-        std::memcpy(call.logits + (b0 + i) * s.n_codes + block.first, rows + i * plan.width(block),
-                    static_cast<size_t>(block.n_channels) * sizeof(float));
-    });
+    for_blocks(plan, plan.head_2, call.weights,
+               [&](const ChannelBlock& block, const float* bias, const float* w, int64_t) {
+                 const float* rows = apply(hidden.get(), block, bias, w);
+                 for (int64_t i = 0; i < n; ++i)
+                   std::memcpy(call.logits + (b0 + i) * s.n_codes + block.first, rows + i * plan.width(block),
+                               static_cast<size_t>(block.n_channels) * sizeof(float));
+               });
   }
 };
 
@@ -405,7 +412,7 @@ void pixelcnn_pack(const PixelCNNShape& shape, const std::vector<const float*>& 
 
 void pixelcnn_step(const PixelCNNShape& shape, const PixelCNNCall& call, Isa isa, int n_threads) {
   const Plan plan(shape, isa);
-  n_threads = useful_threads(n_threads, static_cast<double>(plan.weight_floats) * static_cast<double>(shape.batch));
+  n_threads = useful_threads(static_cast<double>(plan.weight_floats) * static_cast<double>(shape.batch), n_threads);
   // A thread takes images; few enough groups that a tile of the product stays full, since each reads all weights.
   constexpr int64_t kImages = 8;
   const int64_t n_groups = std::max<int64_t>(1, std::min<int64_t>(n_threads, (shape.batch + kImages - 1) / kImages));

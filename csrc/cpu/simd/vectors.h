@@ -1,5 +1,5 @@
-// Eight elements of any input type at once, in the compiler's own vectors: each instruction set's file compiles
-// them to what it has. Included by files compiled per instruction set: everything has internal linkage.
+// Vectors of eight elements of any input type, in the compiler's own vectors, with the names of simd/<name>.h. Included by
+// files compiled per instruction set, so everything has internal linkage.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -11,7 +11,7 @@
 #endif
 
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // how wide vectors are passed: none leaves the file it was made in
+#pragma GCC diagnostic ignored "-Wpsabi"  // passing wide vectors: only between functions of one file
 #endif
 
 namespace fastvq {
@@ -20,7 +20,7 @@ namespace {
 #if defined(__AVX512F__)
 typedef double D8 __attribute__((vector_size(64)));
 #else
-// Two halves by hand: a vector wider than the machine's would be kept in memory between operations.
+// Two halves by hand: compilers keep a vector that is wider than the machine's in memory between operations.
 typedef double D4 __attribute__((vector_size(32)));
 struct D8 {
   D4 low, high;
@@ -68,15 +68,30 @@ inline F8 narrow(const D8& v) {
   return f;
 }
 #endif
+#if defined(__AVX512F__)
+inline D8 fma(double a, const D8& b, const D8& c) {
+  return (D8)_mm512_fmadd_pd(_mm512_set1_pd(a), (__m512d)b, (__m512d)c);
+}
+#elif defined(__FMA__)
+inline D8 fma(double a, const D8& b, const D8& c) {
+  const __m256d s = _mm256_set1_pd(a);
+  return {(D4)_mm256_fmadd_pd(s, (__m256d)b.low, (__m256d)c.low),
+          (D4)_mm256_fmadd_pd(s, (__m256d)b.high, (__m256d)c.high)};
+}
+#else
+// Two roundings, not one: error bounds allow for it.
+inline D8 fma(double a, const D8& b, const D8& c) { return c + a * b; }
+#endif
+
 inline const D8& widen(const D8& v) { return v; }
 inline const F8& narrow(const F8& v) { return v; }
 
-inline F8 load8(Element<DType::f32>, const float* p) { return load_as<F8>(p); }
-inline D8 load8(Element<DType::f64>, const double* p) { return load_as<D8>(p); }
-inline F8 load8(Element<DType::bf16>, const uint16_t* p) {
+inline F8 load(Element<DType::f32>, const float* p) { return load_as<F8>(p); }
+inline D8 load(Element<DType::f64>, const double* p) { return load_as<D8>(p); }
+inline F8 load(Element<DType::bf16>, const uint16_t* p) {
   return (F8)(__builtin_convertvector(load_as<H8>(p), U8) << 16);
 }
-inline F8 load8(Element<DType::f16>, const uint16_t* p) {
+inline F8 load(Element<DType::f16>, const uint16_t* p) {
   const U8 half = __builtin_convertvector(load_as<H8>(p), U8);
   const U8 magnitude = (half & 0x7fff) << 13;
   const F8 finite = (F8)magnitude * 0x1p112f;
@@ -85,24 +100,24 @@ inline F8 load8(Element<DType::f16>, const uint16_t* p) {
   return (F8)(value | ((half & 0x8000) << 16));
 }
 
-inline void store8(Element<DType::f32>, float* p, const F8& v) { store_as(p, v); }
-inline void store8(Element<DType::f32>, float* p, const D8& v) { store_as(p, narrow(v)); }
-inline void store8(Element<DType::f64>, double* p, const F8& v) { store_as(p, widen(v)); }
-inline void store8(Element<DType::f64>, double* p, const D8& v) { store_as(p, v); }
+inline void store(Element<DType::f32>, float* p, const F8& v) { store_as(p, v); }
+inline void store(Element<DType::f32>, float* p, const D8& v) { store_as(p, narrow(v)); }
+inline void store(Element<DType::f64>, double* p, const F8& v) { store_as(p, widen(v)); }
+inline void store(Element<DType::f64>, double* p, const D8& v) { store_as(p, v); }
 template <class E, class W>
-inline void store8(E, uint16_t* p, const W& v) {
+inline void store(E, uint16_t* p, const W& v) {
   const F8 f = narrow(v);
   for (int i = 0; i < 8; ++i) p[i] = E::put(f[i]);
 }
 
-// One fixed tree: the sum does not depend on the instruction set.
-inline double sum8(const D8& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
+// One fixed order, so that the sum does not depend on the instruction set.
+inline double sum_lanes(const D8& v) { return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7])); }
 
-// Copies a strided row so that what follows sees contiguous elements; returns the row itself where it is contiguous.
+// Returns the row where it is contiguous, else a contiguous copy of it in buffer.
 template <class T>
-inline const T* contiguous(const T* p, int64_t stride, int64_t n, void* room) {
+inline const T* contiguous(const T* p, int64_t stride, int64_t n, void* buffer) {
   if (stride == 1) return p;
-  T* out = static_cast<T*>(room);
+  T* out = static_cast<T*>(buffer);
   for (int64_t d = 0; d < n; ++d) out[d] = p[d * stride];
   return out;
 }

@@ -3,7 +3,7 @@
 //   codebook, embed_sum  [H, K, D]    cluster_size  [H, K]     float or double, any strides, in place
 //   sums  [H, K, D] float or double   counts  [H, K] int64     contiguous
 //
-//   1. per head: cluster_size, and the sum of all sizes over k in order; a head that counted nothing stays as it is
+//   1. per head: cluster_size, and the sum of all sizes over k in order; a head without counted rows does not change
 //   2. per code, in parallel: embed_sum and codebook, each element read once and written once
 //
 // Arithmetic is float64 and each stored value is rounded once, so neither threads nor compilers change a bit.
@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "../../fastvq.h"
+#include "../../fastvq_cpu.h"
 #include "../common/fp_environment.h"
 #include "../common/parallel.h"
 #include "saturate.h"
@@ -44,7 +44,7 @@ void update(const EmaBuffers& b, const Sum* sums, const int64_t* counts, const E
       }
       for (int64_t k = 0; k < b.n_codes; ++k) {
         const double size = divisors[k];
-        // A divisor of -1 leaves the code as it is.
+        // A divisor of -1: the code does not change.
         if ((o.debias && size == 0) || total == 0)
           divisors[k] = -1;
         else if (o.laplace)
@@ -78,7 +78,7 @@ void update(const EmaBuffers& b, const Sum* sums, const int64_t* counts, const E
 void ema_update(const EmaBuffers& b, const void* sums, bool sums_double, const int64_t* counts, const EmaOptions& o,
                 int n_threads) {
   const DefaultFloatingPoint environment;
-  const Uninterrupted whole;  // half an update would leave buffers that do not fit each other
+  const Uninterrupted whole;  // an interrupted update would leave buffers that do not agree
   if (b.dtype == DType::f64 && sums_double)
     update<double>(b, static_cast<const double*>(sums), counts, o, n_threads);
   else if (b.dtype == DType::f64)

@@ -1,7 +1,7 @@
-// A look at indices that came back from a caller, before a gradient's kernels read codes by them.
+// Checks indices that come from the caller, before the kernels of a gradient read codes by them.
 #include <cstdint>
 
-#include "../../fastvq.h"
+#include "../../fastvq_cpu.h"
 
 namespace fastvq {
 namespace {
@@ -16,7 +16,7 @@ bool is_bad(int64_t first, int64_t k, int64_t n_codes) {
 IndexCount count_indices(const int64_t* indices, int64_t n_rows, int64_t n_levels, int64_t n_codes) {
   int64_t n_bad = 0, n_real = 0;
   if (n_levels == 1) {
-    for (int64_t r = 0; r < n_rows; ++r) {  // without a branch, so that it is made of vectors
+    for (int64_t r = 0; r < n_rows; ++r) {  // without a branch, so that compilers vectorise it
       n_bad += static_cast<uint64_t>(indices[r]) + 1 > static_cast<uint64_t>(n_codes);
       n_real += indices[r] >= 0;
     }

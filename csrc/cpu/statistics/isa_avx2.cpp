@@ -1,2 +1,3 @@
-#define FASTVQ_STATISTICS_NAMESPACE statistics_avx2
+#define FASTVQ_ISA avx2
+#include "../simd/avx2.h"
 #include "rows.h"

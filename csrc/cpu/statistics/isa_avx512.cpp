@@ -1,2 +1,3 @@
-#define FASTVQ_STATISTICS_NAMESPACE statistics_avx512
+#define FASTVQ_ISA avx512
+#include "../simd/avx512.h"
 #include "rows.h"

@@ -1,2 +1,3 @@
-#define FASTVQ_STATISTICS_NAMESPACE statistics_generic
+#define FASTVQ_ISA generic
+#include "../simd/generic.h"
 #include "rows.h"

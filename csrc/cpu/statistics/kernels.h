@@ -1,8 +1,8 @@
-// What code_statistics asks of an instruction set.
+// What an instruction set provides for code_statistics.
 #pragma once
 #include <cstdint>
 
-#include "../../fastvq.h"
+#include "../../fastvq_cpu.h"
 
 namespace fastvq {
 
@@ -16,15 +16,10 @@ struct StatisticsKernels {
                 void* out);
 };
 
-namespace statistics_generic {
-extern const StatisticsKernels kernels;
-}
-namespace statistics_avx2 {
-extern const StatisticsKernels kernels;
-}
-namespace statistics_avx512 {
-extern const StatisticsKernels kernels;
-}
+extern const StatisticsKernels statistics_kernels_generic;
+#if defined(__x86_64__)
+extern const StatisticsKernels statistics_kernels_avx2, statistics_kernels_avx512;
+#endif
 const StatisticsKernels& statistics_kernels(Isa isa);
 
 }  // namespace fastvq

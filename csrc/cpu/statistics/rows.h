@@ -1,23 +1,18 @@
-// The inner loops of code_statistics, compiled once per instruction set: each including file names its own namespace.
+// The inner loops of code_statistics, compiled per instruction set.
 //
-// Every loop is independent over columns and adds in float64 without FMA, so however wide a compiler makes it, the bits
-// are the same. No std:: template may appear here: its copy compiled for a wide instruction set could be the one that
-// the linker keeps for everybody.
+// Every loop is independent over columns and adds in float64 without FMA, so the result has the same bits for vectors of
+// any width.
 #pragma once
 #include <cstdint>
 
 #include "../common/elements.h"
 #include "kernels.h"
 
-#ifndef FASTVQ_STATISTICS_NAMESPACE
-#error "name the instruction set's namespace before including this file"
-#endif
-
 namespace fastvq {
-namespace FASTVQ_STATISTICS_NAMESPACE {
+namespace {
 
-// How far ahead of the additions cache lines are asked for. The order of the codes is random, so no hardware prefetcher
-// guesses where their sums lie; asking much further than this crowds out the loads that are needed now.
+// How far ahead of the additions cache lines are prefetched. The order of the codes is random, so no hardware prefetcher
+// predicts the addresses of their sums. Much further ahead would delay the loads that are needed now.
 constexpr int64_t kAheadBytes = 2048;
 
 template <class T>
@@ -52,7 +47,7 @@ void stage_rows(const void* x, const int64_t* offsets, int64_t n, int64_t width,
     }
     return;
   }
-  // A column at a time: in a channel-first image the neighbours of an element are the same channel of the next rows.
+  // One column after another: in a channel-first image a column of neighbouring rows is contiguous.
   for (int64_t d = 0; d < width; ++d)
     for (int64_t i = 0; i < n; ++i) out[i * width + d] = E::get(base[offsets[i] + d * stride_d]);
 }
@@ -65,8 +60,8 @@ inline void stage(const void* x, DType dtype, const int64_t* offsets, int64_t n,
   });
 }
 
-extern const StatisticsKernels kernels;
-const StatisticsKernels kernels{&add_rows<float>, &add_rows<double>, &stage};
+}  // namespace
 
-}  // namespace FASTVQ_STATISTICS_NAMESPACE
+const StatisticsKernels FASTVQ_TABLE(statistics_kernels) = {add_rows<float>, add_rows<double>, stage};
+
 }  // namespace fastvq

@@ -1,4 +1,4 @@
-// Sums of rows per code, in double and in row order: what code_statistics' tasks and a training step's blocks share.
+// Sums of rows per code, in double and in row order: shared by code_statistics and by the blocks of a training step.
 // For sources compiled for the baseline instruction set.
 #pragma once
 #include <algorithm>
@@ -12,7 +12,7 @@
 
 namespace fastvq {
 
-// Walks the rows of a head from `row` on with their offsets, without a division a row.
+// Offsets of the rows of a head from `row` on, without a division a row.
 class RowWalk {
  public:
   RowWalk(const Rows& x, int64_t head, int64_t row)
@@ -69,7 +69,7 @@ class RowAdder {
   }
 
  private:
-  static constexpr int64_t kListed = 512;  // rows listed before they are added: the lists stay in the first level
+  static constexpr int64_t kListed = 512;  // rows listed before they are added: the lists stay in the first-level cache
 
   const Rows& x_;
   const StatisticsKernels& kernels_;
@@ -80,7 +80,7 @@ class RowAdder {
 // Rounds a table to sums [n_codes, row]; returns whether all of the table is finite.
 template <class Out>
 bool store_sums(const double* table, int64_t n_codes, int64_t width, Out* sums, int64_t row) {
-  double pollution = 0.0;  // stays 0 while every sum is finite
+  double pollution = 0.0;  // 0 while every sum is finite, else NaN
   for (int64_t k = 0; k < n_codes; ++k)
     for (int64_t d = 0; d < width; ++d) {
       const double sum = table[k * width + d];
@@ -111,7 +111,7 @@ class BlockStatistics {
     adder_.add({0, n_codes_, 0, x_.dim}, head, begin, end, index, nullptr, table_.data() + head * n_codes_ * x_.dim);
   }
 
-  // Returns whether all sums are finite; if not, some row is not, and the statistics are to be made without it.
+  // Returns whether all sums are finite. If not, a row is not finite, and the statistics have to be computed without it.
   bool finish() const {
     const int64_t n = x_.n_heads * n_codes_;
     return out_.sums_double ? store_sums(table_.data(), n, x_.dim, static_cast<double*>(out_.sums), x_.dim)

@@ -38,8 +38,8 @@ inline void add_square(Wide& to, double a, double b) {
 }
 
 struct CheckWorkspace {
-  FilterScratch filter;
-  RowState* rows;
+  FilterWorkspace filter;
+  RowBounds* rows;
 };
 inline size_t check_layout(int64_t D, char* base, CheckWorkspace* out) {
   size_t used = 0;
@@ -49,25 +49,25 @@ inline size_t check_layout(int64_t D, char* base, CheckWorkspace* out) {
     return at;
   };
   CheckWorkspace w;
-  w.filter = filter_scratch(D <= kMaxFilterDim ? D : 1, take);  // wider rows are not filtered
-  w.rows = reinterpret_cast<RowState*>(take(static_cast<int64_t>(sizeof(RowState)) * block_rows(D)));
+  w.filter = filter_workspace(D <= kMaxFilterDim ? D : 1, take);  // wider rows are not filtered
+  w.rows = reinterpret_cast<RowBounds*>(take(static_cast<int64_t>(sizeof(RowBounds)) * block_rows(D)));
   if (out) *out = w;
   return used;
 }
 size_t workspace_bytes(int64_t dim) { return check_layout(dim, nullptr, nullptr); }
 
 // Rows [first, first + n) of a block, at most block_rows.
-BoundUse check_bound(const Lookup& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
+BoundUse check_bound(const LookupCall& lookup, const PackedCodes& packed, int64_t h, int64_t first, int64_t n,
                      char* workspace) {
   BoundUse use;
-  if (packed.only_exact) return use;
+  if (packed.skip_filter) return use;
   CheckWorkspace s;
   check_layout(packed.dim, workspace, &s);
   const int64_t D = packed.dim, K = packed.n_codes;
-  double *row = s.filter.room, *code = row + D;
+  double *row = s.filter.doubles, *code = row + D;
   const bool euclidean = lookup.metric == Metric::euclidean;
   score_block(lookup, packed, h, first, n, s.filter, s.rows, [&](int64_t i, int64_t k0, const float* scores) {
-    RowState& state = s.rows[i];
+    RowBounds& state = s.rows[i];
     if (state.n < 0) return;
     with_element(lookup.x->dtype, [&](auto e) {
       to_double<decltype(e)>(row_at<decltype(e)>(*lookup.x, h, first + i), lookup.x->stride_d, D, row);
@@ -79,7 +79,7 @@ BoundUse check_bound(const Lookup& lookup, const PackedCodes& packed, int64_t h,
     for (int v = 0; v < kTileVectors; ++v)
       store(bounds + v * kLanes, RowBound(state).of_codes(packed, k0 + v * kLanes));
     for (int64_t j = 0; j < kWidth && k0 + j < K; ++j) {
-      if (packed.bias[k0 + j] <= kNever) continue;
+      if (packed.bias[k0 + j] <= kUnreachable) continue;
       with_element(lookup.codes->dtype, [&](auto e) {
         to_double<decltype(e)>(code_at<decltype(e)>(*lookup.codes, h, k0 + j), lookup.codes->stride_d, D, code);
       });

@@ -1,4 +1,4 @@
+#define FASTVQ_ISA avx512
 #include "../simd/avx512.h"
 #include "peak_float32.h"
-#define FASTVQ_TESTING_TABLE testing_avx512
 #include "kernel_table.h"

@@ -1,4 +1,4 @@
+#define FASTVQ_ISA generic
 #include "../simd/generic.h"
 #include "peak_float32.h"
-#define FASTVQ_TESTING_TABLE testing_generic
 #include "kernel_table.h"

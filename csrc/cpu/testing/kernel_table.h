@@ -1,10 +1,10 @@
-// The functions of one instruction set, gathered for testing.cpp. The including file names its vectors first (simd/), then
-// its ceiling, which names its filter, and defines FASTVQ_TESTING_TABLE.
+// The functions of one instruction set, gathered for testing.cpp. The including file names its ceiling first
+// (peak_float32.h, peak_int16.h, peak_bf16_tiles.h), which names its filter.
 #pragma once
 #include "bound_check.h"
 
 namespace fastvq {
 
-const TestingKernels FASTVQ_TESTING_TABLE = {workspace_bytes, check_bound, peak_fma};
+const TestingKernels FASTVQ_TABLE(testing_kernels) = {workspace_bytes, check_bound, peak_fma};
 
 }  // namespace fastvq

@@ -8,22 +8,22 @@
 namespace fastvq {
 
 const TestingKernels& testing_kernels(Isa isa, int64_t dim) {
-  const NearestKernels* lookup = &nearest_kernels(isa, dim);
+  const LookupKernels* lookup = &lookup_kernels(isa, dim);
 #if defined(__x86_64__)
 #if defined(FASTVQ_AMX)
-  if (lookup == &nearest_amx) return testing_amx;
+  if (lookup == &lookup_kernels_amx) return testing_kernels_amx;
 #endif
 #if defined(FASTVQ_EMULATED)
-  if (lookup == &nearest_emulated) return testing_emulated;
+  if (lookup == &lookup_kernels_emulated) return testing_kernels_emulated;
 #endif
 #if defined(FASTVQ_VNNI)
-  if (lookup == &nearest_avx512_vnni) return testing_avx512_vnni;
+  if (lookup == &lookup_kernels_avx512_vnni) return testing_kernels_avx512_vnni;
 #endif
-  if (lookup == &nearest_avx512) return testing_avx512;
-  if (lookup == &nearest_avx2) return testing_avx2;
+  if (lookup == &lookup_kernels_avx512) return testing_kernels_avx512;
+  if (lookup == &lookup_kernels_avx2) return testing_kernels_avx2;
 #endif
   (void)lookup;
-  return testing_generic;
+  return testing_kernels_generic;
 }
 
 BoundUse bound_use(const Rows& x, const Codes& codes, Metric metric, Isa isa) {
@@ -31,8 +31,8 @@ BoundUse bound_use(const Rows& x, const Codes& codes, Metric metric, Isa isa) {
   BoundUse use;
   if (x.n_heads * x.n_rows() == 0) return use;
   const TestingKernels& kernels = testing_kernels(isa, x.dim);
-  const PackedHeads packed(nearest_kernels(isa, x.dim), codes, metric, false, 1);
-  const Lookup lookup{&x, &codes, metric, false, nullptr, nullptr};
+  const PackedCodebook packed(lookup_kernels(isa, x.dim), codes, metric, false, 1);
+  const LookupCall lookup{&x, &codes, metric, false, nullptr, nullptr};
   for_blocks(x, 1, kernels.workspace_bytes(x.dim), [&](int64_t h, int64_t first, int64_t n, int64_t, char* workspace) {
     const BoundUse here = kernels.check_bound(lookup, packed[h], h, first, n, workspace);
     use.largest = here.largest <= use.largest ? use.largest : here.largest;

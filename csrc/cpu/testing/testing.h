@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../../fastvq.h"
+#include "../../fastvq_cpu.h"
 #include "../lookup/lookup.h"
 
 namespace fastvq {
@@ -22,22 +22,23 @@ double peak_gflops(Isa isa, double milliseconds);
 struct TestingKernels {
   // Bytes of workspace for check_bound.
   size_t (*workspace_bytes)(int64_t dim);
-  BoundUse (*check_bound)(const Lookup&, const PackedCodes&, int64_t head, int64_t first, int64_t n, char* workspace);
+  BoundUse (*check_bound)(const LookupCall&, const PackedCodes&, int64_t head, int64_t first, int64_t n,
+                          char* workspace);
   // n rounds of independent multiply-adds; out: 16 floats. Returns the operations done.
   double (*peak_fma)(int64_t n, float* out);
 };
 
-extern const TestingKernels testing_generic;
+extern const TestingKernels testing_kernels_generic;
 #if defined(__x86_64__)
-extern const TestingKernels testing_avx2, testing_avx512;
+extern const TestingKernels testing_kernels_avx2, testing_kernels_avx512;
 #if defined(FASTVQ_VNNI)
-extern const TestingKernels testing_avx512_vnni;
+extern const TestingKernels testing_kernels_avx512_vnni;
 #endif
 #if defined(FASTVQ_AMX)
-extern const TestingKernels testing_amx;
+extern const TestingKernels testing_kernels_amx;
 #endif
 #if defined(FASTVQ_EMULATED)
-extern const TestingKernels testing_emulated;
+extern const TestingKernels testing_kernels_emulated;
 #endif
 #endif
 // Those of the filter that a lookup of vectors of this width runs.

@@ -24,7 +24,7 @@ def why_unsupported(call: Any) -> str | None:
 
 
 def _weight_view(weight: Tensor, mask: str, taps: Tensor | None, colours: int) -> tuple[Any, ...]:
-    """A contiguous ``weight`` as the MaskedWeight of csrc/masked_conv.h."""
+    """A contiguous ``weight`` as the MaskedWeight of csrc/fastvq_cpu.h."""
     active = active_taps(mask, taps, weight.shape[2], weight.shape[3], colours)
     return (
         address(weight),

@@ -64,7 +64,7 @@ def layout_address(layout: Tensor | None) -> int:
         return 0
     at = address(layout)
     whole = layout.dtype == torch.uint8 and layout.is_contiguous() and layout.is_cpu and layout.numel() >= 64
-    if not whole or at % 64 or cpu_backend._cpu.said_bytes(at) != layout.numel():
+    if not whole or at % 64 or cpu_backend._cpu.recorded_bytes(at) != layout.numel():
         raise ValueError(
             f"fastvq: layout must be what torch.ops.fastvq.pack_codebook made of the codebook, got {layout.dtype} "
             f"{list(layout.shape)}; pack the codebook again"

@@ -1,3 +1,3 @@
-#include "tiles.h"
-#define FASTVQ_CONV_TILES conv_tiles_emulated
-#include "../../masked_conv/tiles.h"
+#define FASTVQ_ISA emulated
+#include "emulated.h"
+#include "../../masked_conv/tile_kernels.h"

@@ -1,21 +1,21 @@
-// Tiles of the processor: 8 registers of 16 rows of 64 bytes. testing/emulated_tiles/tiles.h is the same in plain vectors.
+// AVX-512, and matrix tiles of bfloat16: 8 registers of 16 rows of 64 bytes. testing/emulated_tiles/emulated.h is the same
+// in plain vectors.
 #pragma once
-#include <immintrin.h>
-
-#include <cstdint>
+#include "avx512.h"
 
 namespace fastvq {
 namespace {
 namespace tile {
 
-// All eight registers at full size, for the length of a scope; a thread that leaves them set pays at every switch.
+// Configures all eight registers at full size within a scope. A thread that left them configured would pay at every
+// switch of threads.
 class Scope {
  public:
   Scope() {
     alignas(64) uint8_t config[64] = {1};
     for (int t = 0; t < 8; ++t) {
       config[16 + 2 * t] = 64;  // bytes of a row
-      config[48 + t] = 16;      // rows
+      config[48 + t] = 16;  // rows
     }
     // GCC 12 does not know that the instruction reads the configuration, and would drop the stores that fill it.
     asm volatile("" ::"r"(config) : "memory");

@@ -1,11 +1,10 @@
-// The tiles of simd/amx_tiles.h in plain vectors, as Intel's manual describes TDPBF16PS: float32 fused multiply-adds in two
+// simd/amx.h with tiles in plain vectors, as Intel's manual describes TDPBF16PS: float32 fused multiply-adds in two
 // chains, even and odd elements, from zero; then their sum; then the sum with the accumulator. Rounded to nearest even,
 // small numbers flushed to zero going in and coming out, whatever MXCSR says. For tests; slow.
 #pragma once
-#include <immintrin.h>
-
-#include <cstdint>
 #include <cstring>
+
+#include "../../simd/avx512.h"
 
 namespace fastvq {
 namespace {
@@ -22,7 +21,7 @@ inline Register* registers() {
 class Scope {
  public:
   Scope() { std::memset(registers(), 0, 8 * sizeof(Register)); }
-  ~Scope() { std::memset(registers(), 0xff, 8 * sizeof(Register)); }  // NaN, should anyone go on reading them
+  ~Scope() { std::memset(registers(), 0xff, 8 * sizeof(Register)); }  // NaN, in case a kernel reads them later
   Scope(const Scope&) = delete;
   Scope& operator=(const Scope&) = delete;
 };
@@ -42,7 +41,7 @@ inline void store(void* to, int64_t stride) {
   for (int i = 0; i < 16; ++i) std::memcpy(static_cast<char*>(to) + i * stride, registers()[T].rows[i], 64);
 }
 
-// Apart, so that no arithmetic moves across the change of MXCSR.
+// A function that is not inlined, so that no arithmetic moves across the change of MXCSR.
 __attribute__((noinline)) void multiply_flushed(Register& sums, const Register& a, const Register& b) {
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   for (int m = 0; m < 16; ++m) {

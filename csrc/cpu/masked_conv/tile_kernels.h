@@ -1,5 +1,4 @@
-// Products of the masked convolution on matrix tiles. The including file names its tiles first (simd/amx_tiles.h, or
-// testing/emulated_tiles/tiles.h for tests) and the function that gives its kernels, FASTVQ_CONV_TILES.
+// Kernels of the masked convolution on matrix tiles, compiled for the processor's tiles and for emulated ones.
 //
 //               16 channels out   16 more            product:  a row of pixels times the weights of a block of channels
 //   16 pixels   | sum 0         | sum 1 |            gradient: channels in (lines of pixels) times channels out
@@ -7,9 +6,7 @@
 #pragma once
 #include <cstdint>
 
-#include <immintrin.h>
-
-#include "../../masked_conv.h"
+#include "conv_kernels.h"
 
 namespace fastvq {
 namespace {
@@ -145,10 +142,8 @@ void add_pairs(const uint16_t* pairs, int64_t n_pairs, float* sum) {
   _mm512_storeu_ps(sum, total);
 }
 
-const TileKernels kernels{product, gradient, transpose, pair, add_pairs};
-
 }  // namespace
 
-const TileKernels& FASTVQ_CONV_TILES() { return kernels; }
+const TileKernels FASTVQ_TABLE(tile_kernels) = {product, gradient, transpose, pair, add_pairs};
 
 }  // namespace fastvq
