@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["axis_of", "code_strides", "finite", "narrow", "plain", "row_offset", "saturate", "wide"]
+__all__ = ["at_least_float32", "axis_of", "code_strides", "finite", "row_offset", "saturate", "to_dtype", "to_float64"]
 
 
 @triton.jit
@@ -26,7 +26,7 @@ def row_offset(row, n_inner, stride_outer, stride_inner):
 
 
 @triton.jit
-def plain(v):
+def at_least_float32(v):
     """float32, or float64 where it is: half types are widened before any arithmetic."""
     if v.dtype != tl.float64:
         v = v.to(tl.float32)
@@ -34,9 +34,9 @@ def plain(v):
 
 
 @triton.jit
-def wide(v):
+def to_float64(v):
     """float64, by way of float32 for half types: the interpreter knows no other way from bfloat16."""
-    return plain(v).to(tl.float64)
+    return at_least_float32(v).to(tl.float64)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def finite(v, axis: tl.constexpr):
 
 
 @triton.jit
-def narrow(v, dtype: tl.constexpr):
+def to_dtype(v, dtype: tl.constexpr):
     """float32 or float64 to any float type, to half types by way of float32, as torch does it."""
     if dtype != tl.float64:
         v = v.to(tl.float32)

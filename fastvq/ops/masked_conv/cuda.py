@@ -48,9 +48,9 @@ def masked_conv2d(
         out, weight = like_input(x, weight.shape[0]), weight.contiguous()
         used, bias = (None if t is None else t.contiguous() for t in (taps, bias))
         view = _weight_view(weight, mask, used, colours)
-        room = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_workspace(view, False, False))
+        workspace = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_workspace(view, False, False))
         cuda_backend._cuda.masked_conv_forward(
-            views.image_view(x), view, _address(bias), views.image_view(out), address(room),
+            views.image_view(x), view, _address(bias), views.image_view(out), address(workspace),
             cuda_backend.stream(x),
         )  # fmt: skip
     return out
@@ -75,13 +75,15 @@ def masked_conv2d_backward(
         view, stream = _weight_view(weight, mask, used, colours), cuda_backend.stream(x)
         image, incoming = views.image_view(x), views.image_view(grad)
         if need_x:
-            room = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_workspace(view, False, True))
-            cuda_backend._cuda.masked_conv_input_grad(incoming, view, views.image_view(grad_x), address(room), stream)
+            workspace = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_workspace(view, False, True))
+            cuda_backend._cuda.masked_conv_input_grad(
+                incoming, view, views.image_view(grad_x), address(workspace), stream
+            )
         if need_weight or need_bias:
-            room = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_weight_grad_workspace(image, view))
+            workspace = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_weight_grad_workspace(image, view))
             cuda_backend._cuda.masked_conv_weight_grad(
                 image, incoming, view, address(grad_weight) if need_weight else 0,
-                address(grad_bias) if need_bias else 0, address(room), stream,
+                address(grad_bias) if need_bias else 0, address(workspace), stream,
             )  # fmt: skip
     return grad_x, grad_weight, grad_bias
 
@@ -103,11 +105,11 @@ def gated_masked_conv2d(
         if condition is not None and condition.dim() == 2:
             condition = condition[:, :, None, None].expand(-1, -1, *x.shape[2:])
         view = _weight_view(weight, mask, used, 1)
-        room = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_workspace(view, True, False))
+        workspace = cuda_backend.workspace(x, cuda_backend._cuda.masked_conv_workspace(view, True, False))
         cuda_backend._cuda.gated_masked_conv_forward(
             views.image_view(x), view, _address(bias), None if condition is None else views.image_view(condition),
             views.image_view(tanh_a) if save else None, views.image_view(sigmoid_b) if save else None,
-            views.image_view(out), address(room), cuda_backend.stream(x),
+            views.image_view(out), address(workspace), cuda_backend.stream(x),
         )  # fmt: skip
     return out, tanh_a, sigmoid_b
 

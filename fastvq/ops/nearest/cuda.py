@@ -22,9 +22,9 @@ def nearest(
         indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
         x, rows = views.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
         codes = views.codes_view(codebook)
-        room = cuda_backend.workspace(x, cuda_backend._cuda.nearest_workspace(rows, codes))
+        workspace = cuda_backend.workspace(x, cuda_backend._cuda.nearest_workspace(rows, codes))
         cuda_backend._cuda.nearest(
-            rows, codes, views.metric_code(metric), precision == "fast", 0, address(indices), address(room),
+            rows, codes, views.metric_code(metric), precision == "fast", 0, address(indices), address(workspace),
             cuda_backend.stream(x),
         )  # fmt: skip
     return indices

@@ -4,7 +4,7 @@ The launches of one call, none waiting for the host (a CUDA graph can hold them 
 
 1. ``_codebook_stats``, ``_pack_codes``: the codebook in 16 bits with its bias and error bound, once a
    call (triton_pack.py);
-2. ``_pack_rows``: a slab of rows in 16 bits, small enough that scratch does not grow with N (triton_rows.py);
+2. ``_pack_rows``: a slab of rows in 16 bits, small enough that the workspace does not grow with N (triton_rows.py);
 3. ``_filter``, ``_certify``: every score, the winners that can be proved, lists of the other rows (triton_filter.py);
 4. ``_collect_candidates``, ``_rescore_candidates``: the listed rows' candidates, and the best of them in float64;
 5. ``_exhaustive``: rows out of the filter's range or with too many candidates, against every code in float64

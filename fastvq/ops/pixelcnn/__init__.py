@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastvq._checks import check_backend_name, check_float, check_integer, check_sizes
 from fastvq.backends import triton as triton_backend
-from fastvq.ops._op import Kernel, Op, register
+from fastvq.ops._op import Kernel, Op, register, without_backend
 from fastvq.ops.pixelcnn import cpu, cuda, reference
 from fastvq.ops.pixelcnn.call import StartCall, StepCall
 from fastvq.ops.pixelcnn.contract import check_condition, check_step
@@ -173,22 +173,21 @@ PIXELCNN_START = Op(
     "pixelcnn_start",
     StartCall,
     {
-        "cpu": Kernel(lambda call: cpu.prepare(*call[:-1]), _why_not_float32),
+        "cpu": Kernel(without_backend(cpu.prepare), _why_not_float32),
         "triton": Kernel(_triton_prepare, _why_triton_unsupported),
-        "cuda": Kernel(lambda call: cuda.prepare(*call[:-1]), _why_not_float32),
-        "reference": Kernel(lambda call: reference.prepare(*call[:-1])),
+        "cuda": Kernel(without_backend(cuda.prepare), _why_not_float32),
+        "reference": Kernel(without_backend(reference.prepare)),
     },
     check=_check_start,
 )
-_triton_step = triton_backend.lazy_function(TRITON, "step")
 PIXELCNN_STEP = Op(
     "pixelcnn_step",
     StepCall,
     {
-        "cpu": Kernel(lambda call: cpu.step(*call[:-1])),
-        "triton": Kernel(lambda call: _triton_step(*call[:-1])),
-        "cuda": Kernel(lambda call: cuda.step(*call[:-1])),
-        "reference": Kernel(lambda call: reference.step(*call[:-1])),
+        "cpu": Kernel(without_backend(cpu.step)),
+        "triton": Kernel(without_backend(triton_backend.lazy_function(TRITON, "step"))),
+        "cuda": Kernel(without_backend(cuda.step)),
+        "reference": Kernel(without_backend(reference.step)),
     },
     check=_check_step,
     fake=_fake_step,

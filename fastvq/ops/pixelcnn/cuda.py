@@ -19,7 +19,7 @@ __all__ = ["Sampler", "prepare", "step"]
 
 
 class _Layout:
-    """Packed weights one after another, room in a cache likewise, and where each lies: csrc/cuda/pixelcnn.cu."""
+    """Packed weights one after another, places in a cache likewise, and where each lies: csrc/cuda/pixelcnn.cu."""
 
     def __init__(self) -> None:
         self.parts: list[Tensor] = []
@@ -36,7 +36,7 @@ class _Layout:
         at, self.n_weights = self.n_weights, self.n_weights + m.numel()
         return at
 
-    def room(self, n: int) -> int:
+    def reserve(self, n: int) -> int:
         at, self.n_cache = self.n_cache, self.n_cache + n
         return at
 
@@ -53,7 +53,7 @@ def prepare(
     embedding, *rest = weights
     n_codes, c = embedding.shape
     layout = _Layout()
-    ends = [layout.room(n) for n in (2 * n_codes, n_codes, c, c, c)]
+    ends = [layout.reserve(n) for n in (2 * n_codes, n_codes, c, c, c)]
     table = []
     for i, k in enumerate(kernel_sizes):
         v, v_bias, link, link_bias, h, h_bias, out, out_bias = rest[PER_LAYER * i : PER_LAYER * (i + 1)]
@@ -64,13 +64,13 @@ def prepare(
             layout.add(_in_pairs(link[:, :, 0].transpose(1, 2))), layout.add(_in_pairs(link_bias + h_bias)),
             layout.add(_in_pairs(h[:, :, 0, :seen].transpose(1, 2))),
             layout.add(out[:, :, 0].transpose(1, 2)), layout.add(out_bias),
-            *((0, 0) if i == 0 else (layout.room((k // 2 + 1) * width * c), layout.room(width * c))),
-            layout.room(width * 2 * c),
+            *((0, 0) if i == 0 else (layout.reserve((k // 2 + 1) * width * c), layout.reserve(width * c))),
+            layout.reserve(width * 2 * c),
         ])  # fmt: skip
     w_1, b_1, w_2, b_2 = rest[PER_LAYER * len(kernel_sizes) :]
     of_head = [layout.add(w_1[:, :, 0].transpose(1, 2)), layout.add(b_1)]
     of_head += [layout.add(w_2[:, :, 0].transpose(1, 2)), layout.add(b_2)]
-    table.append([*of_head, layout.room(width * c), *ends, 0])
+    table.append([*of_head, layout.reserve(width * c), *ends, 0])
     cache = embedding.new_zeros(batch, layout.n_cache + layout.n_cache % 2)
     where = torch.tensor(table, dtype=torch.int64, device=embedding.device)
     return [embedding.contiguous(), torch.cat(layout.parts), where], cache

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastvq.backends import tiles, views
 from fastvq.backends.triton import float64_bits
-from fastvq.ops._triton_rows import axis_of, code_strides, narrow, plain, row_offset, wide
+from fastvq.ops._triton_rows import at_least_float32, axis_of, code_strides, row_offset, to_dtype, to_float64
 from fastvq.ops.quantize.common import DEGENERATE
 from fastvq.ops.statistics.triton_statistics import code_statistics
 
@@ -66,9 +66,9 @@ def _to_x(
         for begin in range(0, D, BLOCK_D):
             column = tl.expand_dims((begin + tl.arange(0, BLOCK_D)).to(tl.int64), 1 - AXIS)
             inside = real & (column < D)
-            value = wide(tl.load(x + from_x + column * x_d, mask=inside, other=0.0))
-            code = wide(tl.load(codebook + from_code + column * codebook_d, mask=inside, other=0.0))
-            incoming = wide(tl.load(g + from_g + column * g_d, mask=inside, other=0.0))
+            value = to_float64(tl.load(x + from_x + column * x_d, mask=inside, other=0.0))
+            code = to_float64(tl.load(codebook + from_code + column * codebook_d, mask=inside, other=0.0))
+            incoming = to_float64(tl.load(g + from_g + column * g_d, mask=inside, other=0.0))
             xx += tl.sum(value * value, axis=AXIS)
             cc += tl.sum(code * code, axis=AXIS)
             xg += tl.sum(value * incoming, axis=AXIS)
@@ -82,8 +82,8 @@ def _to_x(
         for begin in range(0, D, BLOCK_D):
             column = tl.expand_dims((begin + tl.arange(0, BLOCK_D)).to(tl.int64), 1 - AXIS)
             inside = real & (column < D)
-            value = wide(tl.load(x + from_x + column * x_d, mask=inside, other=0.0))
-            code = wide(tl.load(codebook + from_code + column * codebook_d, mask=inside, other=0.0))
+            value = to_float64(tl.load(x + from_x + column * x_d, mask=inside, other=0.0))
+            code = to_float64(tl.load(codebook + from_code + column * codebook_d, mask=inside, other=0.0))
             r = value * tl.expand_dims(per_x, AXIS) + code * tl.expand_dims(per_c, AXIS)
             square += tl.sum(r * r, axis=AXIS)
         # lambda (g - 2 r (r.g) + 2 x^ (c^.g)) as a g + b x + e c. A row that is not finite gets the NaN of the formula.
@@ -99,14 +99,16 @@ def _to_x(
         inside = real & (column < D)
         total = tl.zeros([ROWS, BLOCK_D] if AXIS == 1 else [BLOCK_D, ROWS], WORK)
         if WITH_LOSS or ROTATE:
-            value = plain(tl.load(x + from_x + column * x_d, mask=inside, other=0.0)).to(WORK)
-            code = plain(tl.load(codebook + from_code + column * codebook_d, mask=inside, other=0.0)).to(WORK)
+            value = at_least_float32(tl.load(x + from_x + column * x_d, mask=inside, other=0.0)).to(WORK)
+            code = at_least_float32(tl.load(codebook + from_code + column * codebook_d, mask=inside, other=0.0)).to(
+                WORK
+            )
         if WITH_G:
-            incoming = plain(tl.load(g + from_g + column * g_d, mask=inside, other=0.0)).to(WORK)
+            incoming = at_least_float32(tl.load(g + from_g + column * g_d, mask=inside, other=0.0)).to(WORK)
             total = a * incoming + (b * value + e * code) if ROTATE else incoming
         if WITH_LOSS:
             total += pull * (value - code)
-        result = tl.where(real, narrow(total, grad_x.dtype.element_ty), 0.0)
+        result = tl.where(real, to_dtype(total, grad_x.dtype.element_ty), 0.0)
         tl.store(grad_x + to + column * out_d, result, mask=tl.expand_dims(row < n_total, AXIS) & (column < D))
 
 
@@ -123,7 +125,7 @@ def _to_codes(
     n = tl.load(counts + key, mask=key < n_keys, other=0)[:, None]
     here = (key < n_keys)[:, None] & (column < D)
     used = here & (n > 0)  # a code that is not finite is not used, and zero times it is not zero
-    value = wide(
+    value = to_float64(
         tl.load(
             codebook + (head * codebook_head + code * codebook_k)[:, None] + column * codebook_d, mask=used, other=0.0
         )
@@ -132,7 +134,7 @@ def _to_codes(
     factor = factor_bits.to(tl.int64).to(tl.float64, bitcast=True)
     scale = tl.load(weight).to(tl.float64) * factor / tl.maximum(tl.load(n_real), 1).to(tl.float64)
     # Where unused, the weight may still be infinite.
-    result = tl.where(used, narrow(total * scale, grad_codebook.dtype.element_ty), 0.0)
+    result = tl.where(used, to_dtype(total * scale, grad_codebook.dtype.element_ty), 0.0)
     tl.store(grad_codebook + (head * out_head + code * out_k)[:, None] + column * out_d, result, mask=here)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastvq.backends import tiles, views
 from fastvq.backends.triton import float64_bits
-from fastvq.ops._triton_rows import axis_of, code_strides, narrow, row_offset, wide
+from fastvq.ops._triton_rows import axis_of, code_strides, row_offset, to_dtype, to_float64
 from fastvq.ops.nearest.triton_ops import nearest
 
 __all__ = ["gather", "quantize"]
@@ -66,10 +66,10 @@ def _gather(
     for begin in range(0, D, BLOCK_D):
         column = tl.expand_dims((begin + tl.arange(0, BLOCK_D)).to(tl.int64), 1 - AXIS)
         inside = real_here & (column < D)
-        code = wide(tl.load(codebook + from_code + column * codebook_d, mask=inside, other=0.0))
-        value = wide(tl.load(x + from_x + column * x_d, mask=inside, other=0.0))
+        code = to_float64(tl.load(codebook + from_code + column * codebook_d, mask=inside, other=0.0))
+        value = to_float64(tl.load(x + from_x + column * x_d, mask=inside, other=0.0))
         tl.store(
-            quantized + to + column * quantized_d, narrow(code, quantized.dtype.element_ty), mask=here & (column < D)
+            quantized + to + column * quantized_d, to_dtype(code, quantized.dtype.element_ty), mask=here & (column < D)
         )
         difference = value - code
         # Infinity stands for no distance at all, as NaN does.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastvq.backends import tiles, views
 from fastvq.backends.triton import float64_bits
-from fastvq.ops._triton_rows import axis_of, finite, plain, row_offset, saturate, wide
+from fastvq.ops._triton_rows import at_least_float32, axis_of, finite, row_offset, saturate, to_float64
 from fastvq.ops.statistics.call import ReplaceCall
 
 __all__ = ["replace_dead_codes_"]
@@ -39,7 +39,9 @@ def _usable(
     for begin in range(0, D, BLOCK_D):
         column = tl.expand_dims((begin + tl.arange(0, BLOCK_D)).to(tl.int64), 1 - AXIS)
         here = tl.expand_dims(row < n_total, AXIS) & (column < D)
-        good &= finite(plain(tl.load(x + tl.expand_dims(at, AXIS) + column * stride_d, mask=here, other=0.0)), AXIS)
+        good &= finite(
+            at_least_float32(tl.load(x + tl.expand_dims(at, AXIS) + column * stride_d, mask=here, other=0.0)), AXIS
+        )
     tl.store(usable + row, good.to(tl.int8), mask=row < n_total)
 
 
@@ -85,7 +87,7 @@ def _replace(
     for begin in range(0, D, BLOCK_D):
         column = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
         here = taken[:, None] & (column < D)[None, :]
-        value = wide(tl.load(x + at[:, None] + column[None, :] * stride_d, mask=here, other=0.0)).to(dtype)
+        value = to_float64(tl.load(x + at[:, None] + column[None, :] * stride_d, mask=here, other=0.0)).to(dtype)
         place = (head * codebook_head + code * codebook_k)[:, None] + column[None, :] * codebook_d
         tl.store(codebook + place, value, mask=here)
         place = (head * embed_sum_head + code * embed_sum_k)[:, None] + column[None, :] * embed_sum_d

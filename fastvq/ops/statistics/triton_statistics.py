@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fastvq._checks import check_indices
 from fastvq.backends import tiles, views
-from fastvq.ops._triton_rows import finite, plain, row_offset, saturate
+from fastvq.ops._triton_rows import at_least_float32, finite, row_offset, saturate
 from fastvq.ops.statistics.common import STATISTICS
 
 __all__ = ["code_statistics"]
@@ -67,7 +67,9 @@ def _keys(
         for begin in range(0, D, BLOCK_D):
             column = (begin + tl.arange(0, BLOCK_D)).to(tl.int64)
             here = used[:, None] & (column < D)[None, :]
-            used &= finite(plain(tl.load(x + at[:, None] + column[None, :] * stride_d, mask=here, other=0.0)), 1)
+            used &= finite(
+                at_least_float32(tl.load(x + at[:, None] + column[None, :] * stride_d, mask=here, other=0.0)), 1
+            )
     key = tl.where(used, head.to(tl.int64) * n_codes + index, left_out)
     tl.store(keys + row, key.to(keys.dtype.element_ty), mask=row < n_total)
 
@@ -124,7 +126,7 @@ def _add(
                 value = tl.load(
                     x + at[:, None] + column[None, :] * stride_d, mask=here[:, None] & (column < D)[None, :], other=0.0
                 )
-                value = plain(value)
+                value = at_least_float32(value)
                 if D <= BLOCK_D:
                     here &= finite(value, 1)
                     value = tl.where(here[:, None], value, 0.0)
@@ -175,7 +177,7 @@ def _scatter(
     head = row // n_rows
     at = head.to(tl.int64) * stride_head + row_offset(row - head * n_rows, n_inner, stride_outer, stride_inner)
     value = tl.load(x + at[:, None] + column[None, :] * stride_d, mask=here[:, None] & (column < D)[None, :], other=0.0)
-    value = plain(value)
+    value = at_least_float32(value)
     if D <= BLOCK_D:
         here &= finite(value, 1)
     tl.atomic_add(
