@@ -83,6 +83,8 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "benchmarks/README.md": "measuring.md",
     "examples/README.md": "examples.md",
+    "examples/notebooks/vqvae_from_nothing.ipynb": "notebooks/vqvae_from_nothing.md",
+    "examples/notebooks/editing_a_part_of_a_picture.ipynb": "notebooks/editing_a_part_of_a_picture.md",
     "benchmarks/results/nvidia_h100_80gb_hbm3/summary.md": "h100.md",
 }
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")

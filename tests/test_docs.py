@@ -1,5 +1,7 @@
-"""Every row of docs/what_happens_when.md names tests that there are."""
+"""Every row of docs/what_happens_when.md names tests that there are; pages of notebooks hold their present cells;
+every picture has an alt text and a caption."""
 
+import json
 import re
 from pathlib import Path
 
@@ -23,3 +25,20 @@ def test_every_row_is_tested(section, least):
                 assert f"\ndef {name}(" in (ROOT / (other or place)).read_text(), name
             rows += 1
     assert rows >= least
+
+
+@pytest.mark.parametrize("notebook", sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_the_page_of_a_notebook_has_its_cells(notebook):
+    """``python docs/notebooks.py`` writes it."""
+    page = (ROOT / "docs" / "notebooks" / f"{notebook.stem}.md").read_text()
+    at = 0
+    for cell in json.loads(notebook.read_text())["cells"]:
+        at = page.index("".join(cell["source"]), at)
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(p.relative_to(ROOT) for p in (ROOT / "docs").rglob("*.md"))])
+def test_every_picture_has_an_alt_text_and_a_caption(page):
+    text = (ROOT / page).read_text()
+    for alt, below in re.findall(r"^!\[(.*?)\]\([^)]+\)\n\n?(.*)", text, flags=re.M):
+        assert len(alt) > 10 and below.startswith("*"), alt
+    assert len(re.findall(r"!\[", text)) == len(re.findall(r"^!\[.*?\]\([^)]+\)\n\n?\*", text, flags=re.M))
