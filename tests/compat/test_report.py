@@ -1,12 +1,14 @@
 """The report of ``fastvq.patch``: what is faster, what is left as it is and why, what is not a quantizer of ours."""
 
 import importlib.metadata
+from pathlib import Path
 
 import pytest
 from torch import nn
 
 import fastvq.nn
 from fastvq.compat._apply import _untested
+from fastvq.compat._registry import TARGETS
 
 vqp = pytest.importorskip("vector_quantize_pytorch")
 SIZES = {"dim": 8, "codebook_size": 16}
@@ -93,3 +95,11 @@ def test_modules_that_only_sound_like_one_are_not_mentioned():
 
     assert not fastvq.patch(VQModel()).others
     assert not fastvq.patch(nn.Sequential(nn.Linear(2, 2))).others
+
+
+def test_the_page_of_peers_names_every_package_and_its_newest_version():
+    page = (Path(__file__).parents[2] / "docs" / "drop_in.md").read_text()
+    rows = {line.split(" | ")[0].strip("| "): line.split(" | ")[-1].strip("| ") for line in page.splitlines()}
+    for target in TARGETS:
+        if target.distribution:
+            assert rows[target.distribution] == target.tested
