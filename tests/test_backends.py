@@ -23,6 +23,7 @@ from fastvq.backends import triton as triton_backend
 from fastvq.ops.masked_conv import MASKED_CONV, MASKED_CONV_BACKWARD
 from fastvq.ops.nearest import NEAREST
 from fastvq.ops.nearest.call import NearestCall
+from fastvq.ops.quantize import QUANTIZE, QUANTIZE_BACKWARD
 
 ROOT = Path(__file__).parent.parent
 X, CODES = torch.randn(20, 4), torch.randn(6, 4)
@@ -43,12 +44,8 @@ def served(monkeypatch):
 
         return run
 
-    loaded = sys.modules["fastvq.ops.quantize"]
-    for kind in ("FORWARD", "BACKWARD"):
-        table = getattr(loaded, kind)
-        spies = {n: i._replace(run=spied(n, kind.lower(), i)) for n, i in table.items()}
-        monkeypatch.setattr(loaded, kind, spies)
-    for kind, op in (("forward", MASKED_CONV), ("backward", MASKED_CONV_BACKWARD)):
+    declared = (QUANTIZE, QUANTIZE_BACKWARD), (MASKED_CONV, MASKED_CONV_BACKWARD)
+    for kind, op in ((kind, op) for pair in declared for kind, op in zip(("forward", "backward"), pair, strict=True)):
         for name, kernel in op.kernels.items():
             monkeypatch.setitem(op.kernels, name, dataclasses.replace(kernel, run=spied(name, kind, kernel)))
     return log

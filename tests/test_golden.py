@@ -1,6 +1,5 @@
 """The golden set: of the call's own kind, passed where indices are right, and a backend switched off where not."""
 
-import importlib
 import warnings
 from dataclasses import replace
 
@@ -11,12 +10,14 @@ from fastvq.backends import registry
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.golden import gate
 from fastvq.backends.golden.cases import USED, WORK, Configuration, cases, configuration, widened
-from fastvq.ops import residual, step
+from fastvq.ops import residual
 from fastvq.ops.nearest import METRICS, NEAREST, reference
 from fastvq.ops.nearest.call import NearestCall
+from fastvq.ops.quantize import QUANTIZE
+from fastvq.ops.quantize.call import QuantizeCall
+from fastvq.ops.step import VQ_STEP
+from fastvq.ops.step.call import VQStepCall
 
-# A module whose name is that of a function in fastvq.ops.
-quantize = importlib.import_module("fastvq.ops.quantize")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 F32 = Configuration("dot", "exact", torch.float32, torch.float32, 40, 300, ())
 
@@ -120,10 +121,11 @@ def test_work_is_bounded_for_wide_rows_and_many_codes():
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_lookup_runs_nothing_beyond_its_own_kind(metric, precision, on_unknown_card):
     x, codebook = torch.zeros(2, 5, 24, dtype=torch.bfloat16), torch.zeros(400, 24)
+    arguments = x, codebook, None, metric, "none", 0.25, precision, None
     predicates = (
         lambda: refusal(x, codebook, metric, precision),
-        lambda: quantize.FORWARD["triton"].why_unsupported(x, codebook, None, metric, 0.25, precision),
-        lambda: step.IMPLEMENTATIONS["triton"].why_unsupported(x, codebook, None, metric, 0.25, precision, True),
+        lambda: QUANTIZE.why_unsupported("triton", QuantizeCall(*arguments)),
+        lambda: VQ_STEP.why_unsupported("triton", VQStepCall(*arguments, True)),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")

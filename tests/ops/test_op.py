@@ -25,6 +25,15 @@ SCHEMAS = {
     "pixelcnn_step": "Tensor ids, Tensor[] weights, Tensor(a!) cache, Tensor? condition, int[] kernel_sizes, int row, "
     "int column, str backend) -> Tensor",
     "gate_backward": "Tensor grad, Tensor tanh_a, Tensor sigmoid_b, str? backend) -> Tensor",
+    "quantize": "Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
+    "str? backend, Tensor? layout=None) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, "
+    "Tensor indices)",
+    "quantize_backward": "Tensor x, Tensor codebook, Tensor indices, Tensor? grad_quantized, Tensor? grad_commitment, "
+    "Tensor? grad_codebook_loss, str estimator, float beta, bool need_x, bool need_codebook, str? backend) "
+    "-> (Tensor grad_x, Tensor grad_codebook)",
+    "vq_step": "Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
+    "str? backend, bool deterministic) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, "
+    "Tensor indices, Tensor sums, Tensor counts)",
     "code_statistics": "Tensor x, Tensor indices, int n_codes, int? n_heads, bool deterministic, str? backend) -> "
     "(Tensor sums, Tensor counts)",
     "ema_update_": "Tensor(a!) codebook, Tensor(b!) embed_sum, Tensor(c!) cluster_size, Tensor sums, Tensor counts, "

@@ -10,6 +10,7 @@ if triton_backend.unavailable() is not None or not triton_backend.interpreting()
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
 
 from fastvq.ops.quantize import triton_backward, triton_forward
+from fastvq.ops.quantize.call import QuantizeBackwardCall
 from fastvq.ops.statistics import triton_statistics
 from tests.ops.test_quantize import compare, indices_changed_since, leaves
 from tests.support.cases import gaussian, generator
@@ -66,7 +67,7 @@ def test_heads(estimator):
 
 def test_rows_left_out(monkeypatch):
     monkeypatch.setattr(triton_statistics, "check_indices", lambda *_: None)  # as on a GPU
-    indices_changed_since(triton_backward.quantize_backward)
+    indices_changed_since(lambda *given: triton_backward.quantize_backward(QuantizeBackwardCall(*given, None)))
 
 
 def test_losses_of_many_blocks(monkeypatch):

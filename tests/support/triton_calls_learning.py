@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 
+from fastvq.ops.quantize.call import QuantizeBackwardCall
 from fastvq.ops.quantize.triton_backward import quantize_backward
 from fastvq.ops.quantize.triton_forward import gather
 from fastvq.ops.statistics.call import ReplaceCall, UpdateCall
@@ -54,7 +55,8 @@ def backward(
     indices, scalar = tensor(*x.shape[:-1], dtype=torch.int64), tensor() if loss else None
     codebook, g = tensor(1024, x.shape[-1], dtype=dtype), torch.empty_like(x)
     need_codebook = codes and x.stride(-1) == 1  # its statistics copy an image, which fake tensors cannot without CUDA
-    return quantize_backward(x, codebook, indices, g, scalar, scalar, estimator, 0.25, True, need_codebook)
+    call = QuantizeBackwardCall(x, codebook, indices, g, scalar, scalar, estimator, 0.25, True, need_codebook, None)
+    return quantize_backward(call)
 
 
 for dim in (8, 32, 64, 128, 256, 512, 4096):

@@ -34,26 +34,26 @@ def statistics() -> Iterator[tuple[Any, ...]]:
 
 
 def step() -> Iterator[tuple[Any, ...]]:
-    """x, codebook, mask, metric, beta, precision, deterministic: what the filter settles, and what the scan must."""
+    """The arguments of ``vq_step``: vectors that the filter settles, and vectors that the scan must."""
     g = torch.Generator("cpu").manual_seed(1)
     for dtype, dim, deterministic in zip(DTYPES, (40, 8, 20, 300), (True, False, True, True), strict=True):
         x, codebook = _integers(g, 150, dim).to(dtype), _integers(g, 200, dim)
         mask = torch.arange(150, device="cpu") % 5 != 3
-        yield x, torch.cat([codebook, codebook]), mask, "euclidean", 0.25, "exact", deterministic
+        yield x, torch.cat([codebook, codebook]), mask, "euclidean", "none", 0.25, "exact", None, deterministic
 
 
 def quantize_backward() -> Iterator[tuple[Any, ...]]:
-    """x, codebook, indices, three gradients, estimator, beta, what is wanted; 64 vectors of 32 elements are real."""
+    """The arguments of ``quantize_backward``: 64 vectors of 32 elements that are not masked."""
     g = torch.Generator("cpu").manual_seed(2)
     x, codebook, incoming = (_integers(g, n, 32) for n in (70, 9, 70))
     indices = torch.randint(9, (70,), generator=g, device="cpu")
     indices[64:] = -1
     losses = tuple(torch.full((), value, **FLOAT32) for value in (3.0, 5.0))
-    yield x, codebook, indices, incoming, *losses, "straight_through", 0.25, True, True
+    yield x, codebook, indices, incoming, *losses, "straight_through", 0.25, True, True, None
     # A vector and its code on one axis: every number of the rotation is a power of two.
     unit = torch.eye(32, **FLOAT32)
     axis = unit[indices.clamp(min=0)]
-    yield 2 * axis, 4 * unit[:9], indices, incoming, *losses, "rotation", 0.25, True, True
+    yield 2 * axis, 4 * unit[:9], indices, incoming, *losses, "rotation", 0.25, True, True, None
 
 
 def ema_update() -> Iterator[tuple[Any, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,47 +16,24 @@ from fastvq._checks import (
     check_number,
     check_option,
 )
-from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import triton as triton_backend
-from fastvq.backends.registry import Implementation, bound_backend, choose
+from fastvq.backends.golden import calls as golden_calls
+from fastvq.backends.registry import bound_backend
 from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
-from fastvq.ops._library import no_second_derivative, register, serialisable
+from fastvq.ops._library import no_second_derivative, serialisable
+from fastvq.ops._op import Autograd, Kernel, Op, known_results, register, rests_on, without_backend
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, NEAREST, PRECISIONS, PackedCodebook, operands
-from fastvq.ops.nearest.call import NearestCall
 from fastvq.ops.quantize import cpu, cuda, reference
+from fastvq.ops.quantize.call import QuantizeBackwardCall, QuantizeCall
+from fastvq.ops.statistics import CODE_STATISTICS
+from fastvq.ops.statistics.cuda import why_too_many_vectors
 
 __all__ = ["ESTIMATORS", "Quantized", "backward", "quantize", "setup_context"]
 
 OP = "fastvq.ops.quantize"
 BACKWARD_OP = cpu.BACKWARD_OP
 ESTIMATORS = ("straight_through", "rotation", "none")
-FORWARD: dict[str, Implementation] = {
-    "cpu": Implementation(cpu.quantize, cpu_backend.why_unsupported),
-    "triton": Implementation(
-        triton_backend.lazy_function("fastvq.ops.quantize.triton_forward", "quantize"),
-        lambda x, codebook, mask, metric, beta, precision: (
-            triton_backend.why_rows_unsupported(x)
-            or NEAREST.why_unsupported("triton", NearestCall(x, codebook, metric, precision, False, None))
-        ),
-    ),
-    "cuda": Implementation(
-        cuda.quantize,
-        lambda x, codebook, mask, metric, beta, precision: NEAREST.why_unsupported(
-            "cuda", NearestCall(x, codebook, metric, precision, False, None)
-        ),
-    ),
-    "reference": Implementation(reference.quantize, lambda *_: None),
-}
-BACKWARD: dict[str, Implementation] = {
-    "cpu": Implementation(cpu.quantize_backward, cpu_backend.why_unsupported),
-    "triton": Implementation(
-        triton_backend.lazy_function("fastvq.ops.quantize.triton_backward", "quantize_backward"),
-        triton_backend.why_rows_unsupported,
-    ),
-    "cuda": Implementation(cuda.quantize_backward, cuda.why_backward_unsupported),
-    "reference": Implementation(reference.quantize_backward, lambda *_: None),
-}
 
 
 @serialisable("ops.Quantized")
@@ -140,21 +118,13 @@ def quantize(
     return Quantized(quantized, indices, commitment_loss, codebook_loss)
 
 
-def _run(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, precision: str,
-    backend: str | None, layout: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    check_lookup(OP, x, codebook, mask)
-    check_choices(OP, metric, precision)
-    arguments = (x, codebook, mask, metric, beta, precision)
-    run = choose(OP, FORWARD, backend, *arguments)
-    return cpu.quantize(*arguments, layout) if run is cpu.quantize else run(*arguments)
+def _check(call: QuantizeCall) -> None:
+    check_lookup(OP, call.x, call.codebook, call.mask)
+    check_choices(OP, call.metric, call.precision)
 
 
-def _fake(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, precision: str,
-    backend: str | None, layout: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _fake(call: QuantizeCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = call.x
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         torch.empty_like(x),
@@ -164,13 +134,12 @@ def _fake(
     )
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Of this op, and of those that take its arguments and return its outputs before their own."""
-    x, codebook, _mask, _metric, ctx.estimator, ctx.beta, _precision, backend, *_ = inputs
-    ctx.backend = bound_backend(backend)
+def setup_context(ctx: Any, call: Any, output: tuple[Tensor, ...]) -> None:
+    """Of this op, and of those whose calls begin with its arguments and whose outputs begin with its own."""
+    ctx.estimator, ctx.beta, ctx.backend = call.estimator, call.beta, bound_backend(call.backend)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebook, output[3])
+    ctx.save_for_backward(call.x, call.codebook, output[3])
 
 
 def backward(
@@ -190,49 +159,76 @@ def backward(
     return grad_x if need_x else None, grad_codebook if need_codebook else None, *[None] * 7
 
 
-def _run_backward(
-    x: Tensor, codebook: Tensor, indices: Tensor, grad_quantized: Tensor | None, grad_commitment: Tensor | None,
-    grad_codebook_loss: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebook: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check_lookup(BACKWARD_OP, x, codebook)
-    check_option(BACKWARD_OP, "estimator", estimator, ESTIMATORS)
-    check_tensor(BACKWARD_OP, "indices", indices, x.shape[:-1], torch.int64, x.device)
-    check_gradient(BACKWARD_OP, "grad_quantized", grad_quantized, x)
-    for name, weight in (("grad_commitment", grad_commitment), ("grad_codebook_loss", grad_codebook_loss)):
+def _check_backward(call: QuantizeBackwardCall) -> None:
+    x = call.x
+    check_lookup(BACKWARD_OP, x, call.codebook)
+    check_option(BACKWARD_OP, "estimator", call.estimator, ESTIMATORS)
+    check_tensor(BACKWARD_OP, "indices", call.indices, x.shape[:-1], torch.int64, x.device)
+    check_gradient(BACKWARD_OP, "grad_quantized", call.grad_quantized, x)
+    for name, weight in (("grad_commitment", call.grad_commitment), ("grad_codebook_loss", call.grad_codebook_loss)):
         if weight is not None:
             check_tensor(BACKWARD_OP, name, weight, (), None, x.device)
-    arguments = (
-        x, codebook, indices, grad_quantized, grad_commitment, grad_codebook_loss, estimator, beta, need_x,
-        need_codebook,
-    )  # fmt: skip
-    run = choose(OP, BACKWARD, backend, *arguments)
-    if run is not cpu.quantize_backward:  # which looks at them while it counts them
-        check_indices(BACKWARD_OP, "indices", indices, -1, codebook.shape[-2])
-    return run(*arguments)
 
 
-def _fake_backward(
-    x: Tensor, codebook: Tensor, indices: Tensor, grad_quantized: Tensor | None, grad_commitment: Tensor | None,
-    grad_codebook_loss: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebook: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _fake_backward(call: QuantizeBackwardCall) -> tuple[Tensor, Tensor]:
+    x, codebook = call.x, call.codebook
     return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(codebook) if need_codebook else codebook.new_empty(0),
+        torch.empty_like(x) if call.need_x else x.new_empty(0),
+        torch.empty_like(codebook) if call.need_codebook else codebook.new_empty(0),
     )
 
 
+def _checking_indices(run: Callable[[QuantizeBackwardCall], Any]) -> Callable[[QuantizeBackwardCall], Any]:
+    """``run`` of a backend that does not look at the indices itself. The CPU kernels do while they count them."""
+
+    def checked(call: QuantizeBackwardCall) -> Any:
+        check_indices(BACKWARD_OP, "indices", call.indices, -1, call.codebook.shape[-2])
+        return run(call)
+
+    return checked
+
+
 NO_JVP = no_forward_mode(OP, "the estimator defines what goes back alone")
-_quantize = register(
-    "quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
-    "str? backend, Tensor? layout=None) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, "
-    "Tensor indices)",
-    _run, _fake, backward, setup_context, NO_JVP,
-)  # fmt: skip
-_quantize_backward = register(
-    "quantize_backward(Tensor x, Tensor codebook, Tensor indices, Tensor? grad_quantized, Tensor? grad_commitment, "
-    "Tensor? grad_codebook_loss, str estimator, float beta, bool need_x, bool need_codebook, str? backend) "
-    "-> (Tensor grad_x, Tensor grad_codebook)",
-    _run_backward, _fake_backward, no_second_derivative(OP), lambda ctx, inputs, output: None, NO_JVP,
-)  # fmt: skip
+QUANTIZE = Op(
+    "quantize",
+    QuantizeCall,
+    {
+        "cpu": Kernel(cpu.quantize),
+        "triton": Kernel(
+            triton_backend.lazy_function("fastvq.ops.quantize.triton_forward", "quantize"),
+            lambda call: triton_backend.why_too_many_rows(call.x),
+            (rests_on(NEAREST),),
+        ),
+        "cuda": Kernel(cuda.quantize, golden=(rests_on(NEAREST),)),
+        "reference": Kernel(
+            lambda call: reference.quantize(call.x, call.codebook, call.mask, call.metric, call.beta, call.precision)
+        ),
+    },
+    check=_check,
+    fake=_fake,
+    returns="(Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, Tensor indices)",
+    autograd=Autograd(backward, NO_JVP, setup_context),
+)
+QUANTIZE_BACKWARD = Op(
+    "quantize_backward",
+    QuantizeBackwardCall,
+    {
+        "cpu": Kernel(cpu.quantize_backward),
+        "triton": Kernel(
+            _checking_indices(triton_backend.lazy_function("fastvq.ops.quantize.triton_backward", "quantize_backward")),
+            lambda call: triton_backend.why_too_many_rows(call.x),
+        ),
+        "cuda": Kernel(
+            _checking_indices(cuda.quantize_backward),
+            lambda call: why_too_many_vectors(call.x, call.codebook),
+            (rests_on(CODE_STATISTICS), known_results(golden_calls.quantize_backward)),
+        ),
+        "reference": Kernel(_checking_indices(without_backend(reference.quantize_backward))),
+    },
+    check=_check_backward,
+    fake=_fake_backward,
+    returns="(Tensor grad_x, Tensor grad_codebook)",
+    public_name=OP,
+    autograd=Autograd(no_second_derivative(OP), NO_JVP),
+)
+_quantize, _quantize_backward = register(QUANTIZE), register(QUANTIZE_BACKWARD)

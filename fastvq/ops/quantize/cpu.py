@@ -10,6 +10,7 @@ from fastvq.backends import views
 from fastvq.backends.views import Output, address
 from fastvq.ops._contract import count_real
 from fastvq.ops.nearest import cpu_isa
+from fastvq.ops.quantize.call import QuantizeBackwardCall, QuantizeCall
 from fastvq.ops.statistics.cpu import code_statistics
 
 __all__ = ["BACKWARD_OP", "quantize", "quantize_backward"]
@@ -23,15 +24,10 @@ def _heads(codebook: Tensor) -> int | None:
 
 @cpu_backend.cpu_call
 def quantize(
-    x: Tensor,  # [..., D] or [H, ..., D]
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    mask: Tensor | None,  # [...] or [H, ...] bool
-    metric: str,
-    beta: float,
-    precision: str,
-    layout: Tensor | None = None,  # the codebook, packed
+    call: QuantizeCall,
     statistics: tuple[Tensor, Tensor] | None = None,  # sums and counts to fill with those of ``code_statistics``
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, codebook, mask, metric, _, beta, precision, _, layout = call
     heads = _heads(codebook)
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
     quantized = Output(x, heads)
@@ -52,22 +48,12 @@ def quantize(
 
 
 @cpu_backend.cpu_call
-def quantize_backward(
-    x: Tensor,  # [..., D] or [H, ..., D]
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    indices: Tensor,  # [...] or [H, ...], -1 where masked
-    grad_quantized: Tensor | None,  # as x
-    grad_commitment: Tensor | None,  # []
-    grad_codebook_loss: Tensor | None,  # []
-    estimator: str,
-    beta: float,
-    need_x: bool,
-    need_codebook: bool,
-) -> tuple[Tensor, Tensor]:
+def quantize_backward(call: QuantizeBackwardCall) -> tuple[Tensor, Tensor]:
+    x, codebook, indices, grad_quantized, grad_commitment, grad_codebook_loss, estimator, beta, *_ = call
     grad_x, grad_codebook = x.new_empty(0), codebook.new_empty(0)
     indices = indices.contiguous()
     scale = 2 / max(1, count_real(BACKWARD_OP, indices, codebook.shape[-2]) * x.shape[-1])
-    if need_x:
+    if call.need_x:
         heads = _heads(codebook)
         out = Output(x, heads)
         incoming, g = (None, None) if grad_quantized is None else views.rows_view(grad_quantized, heads)
@@ -79,7 +65,7 @@ def quantize_backward(
         )  # fmt: skip
         del kept, incoming  # they had to live until here
         grad_x = out.tensor()
-    if need_codebook:
+    if call.need_codebook:
         grad_codebook = torch.zeros_like(codebook)
         if grad_codebook_loss is not None:
             # The sum of (c_k - x) over the vectors that chose k, from their count and sum.

@@ -2,58 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import views
-from fastvq.backends.golden import calls as golden_calls
-from fastvq.backends.golden import gate
 from fastvq.backends.views import Output, address
-from fastvq.ops.quantize import reference
-from fastvq.ops.statistics import CODE_STATISTICS
-from fastvq.ops.statistics.call import StatisticsCall
+from fastvq.ops.quantize.call import QuantizeBackwardCall, QuantizeCall
 from fastvq.ops.statistics.cuda import code_statistics
 
-__all__ = ["forward", "quantize", "quantize_backward", "why_backward_unsupported"]
+__all__ = ["forward", "quantize", "quantize_backward"]
 
 
 def _heads(codebook: Tensor) -> int | None:
     return codebook.shape[0] if codebook.dim() == 3 else None
 
 
-def why_backward_unsupported(x: Tensor, codebook: Tensor, indices: Tensor, *_: Any) -> str | None:
-    statistics = StatisticsCall(x, indices, codebook.shape[-2], _heads(codebook), True, None)
-    return CODE_STATISTICS.why_unsupported("cuda", statistics) or gate.check_op(
-        "cuda", "quantize_backward", x.device, quantize_backward, reference.quantize_backward,
-        golden_calls.quantize_backward,
-    )  # fmt: skip
-
-
-def quantize(
-    x: Tensor,  # [..., D] or [H, ..., D]
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    mask: Tensor | None,  # [...] or [H, ...] bool
-    metric: str,
-    beta: float,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(x, codebook, mask, metric, beta, precision, None, True)
+def quantize(call: QuantizeCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return forward(call, None, True)
 
 
 def forward(
-    x: Tensor,  # [..., D] or [H, ..., D]
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    mask: Tensor | None,  # [...] or [H, ...] bool
-    metric: str,
-    beta: float,
-    precision: str,
+    call: QuantizeCall,
     statistics: tuple[Tensor, Tensor] | None,  # [K, D] and [K], or [H, K, D] and [H, K], to be written
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``quantize``; writes ``statistics``, as ``code_statistics`` returns them, where they are asked for."""
+    x, codebook, mask, metric, _, beta, precision, *_ = call
     heads = _heads(codebook)
     with cuda_backend.on_device_of(x):
         indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
@@ -77,25 +52,15 @@ def forward(
         return out.tensor(), commitment_loss, codebook_loss, indices
 
 
-def quantize_backward(
-    x: Tensor,  # [..., D] or [H, ..., D]
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    indices: Tensor,  # [...] or [H, ...], -1 where masked
-    grad_quantized: Tensor | None,  # as x
-    grad_commitment: Tensor | None,  # []
-    grad_codebook_loss: Tensor | None,  # []
-    estimator: str,
-    beta: float,
-    need_x: bool,
-    need_codebook: bool,
-) -> tuple[Tensor, Tensor]:
+def quantize_backward(call: QuantizeBackwardCall) -> tuple[Tensor, Tensor]:
+    x, codebook, indices, grad_quantized, grad_commitment, grad_codebook_loss, estimator, beta, *_ = call
     grad_x, grad_codebook = x.new_empty(0), codebook.new_empty(0)
     heads = _heads(codebook)
     with cuda_backend.on_device_of(x):
         indices = indices.contiguous()
         n_real = (indices >= 0).sum()
         codes = views.codes_view(codebook)
-        if need_x:
+        if call.need_x:
             out = Output(x, heads)
             with_g = grad_quantized is not None and estimator != "none"
             incoming, g = (None, None) if grad_quantized is None else views.rows_view(grad_quantized, heads)
@@ -106,9 +71,9 @@ def quantize_backward(
             )  # fmt: skip
             del kept, incoming  # they had to live until here
             grad_x = out.tensor()
-        if need_codebook and grad_codebook_loss is None:
+        if call.need_codebook and grad_codebook_loss is None:
             grad_codebook = torch.zeros_like(codebook)
-        elif need_codebook:
+        elif call.need_codebook:
             # The sum of (c_k - x) over the vectors that chose k, from their count and sum.
             sums, counts = code_statistics(x, indices, codebook.shape[-2], heads, sums_dtype=torch.float64)
             grad_codebook = torch.empty_like(codebook)

@@ -23,6 +23,7 @@ from torch import Tensor
 from fastvq.backends import tiles, views
 from fastvq.backends.triton import float64_bits
 from fastvq.ops._triton_rows import at_least_float32, axis_of, code_strides, row_offset, to_dtype, to_float64
+from fastvq.ops.quantize.call import QuantizeBackwardCall
 from fastvq.ops.quantize.common import DEGENERATE
 from fastvq.ops.statistics.triton_statistics import code_statistics
 
@@ -138,24 +139,14 @@ def _to_codes(
     tl.store(grad_codebook + (head * out_head + code * out_k)[:, None] + column * out_d, result, mask=here)
 
 
-def quantize_backward(
-    x: Tensor,  # [..., D] or [H, ..., D]
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    indices: Tensor,  # [...] or [H, ...], -1 where masked
-    grad_quantized: Tensor | None,  # as x
-    grad_commitment: Tensor | None,  # []
-    grad_codebook_loss: Tensor | None,  # []
-    estimator: str,
-    beta: float,
-    need_x: bool,
-    need_codebook: bool,
-) -> tuple[Tensor, Tensor]:
+def quantize_backward(call: QuantizeBackwardCall) -> tuple[Tensor, Tensor]:
+    x, codebook, indices, grad_quantized, grad_commitment, grad_codebook_loss, estimator, beta, *_ = call
     grad_x, grad_codebook = x.new_empty(0), codebook.new_empty(0)
     heads = codebook.shape[0] if codebook.dim() == 3 else None
     indices = indices.contiguous()
     n_real = (indices >= 0).sum()
     dim, n_codes = codebook.shape[-1], codebook.shape[-2]
-    if need_x:
+    if call.need_x:
         out, view = views.Output(x, heads), views.rows(x, heads)
         with_g = grad_quantized is not None and estimator != "none"
         incoming = views.rows(grad_quantized, heads) if grad_quantized is not None and with_g else view
@@ -173,9 +164,9 @@ def quantize_backward(
                 WORK=tl.float64 if exact else tl.float32, AXIS=axis_of(view.stride_d, view.n_inner), **tile,
             )  # fmt: skip
         grad_x = out.tensor()
-    if need_codebook and grad_codebook_loss is None:
+    if call.need_codebook and grad_codebook_loss is None:
         grad_codebook = torch.zeros_like(codebook)
-    elif need_codebook:
+    elif call.need_codebook:
         # The sum of (c_k - x) over the vectors that chose k, from their count and sum.
         sums, counts = code_statistics(x, indices, n_codes, heads, sums_dtype=torch.float64)
         grad_codebook = torch.empty_like(codebook)

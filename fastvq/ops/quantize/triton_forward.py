@@ -25,6 +25,7 @@ from fastvq.backends import tiles, views
 from fastvq.backends.triton import float64_bits
 from fastvq.ops._triton_rows import axis_of, code_strides, row_offset, to_dtype, to_float64
 from fastvq.ops.nearest.triton_ops import nearest
+from fastvq.ops.quantize.call import QuantizeCall
 
 __all__ = ["gather", "quantize"]
 
@@ -94,15 +95,9 @@ def _losses(
     tl.store(commitment_loss, (beta * mean).to(commitment_loss.dtype.element_ty))
 
 
-def quantize(
-    x: Tensor,  # [..., D] or [H, ..., D]
-    codebook: Tensor,  # [K, D] or [H, K, D]
-    mask: Tensor | None,  # [...] or [H, ...] bool
-    metric: str,
-    beta: float,
-    precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return gather(x, codebook, nearest(x, codebook, metric, precision), mask, beta)
+def quantize(call: QuantizeCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    indices = nearest(call.x, call.codebook, call.metric, call.precision)
+    return gather(call.x, call.codebook, indices, call.mask, call.beta)
 
 
 def gather(

@@ -14,6 +14,7 @@ from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import views
 from fastvq.backends.views import Output, address
 from fastvq.ops.nearest.cuda import nearest
+from fastvq.ops.quantize.call import QuantizeBackwardCall
 from fastvq.ops.quantize.common import gather
 from fastvq.ops.quantize.cuda import quantize_backward
 from fastvq.ops.residual.common import elements, residual_dtype, residuals, rows_with_codes
@@ -146,8 +147,7 @@ def _pull(
     if turned is None or total is None:
         return out.tensor()
     own_code = torch.where(real, torch.arange(real.numel(), device=x.device).view(real.shape), -1)
-    turned, _ = quantize_backward(
-        x.to(levels.dtype), total.view(-1, x.shape[-1]), own_code, turned.to(levels.dtype), None, None, "rotation", 1.0,
-        True, False,
-    )  # fmt: skip
+    codes, turned = total.view(-1, x.shape[-1]), turned.to(levels.dtype)
+    rotation_alone = (None, None, "rotation", 1.0, True, False, None)
+    turned, _ = quantize_backward(QuantizeBackwardCall(x.to(levels.dtype), codes, own_code, turned, *rotation_alone))
     return torch.empty_like(x).copy_(torch.where(real[..., None], out.tensor() + turned, 0))

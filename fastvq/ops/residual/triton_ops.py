@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastvq.backends import triton as triton_backend
 from fastvq.ops.nearest.triton_ops import nearest
+from fastvq.ops.quantize.call import QuantizeBackwardCall
 from fastvq.ops.quantize.triton_backward import quantize_backward
 from fastvq.ops.residual import triton_levels
 from fastvq.ops.residual.common import elements, residual_dtype, residuals, rows_with_codes
@@ -208,9 +209,10 @@ def residual_quantize_backward(
             )  # fmt: skip
         if rotate:
             own_code = torch.where(real, torch.arange(n, device=rows.device), -1)
+            rotation_alone = (None, None, "rotation", beta, True, False, None)
             turned, _ = quantize_backward(
-                rows.to(dtype), total, own_code, g.to(dtype), None, None, "rotation", beta, True, False
-            )  # fmt: skip
+                QuantizeBackwardCall(rows.to(dtype), total, own_code, g.to(dtype), *rotation_alone)
+            )
             out = torch.where(real[:, None], out + turned, 0)
         grad_x = torch.empty_like(x).copy_(out.view(x.shape))
     if need_codebooks:

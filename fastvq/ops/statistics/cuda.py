@@ -12,14 +12,24 @@ from fastvq.backends.views import address
 from fastvq.ops.statistics.call import ReplaceCall, UpdateCall
 from fastvq.ops.statistics.common import STATISTICS
 
-__all__ = ["code_statistics", "ema_update_", "replace_dead_codes_", "why_too_many"]
+__all__ = ["code_statistics", "ema_update_", "replace_dead_codes_", "why_too_many", "why_too_many_vectors"]
 
 
-def why_too_many(indices: Tensor, n_codes: int, n_heads: int | None) -> str | None:
+def why_too_many(n_rows: int, n_codes: int) -> str | None:
+    """Why the kernels cannot number rows or codes, of all heads together, or None."""
     most = cuda_backend._cuda.most_statistics_rows
-    if indices.numel() > most or n_codes * (n_heads or 1) > most:
-        return f"it numbers rows and codes in 32 bits, {indices.numel()} and {n_codes * (n_heads or 1)} are too many"
+    if n_rows > most or n_codes > most:
+        return f"it numbers rows and codes in 32 bits, {n_rows} and {n_codes} are too many"
     return None
+
+
+def why_too_many_vectors(
+    x: Tensor,  # [..., D]
+    codebook: Tensor,  # [..., D]
+) -> str | None:
+    """``why_too_many`` of an op that takes the statistics of x."""
+    dim = x.shape[-1]
+    return why_too_many(x.numel() // dim, codebook.numel() // dim)
 
 
 def code_statistics(
