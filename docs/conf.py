@@ -39,7 +39,6 @@ extensions = [
 ]
 exclude_patterns = ["generated"]
 root_doc = "index"
-smartquotes = False  # options begin with two hyphens
 
 html_theme = "furo"
 html_title = "fastvq"

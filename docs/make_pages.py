@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ def commands() -> str:
         options = [p for p in command.params if p.opts[0].startswith("-")]
         usage = " ".join(p.name.upper() if p.required else f"[{p.name.upper()}]" for p in arguments)
         lines += [f"## {name}", "", f"```\n{f'{name} {usage}'.strip()} [OPTIONS]\n```", ""]
-        lines += [" ".join((command.help or "").split()), ""]
+        lines += [_as_code(" ".join((command.help or "").split())), ""]
         lines += _table("argument", [(f"`{p.name.upper()}`", p) for p in arguments])
         lines += _table("option", [("`" + " / ".join([*p.opts, *p.secondary_opts]) + "`", p) for p in options])
     return "\n".join(lines)
@@ -38,13 +39,18 @@ def _leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield from _leaves(one, f"{name} {sub}")
 
 
+def _as_code(text: str) -> str:
+    """Options in backticks: two hyphens would become a dash."""
+    return re.sub(r"(?<![`\w-])(--[a-z][a-z-]*)", r"`\1`", text)
+
+
 def _table(title: str, parameters: list[tuple[str, Any]]) -> list[str]:
     if not parameters:
         return []
     lines = [f"| {title} | meaning | default |", "|---|---|---|"]
     for shown, p in parameters:
         default = "required" if p.required else "" if p.default in (None, False) else f"`{p.default}`"
-        lines.append(f"| {shown} | {p.help or ''} | {default} |".replace("*.", r"\*."))
+        lines.append(f"| {shown} | {_as_code(p.help or '')} | {default} |".replace("*.", r"\*."))
     return [*lines, ""]
 
 

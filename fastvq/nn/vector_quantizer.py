@@ -25,7 +25,7 @@ class VectorQuantizer(Projected, LearnedCodebook):
 
     Args:
         dim: D, width of the input vectors.
-        n_codes: K.
+        n_codes: K, the number of codes.
         decay, eps: of the moving average.
         metric: "euclidean", "cosine" (input and codes are kept at unit length) or "dot".
         estimator: gradient to the input: "straight_through", "rotation" or "none".

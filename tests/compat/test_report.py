@@ -1,6 +1,7 @@
 """The report of ``fastvq.patch``: what is faster, what is left as it is and why, what is not a quantizer of ours."""
 
 import importlib.metadata
+import re
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,12 @@ def test_the_page_of_peers_names_every_package_and_its_newest_version():
     for target in TARGETS:
         if target.distribution:
             assert rows[target.distribution] == target.tested
+
+
+def test_the_report_of_the_page_is_what_its_code_prints(capsys):
+    text = (Path(__file__).parents[2] / "docs" / "start" / "patch.md").read_text()
+    code, printed = re.findall(r"^```\n(.*?)^```$", text, flags=re.M | re.S)[:2]
+    exec(compile(code, "patch.md", "exec"), {})
+    assert [
+        line for line in capsys.readouterr().out.splitlines() if not line.startswith("note:")
+    ] == printed.splitlines()
