@@ -72,19 +72,21 @@ def check_arguments(
     return (mask, None) if isinstance(mask, str) else ("custom", mask)
 
 
-def as_autocast(*tensors: Tensor | None) -> list[Any]:
+def as_autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     """Under autocast, its dtype, as torch's own convolutions take it."""
-    device = next(t for t in tensors if t is not None).device.type
+    device = x.device.type
     if not torch.is_autocast_enabled(device):
-        return list(tensors)
+        return x, *others
     dtype = torch.get_autocast_dtype(device)
-    return [t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in tensors]
+    return tuple(t.to(dtype) if t is not None and t.dtype != torch.float64 else t for t in (x, *others))
 
 
 def check_dtypes(op: str, x: Tensor, *others: Tensor | None) -> None:
-    for name, t in zip(("weight", "bias", "condition"), others, strict=False):
-        if t is not None and t.dtype != x.dtype:
-            raise TypeError(f"{op}: {name} must be {x.dtype}, as x, got {t.dtype}; convert one with .to()")
+    dtype = x.dtype
+    for i, t in enumerate(others):
+        if t is not None and t.dtype != dtype:
+            name = ("weight", "bias", "condition")[i]
+            raise TypeError(f"{op}: {name} must be {dtype}, as x, got {t.dtype}; convert one with .to()")
 
 
 def check_operands(
