@@ -25,7 +25,7 @@ products are taken (PRECISION "tf32x3"), so the tensor cores serve them too.
 import triton
 import triton.language as tl
 
-__all__ = ["dot", "gate_backward", "masked_conv", "masked_conv_weight_grad", "narrow", "sigmoid", "tanh"]
+__all__ = ["as_type_of", "dot", "gate_backward", "masked_conv", "masked_conv_weight_grad", "sigmoid", "tanh"]
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def narrow(value, like, INTERPRETED: tl.constexpr):
+def as_type_of(value, like, INTERPRETED: tl.constexpr):
     """In the type that ``like`` points to, rounded to nearest even; the interpreter would cut bfloat16 off."""
     if INTERPRETED and like.dtype.element_ty == tl.bfloat16:
         bits = value.to(tl.int32, bitcast=True)
@@ -155,14 +155,14 @@ def masked_conv(
             sums += tl.load(condition, mask=stored, other=0.0).to(SUMS)
         sums = tanh(sums)
         if tanh_a is not None:
-            tl.store(tanh_a + to, narrow(sums, tanh_a, INTERPRETED), mask=stored)
+            tl.store(tanh_a + to, as_type_of(sums, tanh_a, INTERPRETED), mask=stored)
         if CONDITION != "none":
             sums_b += tl.load(condition + c_out, mask=stored, other=0.0).to(SUMS)
         sums_b = sigmoid(sums_b)
         if sigmoid_b is not None:
-            tl.store(sigmoid_b + to, narrow(sums_b, sigmoid_b, INTERPRETED), mask=stored)
+            tl.store(sigmoid_b + to, as_type_of(sums_b, sigmoid_b, INTERPRETED), mask=stored)
         sums = sums * sums_b
-    tl.store(out + to, narrow(sums, out, INTERPRETED), mask=stored)
+    tl.store(out + to, as_type_of(sums, out, INTERPRETED), mask=stored)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -208,5 +208,5 @@ def gate_backward(
     t = tl.load(tanh_a + at, mask=inside, other=0.0).to(SUMS)
     s = tl.load(sigmoid_b + at, mask=inside, other=0.0).to(SUMS)
     to = out + at + (at // inner) * inner
-    tl.store(to, narrow(g * s * (1.0 - t * t), out, INTERPRETED), mask=inside)
-    tl.store(to + inner, narrow(g * t * (s * (1.0 - s)), out, INTERPRETED), mask=inside)
+    tl.store(to, as_type_of(g * s * (1.0 - t * t), out, INTERPRETED), mask=inside)
+    tl.store(to + inner, as_type_of(g * t * (s * (1.0 - s)), out, INTERPRETED), mask=inside)

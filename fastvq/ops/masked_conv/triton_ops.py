@@ -147,8 +147,8 @@ def _constants(x: Tensor, weight: Tensor) -> dict[str, Any]:
 
 def _narrowed(meta: Mapping[str, int], **channels: int) -> dict[str, int]:
     """A row's tile without blocks that are wider than the channels: tl.dot takes no side below 16."""
-    narrow = {name: min(meta[name], max(16, triton.next_power_of_2(n))) for name, n in channels.items()}
-    return {**meta, **narrow}
+    fitted = {name: min(meta[name], max(16, triton.next_power_of_2(n))) for name, n in channels.items()}
+    return {**meta, **fitted}
 
 
 def _convolve(

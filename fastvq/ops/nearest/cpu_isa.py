@@ -30,7 +30,7 @@ def packing_isa() -> int:
 def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int, fast: bool, packed: bool = False) -> int:
     """The instruction set to look ``rows`` up with; the views are those of ``rows_view`` and ``codes_view``.
 
-    packed: that of the layout which is there already.
+    packed: the codebook is packed already, for ``packing_isa()``.
 
     Tiles are the fastest where vectors spread in all directions. Where they share most of their length with their
     neighbours, as patches of photographs do, bfloat16 leaves most rows with several codes, and 16-bit integers are

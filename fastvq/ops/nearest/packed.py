@@ -55,7 +55,7 @@ class PackedCodebook:
         return self._codes.device
 
     def to(self, device: torch.device | str) -> PackedCodebook:
-        """The same codes on another device, laid out for it; itself where it is there already."""
+        """The same codes on another device, laid out for it; the same object where that is its device already."""
         codes = self._codes.to(device)
         return self if codes is self._codes else PackedCodebook(codes, self.metric, self.backend)
 
@@ -79,14 +79,14 @@ def pack_codebook(
 ) -> PackedCodebook:
     """Lays a frozen codebook out once, for serving: ``nearest`` and ``quantize`` take the result in its place.
 
-    Without it every call lays the codes out anew, which is little beside many vectors and much beside few. Indices are
-    the same either way.
+    Without it every call lays the codes out anew. That is a small part of a call with many vectors, and a large part of
+    a call with few. Indices are the same either way.
 
     Args:
         codebook: codes, float32, float64, float16 or bfloat16; any strides. They are copied.
         metric: the metric of the lookups; a call with another one raises.
         backend: the backend of the lookups, unless they name another; None: the fastest that can serve each. Backends
-            other than "cpu" lay nothing out and take the copy of the codes as it is.
+            other than "cpu" lay nothing out and take the copy of the codes.
 
     Raises:
         ValueError: a shape that is no codebook's, an unknown metric or backend, a backend that cannot run here.

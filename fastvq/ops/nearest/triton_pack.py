@@ -63,7 +63,7 @@ def raised(v, IS_BF16: tl.constexpr):
 
 
 @triton.jit
-def narrow(v, IS_BF16: tl.constexpr):
+def to_16_bits(v, IS_BF16: tl.constexpr):
     return v.to(tl.bfloat16) if IS_BF16 else v.to(tl.float16)
 
 
@@ -184,7 +184,7 @@ def _pack_codes(
         c = wide(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
         m = tl.load(mean + head * dim + d, mask=d < dim, other=0.0).to(tl.float64)
         v = tl.where(inside, (c - m[None, :]) * factor[:, None], 0.0)
-        rounded = narrow(v.to(tl.float32), IS_BF16)
+        rounded = to_16_bits(v.to(tl.float32), IS_BF16)
         if NARROW:
             tl.store(
                 code_columns + at * COLUMNS + FIRST_DATA + d[None, :], rounded, mask=(d < COLUMNS - FIRST_DATA)[None, :]
@@ -208,12 +208,12 @@ def _pack_codes(
         slope += 2 * own * (norm + tl.load(info + head * 2 + 1)) if METRIC == 2 else 2 * (own + 2.0**-50) * norm
         bias = tl.zeros((BK,), tl.float64) + 2.0**-34 + underflow
     bias = tl.where(held, bias, -256 * MAX_ROW_ELEMENT).to(tl.float32)
-    first = narrow(bias * 2.0**-8, IS_BF16)
+    first = to_16_bits(bias * 2.0**-8, IS_BF16)
     rest = bias - first.to(tl.float32) * 256
-    second = narrow(rest, IS_BF16)
-    third = narrow((rest - second.to(tl.float32)) * 2048, IS_BF16)
-    grown = narrow(raised(((1 + 2.0**-8) * (1 + gamma) * rounded_norm).to(tl.float32), IS_BF16), IS_BF16)
-    slope16 = narrow(raised(((1 + 2.0**-8) * slope).to(tl.float32) * 256, IS_BF16), IS_BF16)
+    second = to_16_bits(rest, IS_BF16)
+    third = to_16_bits((rest - second.to(tl.float32)) * 2048, IS_BF16)
+    grown = to_16_bits(raised(((1 + 2.0**-8) * (1 + gamma) * rounded_norm).to(tl.float32), IS_BF16), IS_BF16)
+    slope16 = to_16_bits(raised(((1 + 2.0**-8) * slope).to(tl.float32) * 256, IS_BF16), IS_BF16)
     line = (head * padded_codes + k) * COLUMNS
     tl.store(code_columns + line, first)
     tl.store(code_columns + line + 1, second)
@@ -222,7 +222,7 @@ def _pack_codes(
     tl.store(code_columns + line + 4, slope16)
     if not NARROW:
         rest_of_line = FIRST_DATA + tl.arange(0, COLUMNS)
-        zero = narrow(tl.zeros((BK, COLUMNS), tl.float32), IS_BF16)
+        zero = to_16_bits(tl.zeros((BK, COLUMNS), tl.float32), IS_BF16)
         tl.store(code_columns + line[:, None] + rest_of_line[None, :], zero, mask=(rest_of_line < COLUMNS)[None, :])
     tl.store(norms + head * padded_codes + k, tl.where(held, norm * (1 + 2.0**-10), -1.0).to(tl.float32))
     tl.store(factors + head * padded_codes + k, tl.where(held, factor, 0.0).to(tl.float32))

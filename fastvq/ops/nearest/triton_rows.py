@@ -17,9 +17,9 @@ from fastvq.ops.nearest.triton_pack import (
     FIRST_DATA,
     MAX_ROW_ELEMENT,
     SUBNORMAL,
-    narrow,
     power_of_two,
     raised,
+    to_16_bits,
     wide,
 )
 
@@ -55,7 +55,7 @@ def row_scale(top, scale, METRIC: tl.constexpr):
 @triton.jit
 def round_piece(f, IS_BF16: tl.constexpr):
     """Scaled elements as 16 bits. Elements out of range become 0; the filter does not serve their row anyway."""
-    return narrow(tl.where(tl.abs(f) <= MAX_ROW_ELEMENT, f, 0.0), IS_BF16)
+    return to_16_bits(tl.where(tl.abs(f) <= MAX_ROW_ELEMENT, f, 0.0), IS_BF16)
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def columns_of(norm, off, f, IS_BF16: tl.constexpr, NARROW: tl.constexpr):
     v = tl.where(j == 3, error[:, None], tl.where(j == 4, length[:, None], v))
     if NARROW:
         v = tl.where((j < FIRST_DATA) | ~good[:, None], v, tl.where(tl.abs(f) <= MAX_ROW_ELEMENT, f, 0.0))
-    return narrow(v, IS_BF16)
+    return to_16_bits(v, IS_BF16)
 
 
 @triton.jit(do_not_specialize=["n_rows", "slab"])

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, has-type"
-"""The sampler's choice of an id from logits on a GPU: one launch, a program an image, instead of a dozen or more.
+"""The sampler's choice of an id from logits on a GPU: one launch, a program an image. Torch needs a dozen.
 
 tensor           layout
 logits           [B, K]                 any float
@@ -8,10 +8,10 @@ mask             [B, H, W] bool         positions to be drawn; others keep their
 ids              [B, H, W] int64        written at the position
 position         [1] int64              row * W + column
 
-All arithmetic is float64, as in ``sample_ids`` of choice.py, whose result this is, but for the order of the
-sums: a uniform within a rounding of the step from one id to the next may fall to either. Nothing is sorted. What
-``top_k`` and ``top_p`` keep is every id above some probability and the first few at it, and that probability is found
-bit by bit: a non-negative float64 is ordered as the integer of its bits.
+All arithmetic is float64, and the result is that of ``sample_ids`` in choice.py, except for the order of the sums: a
+uniform within a rounding of the step from one id to the next may fall to either. Nothing is sorted. ``top_k`` and
+``top_p`` keep every id above some probability and the first few at it. That probability is found bit by bit: a
+non-negative float64 is ordered as the integer of its bits.
 """
 
 import sys

@@ -17,7 +17,7 @@ the map is masked, and a line of a ring is written before it is first read. Sums
 import triton
 import triton.language as tl
 
-from fastvq.ops.masked_conv.triton_kernels import dot, narrow, sigmoid, tanh
+from fastvq.ops.masked_conv.triton_kernels import as_type_of, dot, sigmoid, tanh
 
 __all__ = ["gate_step", "linear_step"]
 
@@ -90,7 +90,7 @@ def gate_step(
             here = (image * RINGS + row % RINGS) * width + column
             v += tl.load(source + here[:, None] * channels + o[None, :], mask=stored, other=0.0).to(tl.float32)
         to = (image * OUT_RINGS + row % OUT_RINGS) * width + column
-    tl.store(out + to[:, None] * channels + o[None, :], narrow(v, out, INTERPRETED), mask=stored)
+    tl.store(out + to[:, None] * channels + o[None, :], as_type_of(v, out, INTERPRETED), mask=stored)
 
 
 @triton.jit(do_not_specialize=["n", "width", "tall", "wide", "scale_y", "scale_x"])
@@ -132,14 +132,14 @@ def linear_step(
         value = sums
         if not FIRST:
             value += tl.load(before + to, mask=residual, other=0.0).to(tl.float32)
-        tl.store(out + to, narrow(value, out, INTERPRETED), mask=residual)
+        tl.store(out + to, as_type_of(value, out, INTERPRETED), mask=residual)
         to = m[:, None] * channels + (o - ours)[None, :]
         skipped = stored & (o >= ours)[None, :]
         if not FIRST:
             sums += tl.load(skip + to, mask=skipped, other=0.0).to(tl.float32)
-        tl.store(skip + to, narrow(sums, skip, INTERPRETED), mask=skipped)
+        tl.store(skip + to, as_type_of(sums, skip, INTERPRETED), mask=skipped)
     else:
         if KIND == "link" and condition is not None:
             add = _given(condition, image, row, column, tall, wide, scale_y, scale_x, channels) + 2 * channels
             sums += tl.load(add[:, None] + o[None, :], mask=stored, other=0.0).to(tl.float32)
-        tl.store(out + m[:, None] * n_out + o[None, :], narrow(sums, out, INTERPRETED), mask=stored)
+        tl.store(out + m[:, None] * n_out + o[None, :], as_type_of(sums, out, INTERPRETED), mask=stored)

@@ -9,12 +9,12 @@
                         4. rows not proved: the named groups that reach the threshold, by the definition in float64;
                            every code where a group without a name may reach it, or where the row is not the filter's
                         5. residual -= code; the squares of the difference, in float64
-  at the end            the codes are gathered once more, in order, and their sum is written
+  at the end            the codes are gathered again, in order, and their sum is written
 
 The codebooks are packed before, as heads of one codebook, in two launches. Step 4 stays in the program: it writes the
-residuals of the open rows alone, to where the sums of their codes go later, and lists those rows in scratch of its own,
-8 (LANES + 1) bytes a row. Else each row is read once, its sum and its indices written once, whatever the number of
-levels. The filter keeps its bound and the open rows keep their definition, so indices are those of a launch a level.
+residuals of the open rows alone, to the place where the sums of their codes go later, and lists those rows in a
+workspace of 8 (LANES + 1) bytes a row. Apart from that each row is read once, and its sum and indices are written once,
+for any number of levels. The bound and the definition are those of a launch a level, so the indices are the same.
 
 ``served`` is the rule when this kernel is used; elsewhere triton_ops.py makes a launch a level. Wider rows than WIDEST
 do not fit: at D = 256 the residual alone takes 64 of a thread's 255 registers, and the compiler spills 300 bytes.

@@ -54,7 +54,7 @@ def ema_update_(call: UpdateCall) -> None:
 @cpu_backend.cpu_call
 def replace_dead_codes_(call: ReplaceCall) -> Tensor:  # [] int64
     codebook, embed_sum, cluster_size, x, uniforms, threshold, _ = call
-    # Here the answer is at hand, and nearly always it is that nothing is to be done.
+    # On the CPU the comparison costs no wait, and nearly always no code is dead.
     if not (cluster_size < threshold).any():
         return torch.zeros((), dtype=torch.int64, device="cpu")
     return common.replace_dead_codes_(codebook, embed_sum, cluster_size, x, uniforms, threshold)

@@ -13,7 +13,7 @@ Deterministic, by sorting (``deterministic=True``):
     2. torch.sort, stable: rows of one code side by side, in row order; torch.searchsorted: where each code starts
     3. ``_plan``: codes with more than CHUNK rows are cut in pieces of CHUNK; pieces up to and including each code
     4. ``_add``: program k < H*K adds code k if it is not cut; program H*K + p adds piece p, found by bisection, to
-       ``partial`` [pieces, D]. There are fewer than 2 H N / CHUNK pieces whatever the indices, so the grid needs no
+       ``partial`` [pieces, D]. There are fewer than 2 H N / CHUNK pieces for all indices, so the grid needs no
        answer from the device, and a code that holds nearly every row is added by all processors.
     5. ``_join``: the pieces of each cut code, in order
 
@@ -21,7 +21,7 @@ x is read once, 16 bytes a row and sort pass besides. Every accumulator is float
 the indices and the tile alone. Registers: ROWS x BLOCK_D float64 accumulators a program.
 
 Not deterministic (``deterministic=False``): ``_scatter`` adds each row to its code with atomics in the type of sums, in
-whatever order the rows arrive. One pass, no sort, scratch for nothing.
+the order in which rows arrive. One pass, no sort, no workspace.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def code_statistics(
     if sums_dtype is None:
         sums_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if deterministic and x.stride(-1) != 1:
-        # Sorted rows are read one here, one there; of elements that lie apart each would fetch a sector of its own.
+        # Sorted rows lie anywhere in memory. Elements that lie apart would fetch a sector each.
         x = x.contiguous()
     view, indices = views.rows(x, n_heads), indices.contiguous()
     n_keys, n_total, dim = view.n_heads * n_codes, view.n_heads * view.n_rows, view.dim

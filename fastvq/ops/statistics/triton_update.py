@@ -9,14 +9,13 @@ tensors                                                     H heads, K codes, D 
     1. ``_sizes``, a program a head: the sum of the new sizes over k in a fixed order, then cluster_size and ``plan``
     2. ``_elements``, ROWS codes a program: embed_sum and codebook, each element read once and written once
 
-It leaves the next lookup's operands and the dead codes' flags to their users, which read the buffers as they are then:
-between the two a quantizer normalises its codes (cosine) and ``replace_dead_codes_`` writes to them, so operands packed
-here would be packed again. At N = 65536, K = 1024, D = 64 packing moves 1 MB, in the cache, beside the lookup's 50 MB
-(rows read, rounded, read again), and 1e6 operations beside 1e10. A flag is one comparison of K sizes, beside a pass
-over the candidates.
+It packs no operands for the next lookup and flags no dead codes. Before that lookup a quantizer normalises its codes
+(cosine) and ``replace_dead_codes_`` writes to them, so operands packed here would be packed again. At N = 65536,
+K = 1024, D = 64 packing moves 1 MB in the cache, and the lookup 50 MB (rows read, rounded, read again). Packing takes
+1e6 operations, the lookup 1e10. A flag is one comparison of K sizes; the replacement passes over all candidates.
 
-Arithmetic is float64 without fused multiply-adds and each stored value is rounded once, so the result is that of the
-CPU's kernel to the bit, but for the sum of the sizes, whose order is another one.
+Arithmetic is float64 without fused multiply-adds and each stored value is rounded once. So the result equals that of
+the CPU's kernel to the bit, except for the sum of the sizes, which is added in another order.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ TILES = [
 
 @triton.jit
 def _new_size(old, count, decay, take, dtype: tl.constexpr):
-    """The size as it is stored, in float64 again."""
+    """The stored size, in float64 again."""
     return (decay * old + take * count.to(tl.float64)).to(dtype).to(tl.float64)
 
 
