@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastvq.ops._triton_rows import to_float64
 from fastvq.ops.nearest.triton_filter import MAX_CANDIDATE_GROUPS, push_to_list
-from fastvq.ops.nearest.triton_pack import wide
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def best_of_candidates(row, row_step, there, codes, stride_k, code_step, k, is_c
     for d0 in range(0, dim, UNROLL):
         for i in tl.static_range(UNROLL):
             inside = (d0 + i + tl.zeros((1,), tl.int32)) < dim  # beyond, 0 is added, which changes no sum
-            v = wide(tl.load(row, mask=there & inside, other=0.0))[:, None]
-            c = wide(tl.load(code, mask=is_candidate & inside[None, :], other=0.0))
+            v = to_float64(tl.load(row, mask=there & inside, other=0.0))[:, None]
+            c = to_float64(tl.load(code, mask=is_candidate & inside[None, :], other=0.0))
             total, square = step(v, c, total, square, METRIC)
             odd += c - c
             row += row_step
@@ -75,8 +75,8 @@ def best_of_all(row_start, row_step, there, codes, stride_k, code_step, n_codes,
         for d0 in range(0, dim, UNROLL):
             for i in tl.static_range(UNROLL):
                 inside = (d0 + i + tl.zeros((1,), tl.int32)) < dim
-                v = wide(tl.load(row, mask=there & inside, other=0.0))
-                c = wide(tl.load(code, mask=(k < n_codes) & inside[None, :], other=0.0))
+                v = to_float64(tl.load(row, mask=there & inside, other=0.0))
+                c = to_float64(tl.load(code, mask=(k < n_codes) & inside[None, :], other=0.0))
                 total, square = step(v[:, None], c, total, square, METRIC)
                 odd += c - c
                 odd_row += v - v

@@ -31,6 +31,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastvq.ops._triton_rows import to_float64
+
 __all__ = ["COLUMNS", "FIRST_DATA", "gamma"]
 
 COLUMNS: tl.constexpr = tl.constexpr(16)  # one step of the tensor cores
@@ -48,12 +50,6 @@ EMPTY_SLOT: tl.constexpr = tl.constexpr(0x7F800000)
 def gamma(width: int) -> float:
     """Relative error of ``width`` products summed by tensor cores, for the sum of their absolute values."""
     return (1.25 * width + 16) * 2.0**-23
-
-
-@triton.jit
-def wide(v):
-    """Exact in float64. By way of float32: the interpreter converts bfloat16 to nothing else."""
-    return v.to(tl.float64) if v.dtype == tl.float64 else v.to(tl.float32).to(tl.float64)
 
 
 @triton.jit
@@ -90,7 +86,7 @@ def _codebook_stats(
     for d0 in range(0, dim, BD):
         d = d0 + tl.arange(0, BD)
         inside = there[:, None] & (d < dim)[None, :]
-        c = wide(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
+        c = to_float64(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
         square += tl.sum(c * c, axis=1)
     used = there & (square <= 2.0**100)  # false for NaN
     n = tl.maximum(tl.sum(used.to(tl.int32)), 1)
@@ -100,7 +96,7 @@ def _codebook_stats(
         for d0 in range(0, dim, BD):
             d = d0 + tl.arange(0, BD)
             inside = used[:, None] & (d < dim)[None, :]
-            c = wide(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
+            c = to_float64(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
             m = (tl.sum(c, axis=0) / n).to(tl.float32).to(tl.float64)
             mean_square += tl.sum(m * m)
     # sum |c - m|^2 = sum |c|^2 - n |m|^2: the mean goes where that at least halves it.
@@ -109,7 +105,7 @@ def _codebook_stats(
     for d0 in range(0, dim, BD):
         d = d0 + tl.arange(0, BD)
         inside = used[:, None] & (d < dim)[None, :]
-        c = wide(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
+        c = to_float64(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
         m = tl.where(centred, (tl.sum(c, axis=0) / n).to(tl.float32), 0.0)
         tl.store(mean + head * dim + d, m, mask=d < dim)
         apart = tl.where(inside, c - m.to(tl.float64)[None, :], 0.0)
@@ -150,7 +146,7 @@ def _pack_codes(
     for d0 in range(0, dim, BD):
         d = d0 + tl.arange(0, BD)
         inside = there[:, None] & (d < dim)[None, :]
-        c = wide(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
+        c = to_float64(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
         m = tl.load(mean + head * dim + d, mask=d < dim, other=0.0).to(tl.float64)
         raw_square += tl.sum(c * c, axis=1)
         odd += tl.sum(c - c, axis=1)  # stays 0 for finite codes, becomes NaN for others
@@ -181,7 +177,7 @@ def _pack_codes(
     for d0 in range(0, DP, BD):
         d = d0 + tl.arange(0, BD)
         inside = held[:, None] & (d < dim)[None, :]
-        c = wide(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
+        c = to_float64(tl.load(rows + d.to(tl.int64)[None, :] * stride_d, mask=inside, other=0.0))
         m = tl.load(mean + head * dim + d, mask=d < dim, other=0.0).to(tl.float64)
         v = tl.where(inside, (c - m[None, :]) * factor[:, None], 0.0)
         rounded = to_16_bits(v.to(tl.float32), IS_BF16)
@@ -191,7 +187,7 @@ def _pack_codes(
             )
         else:
             tl.store(codes + at * DP + d[None, :], rounded)
-        back = wide(rounded)
+        back = to_float64(rounded)
         residual += tl.sum((v - back) * (v - back), axis=1)
         rounded_square += tl.sum(back * back, axis=1)
     rounded_norm = tl.sqrt(rounded_square)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastvq.ops._triton_rows import to_float64
 from fastvq.ops.nearest.triton_pack import (
     COLUMNS,
     FIRST_DATA,
@@ -20,7 +21,6 @@ from fastvq.ops.nearest.triton_pack import (
     power_of_two,
     raised,
     to_16_bits,
-    wide,
 )
 
 MAX_ROW_NORM: tl.constexpr = tl.constexpr(2.0**23)  # |x'|: 2^-8 of it must fit in a float16
@@ -30,7 +30,7 @@ SMALLEST_SEEN: tl.constexpr = tl.constexpr(2.0**-74)  # squares of smaller diffe
 @triton.jit
 def away_from(v, m):
     """v - m in the wider of v's type and float32, rounded to float32."""
-    return (wide(v) - m.to(tl.float64)).to(tl.float32) if v.dtype == tl.float64 else v.to(tl.float32) - m
+    return (to_float64(v) - m.to(tl.float64)).to(tl.float32) if v.dtype == tl.float64 else v.to(tl.float32) - m
 
 
 @triton.jit
