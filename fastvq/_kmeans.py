@@ -33,12 +33,19 @@ Batches = Callable[[], Iterable[Tensor]]
 
 
 class KMeans(NamedTuple):
-    """Result of ``kmeans``."""
+    """Result of ``kmeans``.
 
-    codebook: Tensor  # [K, D]
-    counts: Tensor  # [K] int64, number of vectors of each code
-    inertia: float  # sum over vectors of the squared distance to their code
-    n_iter: int  # number of iterations run
+    Attributes:
+        codebook: [K, D].
+        counts: [K] int64, number of vectors of each code.
+        inertia: sum over vectors of the squared distance to their code.
+        n_iter: number of iterations run.
+    """
+
+    codebook: Tensor
+    counts: Tensor
+    inertia: float
+    n_iter: int
 
 
 class Collective(NamedTuple):

@@ -23,8 +23,15 @@ SHIFT = 2  # pixels
 
 
 class Batch(NamedTuple):
-    images: Tensor  # [B, C, H, W] float32, normalised
-    labels: Tensor | None  # [B] int64
+    """Pictures of one micro-batch.
+
+    Attributes:
+        images: [B, C, H, W] float32, normalised.
+        labels: [B] int64, or None where the set has no labels.
+    """
+
+    images: Tensor
+    labels: Tensor | None
 
 
 class Loader:

@@ -40,8 +40,16 @@ TIFF_BITS, TIFF_SAMPLE_FORMAT, TIFF_UNSIGNED = 258, 339, 1
 
 
 class Picture(NamedTuple):
+    """A picture of a set.
+
+    Attributes:
+        name: of its file, or its place in the set.
+        pixels: [C, H, W] uint8.
+        label: its class, or None.
+    """
+
     name: str
-    pixels: Tensor  # [C, H, W] uint8
+    pixels: Tensor
     label: int | None
 
 
