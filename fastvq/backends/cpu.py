@@ -16,9 +16,11 @@ from fastvq import _env
 
 _import_error: str | None = None
 try:
-    from fastvq import _cpu
+    import fastvq._cpu as _cpu
+except ModuleNotFoundError:
+    _import_error = "was not built"
 except ImportError as error:
-    _import_error = f"{type(error).__name__}: {error}"
+    _import_error = f"cannot be loaded ({error})"
 
 __all__ = [
     "ISAS",
@@ -71,7 +73,7 @@ if _import_error is None:
 def unavailable() -> str | None:
     """Why the CPU kernels cannot run at all, or None."""
     if _import_error is not None:
-        return f"the extension fastvq._cpu was not built or cannot be loaded ({_import_error}); {_remedy()}"
+        return f"the extension fastvq._cpu {_import_error}; {_remedy()}"
     return None
 
 

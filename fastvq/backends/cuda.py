@@ -11,9 +11,11 @@ from torch import Tensor
 
 _import_error: str | None = None
 try:
-    from fastvq import _cuda
+    import fastvq._cuda as _cuda
+except ModuleNotFoundError:
+    _import_error = "was not built"
 except ImportError as error:
-    _import_error = f"{type(error).__name__}: {error}"
+    _import_error = f"cannot be loaded ({error})"
 
 __all__ = ["built", "on_device_of", "stream", "unavailable", "why_unsupported", "why_unsupported_on", "workspace"]
 
@@ -34,7 +36,7 @@ def unavailable() -> str | None:
     """Why the CUDA C++ kernels cannot run at all, or None."""
     if _import_error is not None:
         return (
-            f"the extension fastvq._cuda was not built or cannot be loaded ({_import_error}); "
+            f"the extension fastvq._cuda {_import_error}; "
             "install the CUDA toolkit (nvcc) and reinstall fastvq with FASTVQ_CUDA=1"
         )
     if (reason := _no_device()) is not None:
