@@ -51,5 +51,7 @@ if [ "${1:-wheel}" = wheel ]; then
   "$work/from_wheel/bin/pip" install -q "$wheel"
   mkdir "$work/empty"
   cd "$work/empty"
-  env -i PATH="$work/from_wheel/bin" HOME="$work/empty" fastvq info --verify # no compiler is on this PATH
+  env -i PATH="$work/from_wheel/bin" HOME="$work/empty" fastvq info --verify | tee "$work/log" # no compiler on this PATH
+  ! grep -qw avx2 /proc/cpuinfo || grep -q "^cpu, avx2: .* as recorded" "$work/log" ||
+    { echo "the wheel does not use the AVX2 that this machine has"; exit 1; }
 fi

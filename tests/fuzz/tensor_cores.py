@@ -68,9 +68,7 @@ class Worst(NamedTuple):
 def missing() -> str | None:
     """Why the instructions cannot be modelled here, or None."""
     if importlib.util.find_spec("mmasim") is None:
-        return (
-            "models matrix instructions with the package mmasim, which is absent: pip install '.[tensor-cores]'"
-        )
+        return "models matrix instructions with mmasim, which is absent: pip install '.[tensor-cores]'"
     return None
 
 

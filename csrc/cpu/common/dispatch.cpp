@@ -4,8 +4,10 @@
 #include <string>
 #include <vector>
 
-#if defined(__x86_64__) && defined(FASTVQ_AMX) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(FASTVQ_AMX) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -35,17 +37,41 @@ const char* isa_name(Isa isa) {
 
 namespace {
 
+#if defined(__x86_64__)
+// Asked of the processor itself: the builtin __builtin_cpu_supports answers "no" to everything in a shared library that
+// clang links against its own runtime, as wheels are.
+struct Processor {
+  unsigned features = 0, features_b = 0, features_c = 0, features_d = 0;  // leaf 1: ECX; leaf 7: EBX, ECX, EDX
+  unsigned saved = 0;  // registers that the operating system saves
+
+  Processor() {
+    unsigned a, b, c, d;
+    if (__get_cpuid(1, &a, &b, &c, &d)) features = c;
+    if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) features_b = b, features_c = c, features_d = d;
+    constexpr unsigned kOsXsave = 1u << 27;
+    if (features & kOsXsave) asm volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+  }
+  static bool all(unsigned of, unsigned bits) { return (of & bits) == bits; }
+  bool avx2() const {
+    constexpr unsigned kFma = 1u << 12, kF16c = 1u << 29, kAvx2 = 1u << 5, kYmm = 0x06;
+    return all(features, kFma | kF16c) && all(features_b, kAvx2) && all(saved, kYmm);
+  }
+  bool avx512() const {
+    constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31, kZmm = 0xe6;
+    return avx2() && all(features_b, kF | kDq | kBw | kVl) && all(saved, kZmm);
+  }
+  bool avx512_vnni() const { return avx512() && all(features_c, 1u << 11); }
+  bool bf16_tiles() const { return all(features_d, 1u << 22 | 1u << 24); }
+  bool tiles_saved() const { return all(saved, 3u << 17); }
+};
+#endif
+
 #if defined(__x86_64__) && defined(FASTVQ_AMX) && defined(__linux__)
 // The registers are large, so Linux lets a process use them only after it has asked. Threads inherit the permission.
 std::string ask_for_tiles() {
-  unsigned a, b, c, d;
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kOsXsave = 1u << 27;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kBf16) || !(d & kTile))
-    return "the processor has no bfloat16 matrix tiles";
-  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kOsXsave)) return "the operating system saves no tile registers";
-  unsigned low, high;
-  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  if ((low >> 17 & 3) != 3) return "the operating system saves no tile registers";
+  const Processor processor;
+  if (!processor.bf16_tiles()) return "the processor has no bfloat16 matrix tiles";
+  if (!processor.tiles_saved()) return "the operating system saves no tile registers";
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0)
     return std::string("the operating system refused tile registers to this process (") + std::strerror(errno) + ")";
@@ -67,21 +93,17 @@ std::string amx_unavailable() {
 std::vector<Isa> available_isas() {
   std::vector<Isa> isas{Isa::generic};
 #if defined(__x86_64__)
-  // The builtin also asks the operating system whether it saves the wide registers.
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    isas.push_back(Isa::avx2);
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl")) {
+  const Processor processor;
+  if (processor.avx2()) isas.push_back(Isa::avx2);
+  if (processor.avx512()) {
 #if defined(FASTVQ_EMULATED)
-      isas.insert(isas.begin() + 1, Isa::emulated);
+    isas.insert(isas.begin() + 1, Isa::emulated);
 #endif
-      isas.push_back(Isa::avx512);
+    isas.push_back(Isa::avx512);
 #if defined(FASTVQ_VNNI)
-      if (__builtin_cpu_supports("avx512vnni")) isas.push_back(Isa::avx512_vnni);
+    if (processor.avx512_vnni()) isas.push_back(Isa::avx512_vnni);
 #endif
-      if (amx_unavailable().empty()) isas.push_back(Isa::amx);
-    }
+    if (amx_unavailable().empty()) isas.push_back(Isa::amx);
   }
 #endif
   return isas;
