@@ -103,9 +103,7 @@ def test_references_are_oracles():
             assert plain or other in references() or other == "fastvq._checks", f"{name} imports {other}"
     for name, names in imports(False).items():
         for other in references().intersection(names):
-            op = other.removesuffix(".reference")
-            golden = f"{op}.cuda"  # compared with the reference on an unknown card
-            assert name in references() or name in (op, golden), f"{name} imports {other}"
+            assert name in references() or name == other.removesuffix(".reference"), f"{name} imports {other}"
     assert len(references()) == 7
 
 

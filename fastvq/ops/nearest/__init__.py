@@ -84,11 +84,11 @@ def nearest(
         torch.Size([8, 32, 32])
     """
     check_backend_name(OP, backend)
-    codes, layout, backend = operands(OP, codebook, metric, backend)
+    codes, packed, backend = operands(OP, codebook, metric, backend)
     check_codebook(OP, x, codes)
     check_option(OP, "metric", metric, METRICS)
     check_option(OP, "precision", precision, PRECISIONS)
-    return _nearest(x, codes, metric, precision, check_finite, backend, layout)
+    return _nearest(x, codes, metric, precision, check_finite, backend, packed)
 
 
 def _check(call: NearestCall) -> None:

@@ -20,14 +20,14 @@ PACK = "fastvq.ops.pack_codebook"
 
 @cpu_backend.cpu_call
 def nearest(call: NearestCall) -> Tensor:  # [...] or [H, ...] int64
-    x, codebook, metric, precision, _, _, layout = call
+    x, codebook, metric, precision, _, _, packed = call
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
     x, rows = views.rows_view(x, codebook.shape[0] if codebook.dim() == 3 else None)
     codes, metric_code, fast = views.codes_view(codebook), views.metric_code(metric), precision == "fast"
-    isa = cpu_isa.lookup_isa(rows, codes, metric_code, fast, layout is not None)
+    isa = cpu_isa.lookup_isa(rows, codes, metric_code, fast, packed is not None)
     cpu_backend._cpu.nearest(
         rows, codes, metric_code, fast, address(indices), isa, torch.get_num_threads(),
-        cpu_isa.layout_address(layout),
+        cpu_isa.packed_address(packed),
     )  # fmt: skip
     return indices
 
@@ -43,9 +43,9 @@ def pack(
     if codebook.device.type != "cpu":
         raise ValueError(f"{PACK}: codebook must be on the CPU, got {codebook.device}; the layout is for CPU kernels")
     view, isa = views.codes_view(codebook), cpu_isa.packing_isa()
-    layout = torch.empty(cpu_backend._cpu.packed_bytes(view, isa), dtype=torch.uint8, device="cpu")
-    cpu_backend._cpu.pack_codebook(view, views.metric_code(metric), isa, torch.get_num_threads(), address(layout))
-    return layout
+    packed = torch.empty(cpu_backend._cpu.packed_bytes(view, isa), dtype=torch.uint8, device="cpu")
+    cpu_backend._cpu.pack_codebook(view, views.metric_code(metric), isa, torch.get_num_threads(), address(packed))
+    return packed
 
 
 def _fake_pack(codebook: Tensor, metric: str) -> Tensor:

@@ -9,7 +9,7 @@ from fastvq import _env
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends.views import address
 
-__all__ = ["layout_address", "lookup_isa", "packing_isa"]
+__all__ = ["lookup_isa", "packed_address", "packing_isa"]
 
 # Where a lookup runs on tiles unless it is told to: on how many rows and codes it is tried, the share of rows up to
 # which it pays that bfloat16 leaves more than one code open, the rows of a head that are too few to try, and the least
@@ -58,15 +58,15 @@ def lookup_isa(rows: tuple[int, ...], codes: tuple[int, ...], metric: int, fast:
     return cpu_backend.isa() if open_rows <= MOST_OPEN * outer * inner else packing_isa()
 
 
-def layout_address(layout: Tensor | None) -> int:
+def packed_address(packed: Tensor | None) -> int:
     """Where a packed codebook lies, 0 for none; ValueError where ``torch.ops.fastvq.pack_codebook`` did not make it."""
-    if layout is None:
+    if packed is None:
         return 0
-    at = address(layout)
-    whole = layout.dtype == torch.uint8 and layout.is_contiguous() and layout.is_cpu and layout.numel() >= 64
-    if not whole or at % 64 or cpu_backend._cpu.recorded_bytes(at) != layout.numel():
+    at = address(packed)
+    whole = packed.dtype == torch.uint8 and packed.is_contiguous() and packed.is_cpu and packed.numel() >= 64
+    if not whole or at % 64 or cpu_backend._cpu.recorded_bytes(at) != packed.numel():
         raise ValueError(
-            f"fastvq: layout must be what torch.ops.fastvq.pack_codebook made of the codebook, got {layout.dtype} "
-            f"{list(layout.shape)}; pack the codebook again"
+            f"fastvq: layout must be what torch.ops.fastvq.pack_codebook made of the codebook, got {packed.dtype} "
+            f"{list(packed.shape)}; pack the codebook again"
         )
     return at

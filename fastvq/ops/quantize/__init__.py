@@ -104,14 +104,14 @@ def quantize(
     """
     check_backend_name(OP, backend)
     check_number(OP, "beta", beta)
-    codes, layout, backend = operands(OP, codebook, metric, backend)
+    codes, packed, backend = operands(OP, codebook, metric, backend)
     check_codebook(OP, x, codes)
     check_option(OP, "metric", metric, METRICS)
     check_option(OP, "estimator", estimator, ESTIMATORS)
     check_option(OP, "precision", precision, PRECISIONS)
     check_mask(OP, x, mask)
     quantized, commitment_loss, codebook_loss, indices = _quantize(
-        x, codes, mask, metric, estimator, float(beta), precision, backend, layout
+        x, codes, mask, metric, estimator, float(beta), precision, backend, packed
     )
     if estimator == "none":
         quantized = quantized.detach()

@@ -27,18 +27,18 @@ def quantize(
     call: QuantizeCall,
     statistics: tuple[Tensor, Tensor] | None = None,  # sums and counts to fill with those of ``code_statistics``
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, codebook, mask, metric, _, beta, precision, _, layout = call
+    x, codebook, mask, metric, _, beta, precision, _, packed = call
     heads = _heads(codebook)
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
     quantized = Output(x, heads)
     x, rows = views.rows_view(x, heads)
     mask = None if mask is None else mask.contiguous()
     codes, metric_code, fast = views.codes_view(codebook), views.metric_code(metric), precision == "fast"
-    isa = cpu_isa.lookup_isa(rows, codes, metric_code, fast, layout is not None)
+    isa = cpu_isa.lookup_isa(rows, codes, metric_code, fast, packed is not None)
     square, n_rows = cpu_backend._cpu.quantize_forward(
         rows, codes, metric_code, fast,
         0 if mask is None else address(mask), views.rows_of(quantized.rows), address(indices), isa,
-        torch.get_num_threads(), cpu_isa.layout_address(layout),
+        torch.get_num_threads(), cpu_isa.packed_address(packed),
         None if statistics is None else views.statistics_view(*statistics),
     )  # fmt: skip
     mean = square / (n_rows * x.shape[-1]) if n_rows else 0.0

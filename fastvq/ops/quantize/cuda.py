@@ -39,7 +39,7 @@ def forward(
         codes = views.codes_view(codebook)
         mask = None if mask is None else mask.contiguous()
         n_bytes = cuda_backend._cuda.quantize_workspace(rows, codes, statistics is not None and deterministic)
-        room = cuda_backend.workspace(x, n_bytes)
+        workspace = cuda_backend.workspace(x, n_bytes)
         sums, counts = (0, 0) if statistics is None else (address(t) for t in statistics)
         cuda_backend._cuda.quantize_forward(
             rows, codes,
@@ -47,7 +47,7 @@ def forward(
              deterministic),
             views.rows_of(out.rows),
             (address(indices), address(commitment_loss), address(codebook_loss), sums, counts),
-            address(room), cuda_backend.stream(x),
+            address(workspace), cuda_backend.stream(x),
         )  # fmt: skip
         return out.tensor(), commitment_loss, codebook_loss, indices
 

@@ -50,10 +50,10 @@ def code_statistics(
         indices = indices.contiguous()
         x, rows = views.rows_view(x, n_heads)
         n_bytes = cuda_backend._cuda.code_statistics_workspace(rows, n_codes, deterministic)
-        room = cuda_backend.workspace(x, n_bytes)
+        workspace = cuda_backend.workspace(x, n_bytes)
         cuda_backend._cuda.code_statistics(
             rows, address(indices), n_codes, deterministic, address(sums), sums_dtype == torch.float64,
-            address(counts), address(room), cuda_backend.stream(x),
+            address(counts), address(workspace), cuda_backend.stream(x),
         )  # fmt: skip
     return sums, counts
 
@@ -63,10 +63,10 @@ def ema_update_(call: UpdateCall) -> None:
     with cuda_backend.on_device_of(codebook):
         sums, counts = sums.contiguous(), counts.contiguous()
         buffers = views.ema_view(codebook, embed_sum, cluster_size)
-        room = cuda_backend.workspace(codebook, cuda_backend._cuda.ema_update_workspace(buffers))
+        workspace = cuda_backend.workspace(codebook, cuda_backend._cuda.ema_update_workspace(buffers))
         cuda_backend._cuda.ema_update(
             buffers, address(sums), sums.dtype == torch.float64, address(counts), decay, eps,
-            smoothing == "laplace", debias, address(room), cuda_backend.stream(codebook),
+            smoothing == "laplace", debias, address(workspace), cuda_backend.stream(codebook),
         )  # fmt: skip
 
 
