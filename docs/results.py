@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 from pathlib import Path
 
-__all__ = ["H100", "RESULTS", "Result", "best", "fastest_two", "mib", "ms", "one", "percent", "rows", "times"]
+__all__ = ["H100", "RESULTS", "Result", "best", "digest", "fastest_two", "mib", "ms", "one", "percent", "rows", "times"]
 
 RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 H100 = "nvidia_h100_80gb_hbm3/"
@@ -18,6 +19,11 @@ def rows(file: str) -> tuple[Result, ...]:
     """The rows of benchmarks/results/``file``."""
     with (RESULTS / file).open(newline="") as opened:
         return tuple(csv.DictReader(opened))
+
+
+def digest(file: str) -> str:
+    """Of the file's content; a plot carries it, so that a plot of an earlier file is found."""
+    return hashlib.sha256((RESULTS / file).read_bytes()).hexdigest()
 
 
 def one(file: str, **wanted: str) -> Result:

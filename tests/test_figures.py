@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -31,3 +32,9 @@ def test_a_peer_is_the_best_of_its_table():
     for row in results.rows("masked_conv.csv"):
         if (row["shape"], row["case"]) == (fastest["shape"], fastest["case"]) and "fastvq" not in row["provider"]:
             assert float(row["p50_ms"]) >= float(fastest["p50_ms"])
+
+
+def test_the_plot_of_the_readme_is_drawn_from_the_present_file():
+    """``python docs/figures.py`` draws it."""
+    with Image.open(ROOT / "docs" / "images" / "lookup.png") as picture:
+        assert picture.info["Description"].endswith(results.digest("quantize.csv"))
