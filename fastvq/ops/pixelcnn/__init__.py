@@ -134,8 +134,6 @@ def pixelcnn_step(
     check_ids(OP, state, ids)
     check_integer(OP, "row", row)
     check_integer(OP, "column", column)
-    if not (0 <= row < ids.shape[1] and 0 <= column < ids.shape[2]):
-        raise ValueError(f"{OP}: (row, column) must lie in {list(ids.shape[1:])}, got ({row}, {column})")
     return _pixelcnn_step(
         ids, state.weights, state.cache, state.condition, state.kernel_sizes, row, column, state.backend
     )

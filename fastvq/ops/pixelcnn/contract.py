@@ -50,9 +50,9 @@ def check_step(
     batch, height, width = ids.shape
     if not (0 <= row < height and 0 <= column < width) or batch < 1:
         raise ValueError(f"{op}: (row, column) must lie in {list(ids.shape[1:])}, got ({row}, {column})")
-    if not kernel_sizes or any(k < 1 or k % 2 == 0 for k in kernel_sizes):
+    if not kernel_sizes or min(kernel_sizes) < 1 or not all([k % 2 for k in kernel_sizes]):
         raise ValueError(f"{op}: kernel_sizes must be odd, one a layer, got {list(kernel_sizes)}")
-    if not weights or weights[0].dim() != 2 or 0 in weights[0].shape:
+    if not weights or weights[0].dim() != 2 or weights[0].numel() == 0:
         raise ValueError(f"{op}: weights must begin with the embedding [K, C]; make them with pixelcnn_start")
     embedding = weights[0]
     device, dtype, channels = embedding.device, embedding.dtype, embedding.shape[1]
@@ -64,16 +64,18 @@ def check_step(
         return
     if backend != "triton" and dtype != torch.float32:
         raise ValueError(f"{op}: weights must be float32 for backend {backend!r}, got {dtype}")
-    table = weights[-1:] if backend in ("cpu", "cuda") else []
-    for t in (*weights[: len(weights) - len(table)], cache, *(() if condition is None else (condition,))):
-        if not t.is_contiguous() or t.device != device or t.dtype != dtype:
+    floats = [*weights, cache] if condition is None else [*weights, cache, condition]
+    if backend != "triton":
+        table = floats.pop(len(weights) - 1)
+        shape = (1,) if backend == "cpu" else (len(kernel_sizes) + 1, 11)
+        if table.dtype != torch.int64 or table.shape != shape or table.device != device:
+            check_tensor(op, "the state's table", table, shape, torch.int64, device)
+    for t in floats:
+        if t.dtype != dtype or t.device != device or not t.is_contiguous():
             raise ValueError(
                 f"{op}: the state's tensors must be contiguous, {dtype}, on {device}, got {t.dtype} {list(t.shape)} on "
                 f"{t.device}; make the state with pixelcnn_start"
             )
-    for t in table:
-        shape = (1,) if backend == "cpu" else (len(kernel_sizes) + 1, 11)
-        check_tensor(op, "the state's table", t, shape, torch.int64, device)
     if backend in ("triton", "cuda"):
         sizes = _sizes_of_triton if backend == "triton" else _sizes_of_cuda
         expected, n_cache = sizes(tuple(kernel_sizes), batch, width, *embedding.shape)

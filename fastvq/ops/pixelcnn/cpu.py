@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -99,6 +100,16 @@ register(
 )
 
 
+@lru_cache(maxsize=64)
+def _sizes(
+    batch: int, height: int, width: int, channels: int, n_codes: int, kernel_sizes: tuple[int, ...], isa: int
+) -> tuple[int, int]:
+    """Elements of the packed weights and of the cache."""
+    _check_isa(isa)
+    n_packed, n_cache = cpu_backend._cpu.pixelcnn_sizes((batch, height, width, channels, n_codes, kernel_sizes), isa)
+    return n_packed, n_cache
+
+
 @cpu_backend.cpu_call
 def step(
     ids: Tensor,  # [B, H, W] int64
@@ -113,8 +124,7 @@ def step(
     isa = int(table)
     n_codes, channels = embedding.shape
     shape = (*ids.shape, channels, n_codes, list(kernel_sizes))
-    _check_isa(isa)
-    if (packed.numel(), cache.numel()) != tuple(cpu_backend._cpu.pixelcnn_sizes(shape, isa)):
+    if (packed.numel(), cache.numel()) != _sizes(*ids.shape, channels, n_codes, tuple(kernel_sizes), isa):
         raise ValueError(
             "fastvq.ops.pixelcnn_step: state was not made for these sizes; make it with pixelcnn_start for "
             f"ids of shape {list(ids.shape)}"
