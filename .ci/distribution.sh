@@ -43,7 +43,7 @@ if [ "${1:-wheel}" = wheel ]; then
   size=$(stat -c %s "$wheel")
   echo "wheel: $(basename "$wheel"), $size bytes"
   [ "$size" -lt 2000000 ] || { echo "a CPU wheel is under 2 MB"; exit 1; }
-  if "$work/tools/bin/python" -m zipfile -l "$wheel" | grep -E "_cuda\.|_cpu_testing\.|tests/|benchmarks/|csrc/"; then
+  if "$work/tools/bin/python" -m zipfile -l "$wheel" | grep -E "_cuda\..*(so|pyd) |_cpu_testing\..*(so|pyd) |tests/|benchmarks/|csrc/"; then
     echo "a CPU wheel holds neither CUDA nor test or benchmark code"
     exit 1
   fi
