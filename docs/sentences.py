@@ -13,6 +13,7 @@ __all__ = ["sentences"]
 
 SHAPES = ("65536x1024x64", "65536x1024x256", "16384x8192x256", "65536x16384x8")
 PERFORMANCE, MODELS = "docs/performance.md", "docs/models.md"
+EXACTNESS, CONCEPTS = "docs/concepts/exactness.md", "docs/concepts/models.md"
 
 
 def sentences() -> Iterator[tuple[str, str]]:
@@ -47,6 +48,15 @@ def lookups() -> Iterator[tuple[str, str]]:
         if (r["provider"], r["threads"]) == ("fastvq amx", "1")
     ]
     yield PERFORMANCE, f"moved between {min(tiles) / 1e3:.1f} and {max(tiles) / 1e3:.1f} TFLOP/s within the run"
+    wide = [r for r in here if not r["shape"].endswith("x8")]
+    int16, float32 = (
+        [float(r["rescored"]) for r in wide if r["provider"] == f"fastvq {isa}"] for isa in ("avx512_vnni", "avx512")
+    )
+    yield (
+        EXACTNESS,
+        f"Of Gaussian vectors {100 * min(int16):.0f} to {100 * max(int16):.0f} in 100 need that with 16-bit integers, "
+        f"and 1 in {round(1 / min(float32), -3):.0f} to 1 in {round(1 / max(float32), -2):.0f} with float32",
+    )
     amx, vnni = (
         one("quantize_amx.csv", shape="95832x1024x48", provider=name, threads="1")
         for name in ("fastvq amx", "fastvq avx512_vnni")
@@ -121,6 +131,8 @@ def models() -> Iterator[tuple[str, str]]:
     crops = "photographs, PSNR of 200 held-out crops, dB: "
     three = [value(crops + name) for name in ("top level alone", "two levels", "one level of as many")]
     yield MODELS, "| {:.1f} dB; {:.1f} dB; {:.1f} dB |".format(*three)
+    top, two, five = (f"{value:.1f} dB" for value in three)
+    yield CONCEPTS, f"The two levels reach {two}, one level {top}, and one level of five ids a position {five}"
     bits = [value(f"photographs, prior of the {name}") for name in ("top", "bottom given the top")]
     yield MODELS, "{:.1f}; {:.1f} bits an id, held out".format(*bits)
     share = [value(f"{step}: quantizers' share") for step in (digits, photographs)]
