@@ -15,6 +15,8 @@ from fastvq.ops.nearest import METRICS, NEAREST, reference
 from fastvq.ops.nearest.call import NearestCall
 from fastvq.ops.quantize import QUANTIZE
 from fastvq.ops.quantize.call import QuantizeCall
+from fastvq.ops.residual import RESIDUAL_QUANTIZE
+from fastvq.ops.residual.call import ResidualCall
 from fastvq.ops.step import VQ_STEP
 from fastvq.ops.step.call import VQStepCall
 
@@ -45,18 +47,17 @@ def on_unknown_card(unknown_card, monkeypatch):
         calls.append(call[:4])
         return reference.nearest(*call[:4])
 
-    def forward(*arguments):
-        calls.append(arguments)
-        return residual.reference.residual_quantize(*arguments)
+    def forward(call):
+        calls.append(call)
+        return RESIDUAL_QUANTIZE.kernels["reference"].run(call)
 
     once = gate._once
     monkeypatch.setattr(gate, "_once", lambda b, op, _, *a, **k: once(b, op, unknown_card, *a, **k))
     monkeypatch.setattr(registry, "_serves", set())
     monkeypatch.setitem(registry.BACKENDS, "triton", registry.BACKENDS["triton"]._replace(unavailable=lambda: None))
     monkeypatch.setattr(triton_backend, "interpreting", lambda: True)
-    monkeypatch.setitem(NEAREST.kernels, "triton", replace(NEAREST.kernels["triton"], run=lookup))
-    refusal = residual._refuse("triton", lambda x: None, forward)
-    monkeypatch.setitem(residual.FORWARD, "triton", residual.FORWARD["triton"]._replace(why_unsupported=refusal))
+    for op, run in ((NEAREST, lookup), (RESIDUAL_QUANTIZE, forward)):
+        monkeypatch.setitem(op.kernels, "triton", replace(op.kernels["triton"], run=run))
     return calls
 
 
@@ -162,11 +163,11 @@ def test_another_kind_runs_again_and_few_codes_stand_for_no_more(on_unknown_card
 def test_residual_levels_run_their_own_kernels_alone(n_levels, masked, on_unknown_card):
     x, codebooks = torch.zeros(6, 20), torch.zeros(n_levels, 300, 20, dtype=torch.float16)
     mask = torch.ones(6, dtype=torch.bool) if masked else None
-    arguments = x, codebooks, mask, "euclidean", 0.25, True, "exact"
+    call = ResidualCall(x, codebooks, mask, "euclidean", "none", 0.25, True, "exact", None)
     for _ in range(2):
-        assert residual.FORWARD["triton"].why_unsupported(*arguments) is None
+        assert RESIDUAL_QUANTIZE.why_unsupported("triton", call) is None
         assert len(on_unknown_card) == 8
-    for rows, levels, given_mask, metric, *_, precision in on_unknown_card:
+    for rows, levels, given_mask, metric, *_, precision, _ in on_unknown_card:
         assert (rows.dtype, levels.dtype, metric, precision) == (torch.float32, torch.float16, "euclidean", "exact")
         assert rows.shape[1:] == (20,) and levels.shape == (min(2, n_levels), 300, 20)
         assert (given_mask is not None) == masked
@@ -193,7 +194,7 @@ def test_one_wrong_index_switches_the_backend_off_for_every_kind_and_warns_once(
 
 
 def test_wrong_residual_levels_leave_the_lookup(unknown_card):
-    right = residual._golden_levels(residual.reference.residual_quantize, 2, False)
+    right = residual._golden_levels(RESIDUAL_QUANTIZE.kernels["reference"].run, 2, False)
     calls = []
 
     def second_level_wrong(*arguments):
@@ -237,8 +238,8 @@ def test_residuals_are_checked_by_the_kernels_that_will_run(n, levels, monkeypat
     asked = []
     monkeypatch.setattr(gate, "check_lookup", lambda *given: asked.append(given[4]))
     x, codebooks = torch.empty(1, 64).expand(n, -1), torch.empty(3, 100, 64)
-    refuse = residual._refuse("triton", lambda x: None, None)
-    assert refuse(x, codebooks, None, "euclidean", 1.0, False, "exact") is None
+    call = ResidualCall(x, codebooks, None, "euclidean", "none", 1.0, False, "exact", None)
+    assert residual._golden(RESIDUAL_QUANTIZE, "triton", call) is None
     assert [call.others[:1] for call in asked] == [(levels,)]
 
 

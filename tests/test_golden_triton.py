@@ -11,6 +11,7 @@ from fastvq.backends.golden import gate
 from fastvq.backends.golden.cases import configuration
 from fastvq.ops import residual
 from fastvq.ops.nearest import reference
+from fastvq.ops.residual.call import ResidualCall
 
 if not triton_backend.interpreting():
     pytest.skip("the interpreter is used where there is no GPU", allow_module_level=True)
@@ -68,13 +69,13 @@ def test_a_lookup_launches_its_own_kernels_alone(x, codebook, metric, precision,
 def test_residual_levels_launch_their_own_kernels_alone(n_levels, masked, precision, launched):
     x, codebooks = torch.ones(40, 20), torch.ones(n_levels, 320, 20)
     mask = torch.ones(40, dtype=torch.bool) if masked else None
-    levels.residual_quantize(x, codebooks, mask, "euclidean", 1.0, False, precision)
+    levels.residual_quantize(ResidualCall(x, codebooks, mask, "euclidean", "none", 1.0, False, precision, None))
     own = launched.copy()
     n_levels = min(2, n_levels)
     call = configuration(x, codebooks, "euclidean", precision, n_levels, masked)
     run, right = (
         residual._golden_levels(forward, n_levels, masked)
-        for forward in (levels.residual_quantize, residual.reference.residual_quantize)
+        for forward in (levels.residual_quantize, residual.RESIDUAL_QUANTIZE.kernels["reference"].run)
     )
     assert gate._run("residual_quantize", x.device, run, right, call) is None
     assert own and launched == own

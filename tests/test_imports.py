@@ -107,6 +107,11 @@ def test_references_are_oracles():
     assert len(references()) == 7
 
 
+def test_the_arguments_of_an_op_import_torch_alone():
+    for name in (n for n in sources() if n.endswith(".call")):
+        assert not any(other.startswith("fastvq") for other in imports(False)[name]), name
+
+
 def test_helpers_of_an_op_import_no_backend():
     for name in (n for n in sources() if n.endswith(".common")):
         for other in imports(False)[name]:

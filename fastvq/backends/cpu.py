@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from fastvq import _env
 
@@ -31,7 +30,6 @@ __all__ = [
     "cpu_call",
     "isa",
     "unavailable",
-    "why_unsupported",
     "why_unsupported_on",
 ]
 
@@ -119,13 +117,6 @@ def isa() -> int:
 
 def why_unsupported_on(device: torch.device) -> str | None:
     return None if device.type == "cpu" else "it takes CPU tensors"
-
-
-def why_unsupported(x: Tensor, *_: Any) -> str | None:
-    """Why the CPU kernels cannot serve a call on ``x``, or None: the predicate of most ops."""
-    if x.device.type != "cpu":
-        return f"it takes CPU tensors, x is on {x.device}"
-    return None
 
 
 ISAS_HERE = available_isas()

@@ -17,7 +17,7 @@ except ModuleNotFoundError:
 except ImportError as error:
     _import_error = f"cannot be loaded ({error})"
 
-__all__ = ["built", "on_device_of", "stream", "unavailable", "why_unsupported", "why_unsupported_on", "workspace"]
+__all__ = ["built", "on_device_of", "stream", "unavailable", "why_unsupported_on", "workspace"]
 
 OLDEST = (8, 0)  # the first with asynchronous copies to shared memory
 DEVICE = "cuda"  # the type of device whose tensors the kernels take
@@ -50,13 +50,6 @@ def why_unsupported_on(device: torch.device) -> str | None:
     if DEVICE == "cuda" and (found := torch.cuda.get_device_capability(device)) < OLDEST:
         return f"it needs compute capability {OLDEST[0]}.{OLDEST[1]} or later, {device} has {found[0]}.{found[1]}"
     return None
-
-
-def why_unsupported(x: Tensor, *_: Any) -> str | None:
-    """Why the CUDA C++ kernels cannot serve a call on ``x``, or None: the predicate of most ops."""
-    if x.device.type != DEVICE:
-        return f"it takes CUDA tensors, x is on {x.device}"
-    return why_unsupported_on(x.device)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -1,19 +1,17 @@
-"""The table of backends: which exist, which can run here, and which one serves a call.
+"""The table of backends: which exist, which can run here, and which one a call or a block names.
 
-An op holds one ``Implementation`` a backend. ``choose`` walks the backends in order of preference and takes
-the first whose predicate has nothing against the call; the same predicates write the error message.
+An op holds one ``Kernel`` a backend and chooses among them: fastvq/ops/_op.py.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fastvq import _env
 from fastvq.backends import cpu as cpu_backend
@@ -23,10 +21,8 @@ from fastvq.backends import triton as triton_backend
 __all__ = [
     "BACKENDS",
     "Backend",
-    "Implementation",
     "bound_backend",
     "check_backend",
-    "choose",
     "named_backend",
     "outside_autocast",
     "serving",
@@ -43,9 +39,9 @@ class Backend(NamedTuple):
     why_unsupported_on: Callable[[torch.device], str | None]  # why it cannot serve tensors of that device, or None
 
 
-# In order of preference. Triton's interpreter takes CPU tensors too: it is slower than anything, so it stands behind
-# the CPU kernels. On an H100 Triton's lookup is 2 to 5 times faster than that of CUDA C++, which serves where Triton
-# cannot.
+# In order of preference, unless an op declares another. Triton's interpreter takes CPU tensors too: it is slower than
+# anything, so it stands behind the CPU kernels. On an H100 Triton's lookup is 2 to 5 times faster than the lookup of
+# CUDA C++: benchmarks/results/nvidia_h100_80gb_hbm3/lookup.csv.
 BACKENDS: dict[str, Backend] = {
     b.name: b
     for b in (
@@ -57,11 +53,6 @@ BACKENDS: dict[str, Backend] = {
         Backend("reference", "plain torch, any device", lambda: None, lambda device: None),
     )
 }
-
-
-class Implementation(NamedTuple):
-    run: Callable[..., Any]
-    why_unsupported: Callable[..., str | None]  # called with run's arguments: why it cannot serve this call, or None
 
 
 _override: ContextVar[str | None] = ContextVar("fastvq_backend", default=None)
@@ -135,44 +126,6 @@ def named_backend(op: str, requested: str | None) -> str | None:
     return named
 
 
-def choose(
-    op: str, implementations: Mapping[str, Implementation], requested: str | None, *args: Any
-) -> Callable[..., Any]:
-    """The implementation of ``op`` that serves the call ``args``.
-
-    ``requested``, else ``use_backend``, else ``FASTVQ_BACKEND`` is taken or raises; with none of them, the fastest that
-    supports the call. The first call that the reference serves because no kernels run on its device gives a warning.
-
-    Raises:
-        ValueError: the requested backend cannot serve the call, or none can; every refusal is listed.
-    """
-    named = named_backend(op, requested)
-    refusals = []
-    for name in [named] if named else BACKENDS:
-        implementation = implementations.get(name)
-        if implementation is None:
-            reason: str | None = "it does not have this operation"
-        else:
-            reason = BACKENDS[name].unavailable() or implementation.why_unsupported(*args)
-            if reason is None:
-                if name != "reference":
-                    return implementation.run
-                if not named:
-                    warn_of_reference(op, next(_tensors(args)).device)
-                return _without_autocast(implementation.run)
-        refusals.append(f"{name}: {reason}")
-    remedy = "; pass backend=None to let fastvq choose" if named else ""
-    raise ValueError(f"{op}: no backend can serve this call ({'; '.join(refusals)}){remedy}")
-
-
-def _without_autocast(run: Callable[..., Any]) -> Callable[..., Any]:
-    def plain(*args: Any) -> Any:
-        with outside_autocast():
-            return run(*args)
-
-    return plain
-
-
 @contextmanager
 def outside_autocast() -> Iterator[None]:
     """Within the block autocast is off: it casts, or refuses, what torch's ``stack`` and ``cat`` are given."""
@@ -195,14 +148,6 @@ def serving(device: torch.device) -> tuple[str, str | None]:
             return backend.name, "; ".join(reasons) if backend.name == "reference" else None
         reasons.append(f"{backend.name}: {reason}")
     raise AssertionError("the reference serves every device")
-
-
-def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
-    for a in args:
-        if isinstance(a, Tensor):
-            yield a
-        elif isinstance(a, (list, tuple)):
-            yield from _tensors(a)
 
 
 def warn_of_reference(op: str, device: torch.device) -> None:

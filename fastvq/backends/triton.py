@@ -25,9 +25,7 @@ __all__ = [
     "interpreting",
     "lazy_function",
     "unavailable",
-    "why_rows_unsupported",
     "why_too_many_rows",
-    "why_unsupported",
     "why_unsupported_on",
 ]
 
@@ -89,20 +87,6 @@ def why_unsupported_on(device: torch.device) -> str | None:
     if (found := capability(device)) < OLDEST:
         return f"it needs compute capability {OLDEST / 10} or later, {device} has {found / 10}"
     return None
-
-
-def why_unsupported(x: Tensor, *_: Any) -> str | None:
-    """Why the Triton kernels cannot serve a call on ``x``, or None: the predicate of most ops."""
-    if x.device.type == "cpu":
-        return None if interpreting() else "it takes CUDA tensors, x is on cpu"
-    if x.device.type != "cuda":
-        return f"it takes CUDA tensors, x is on {x.device}"
-    return why_unsupported_on(x.device)
-
-
-def why_rows_unsupported(x: Tensor, *_: Any) -> str | None:
-    """``why_unsupported``, and ``why_too_many_rows``."""
-    return why_too_many_rows(x) or why_unsupported(x)
 
 
 def why_too_many_rows(x: Tensor) -> str | None:

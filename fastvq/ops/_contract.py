@@ -5,16 +5,25 @@ A call that is right passes a few comparisons. One that is not gets the message 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastvq._checks import FLOATS, check_codebook, check_mask, check_option, raise_bad_index
+from fastvq._checks import FLOATS, check_codebook, check_indices, check_mask, check_option, raise_bad_index
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
 
-__all__ = ["check_choices", "check_gradient", "check_lookup", "check_overlap", "check_tensor", "count_real"]
+__all__ = [
+    "check_choices",
+    "check_gradient",
+    "check_lookup",
+    "check_overlap",
+    "check_tensor",
+    "checking_indices",
+    "count_real",
+]
 
 METRICS = ("euclidean", "cosine", "dot")
 PRECISIONS = ("exact", "fast")
@@ -58,6 +67,19 @@ def check_tensor(
 def check_gradient(op: str, name: str, value: Tensor | None, like: Tensor) -> None:
     if value is not None:
         check_tensor(op, name, value, like.shape, like.dtype, like.device)
+
+
+def checking_indices(op: str, run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``run`` of a gradient by a backend that does not look at the indices itself. The CPU kernels do, as they count.
+
+    The second argument of its call is the codebook [..., K, D].
+    """
+
+    def checked(call: Any) -> Any:
+        check_indices(op, "indices", call.indices, -1, call[1].shape[-2])
+        return run(call)
+
+    return checked
 
 
 def count_real(

@@ -19,7 +19,7 @@ __all__ = ["at_least_float32", "axis_of", "code_strides", "finite", "row_offset"
 def row_offset(row, n_inner, stride_outer, stride_inner):
     """Where ``row`` of a head starts, in elements (int64); the strides are those of ``fastvq.backends.views.Rows``.
 
-    ``row`` is int32: a division of 64 bits is a hundred instructions and a call. See ``why_rows_unsupported``
+    ``row`` is int32: a division of 64 bits is a hundred instructions and a call. See ``why_too_many_rows``
     in fastvq/backends/triton.py.
     """
     return (row // n_inner).to(tl.int64) * stride_outer + (row % n_inner).to(tl.int64) * stride_inner

@@ -8,13 +8,14 @@ import torch
 
 from fastvq.backends.golden import gate
 from fastvq.backends.golden.cases import configuration
-from fastvq.ops import residual
 from fastvq.ops.masked_conv import MASKED_CONV
 from fastvq.ops.masked_conv.call import ConvCall
 from fastvq.ops.nearest import METRICS, NEAREST, PRECISIONS
 from fastvq.ops.nearest.call import NearestCall
 from fastvq.ops.quantize import QUANTIZE_BACKWARD
 from fastvq.ops.quantize.call import QuantizeBackwardCall
+from fastvq.ops.residual import RESIDUAL_QUANTIZE
+from fastvq.ops.residual.call import ResidualCall
 from fastvq.ops.statistics import CODE_STATISTICS, EMA_UPDATE
 from fastvq.ops.statistics.call import StatisticsCall, UpdateCall
 from fastvq.ops.step import VQ_STEP
@@ -79,6 +80,7 @@ def test_lookups_and_residual_levels_pass_at_the_width_of_the_call(metric, unkno
             x, codebook = torch.zeros(1, 20), torch.zeros(90, 20, dtype=torch.bfloat16)
             call = NearestCall(x, codebook, metric, precision, False, "cuda")
             assert NEAREST.why_unsupported("cuda", call) is None
-            levels = x, codebook.expand(2, -1, -1), None, metric, 1.0, False, precision
-            assert residual.FORWARD["cuda"].why_unsupported(*levels) is None
+            levels = codebook.expand(2, -1, -1)
+            call = ResidualCall(x, levels, None, metric, "none", 1.0, False, precision, "cuda")
+            assert RESIDUAL_QUANTIZE.why_unsupported("cuda", call) is None
     assert {key[3].metric for key in gate._passed if key[2] == "residual_quantize"} == {metric}

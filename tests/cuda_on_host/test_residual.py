@@ -7,6 +7,7 @@ import torch
 from fastvq.backends import views
 from fastvq.ops import residual_quantize
 from fastvq.ops.residual import cuda
+from fastvq.ops.residual.call import ResidualBackwardCall
 from tests.cuda_on_host import host
 from tests.ops.test_residual import draw, indices_changed_since, no_rows, rotation_of_any_length, rotation_over_levels
 from tests.support import oracle
@@ -120,7 +121,7 @@ def test_rotation_of_any_length(cuda_on_host):
 
 def test_rows_left_out(cuda_on_host):
     no_rows("cuda")
-    indices_changed_since(cuda.residual_quantize_backward)
+    indices_changed_since(lambda *given: cuda.residual_quantize_backward(ResidualBackwardCall(*given, None)))
 
 
 def test_rows_that_are_not_finite(cuda_on_host):

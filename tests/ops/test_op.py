@@ -31,6 +31,12 @@ SCHEMAS = {
     "quantize_backward": "Tensor x, Tensor codebook, Tensor indices, Tensor? grad_quantized, Tensor? grad_commitment, "
     "Tensor? grad_codebook_loss, str estimator, float beta, bool need_x, bool need_codebook, str? backend) "
     "-> (Tensor grad_x, Tensor grad_codebook)",
+    "residual_quantize": "Tensor x, Tensor codebooks, Tensor? mask, str metric, str estimator, float beta, "
+    "bool statistics, str precision, str? backend) -> (Tensor quantized, Tensor commitment_losses, "
+    "Tensor codebook_losses, Tensor indices, Tensor sums, Tensor counts)",
+    "residual_quantize_backward": "Tensor x, Tensor codebooks, Tensor indices, Tensor? grad_quantized, "
+    "Tensor? grad_commitment, Tensor? grad_codebook, str estimator, float beta, bool need_x, bool need_codebooks, "
+    "str? backend) -> (Tensor grad_x, Tensor grad_codebooks)",
     "vq_step": "Tensor x, Tensor codebook, Tensor? mask, str metric, str estimator, float beta, str precision, "
     "str? backend, bool deterministic) -> (Tensor quantized, Tensor commitment_loss, Tensor codebook_loss, "
     "Tensor indices, Tensor sums, Tensor counts)",

@@ -10,6 +10,7 @@ from fastvq.ops.nearest import triton_ops as lookup
 from fastvq.ops.pixelcnn import triton_ops as pixelcnn
 from fastvq.ops.pixelcnn.triton_choice import sample_ids
 from fastvq.ops.residual import triton_ops as residual
+from fastvq.ops.residual.call import ResidualBackwardCall, ResidualCall
 from tests.support import triton_calls_learning
 
 CALLS: dict[str, Callable[[], object]] = {}
@@ -140,10 +141,10 @@ def residual_quantize(dtype: torch.dtype, dim: int) -> Callable[[], object]:
     def call():
         x, codebooks = torch.empty(1000, dim, dtype=dtype), torch.empty(2, 1024, dim, dtype=dtype)
         mask = torch.empty(1000, dtype=torch.bool)
-        out, indices, losses, *_ = residual.residual_quantize(x, codebooks, mask, "euclidean", 1.0, False, "exact")
-        residual.residual_quantize_backward(
-            x, codebooks, indices, out, losses, None, "straight_through", 1.0, True, False
-        )
+        forward = ResidualCall(x, codebooks, mask, "euclidean", "straight_through", 1.0, False, "exact", None)
+        out, losses, _, indices, *_ = residual.residual_quantize(forward)
+        backward = (x, codebooks, indices, out, losses, None, "straight_through", 1.0, True, False, None)
+        residual.residual_quantize_backward(ResidualBackwardCall(*backward))
 
     return call
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 from fastvq._checks import (
     check_backend_name,
     check_codebook,
-    check_indices,
     check_mask,
     check_number,
     check_option,
@@ -19,7 +17,7 @@ from fastvq._checks import (
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.golden import calls as golden_calls
 from fastvq.backends.registry import bound_backend
-from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
+from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor, checking_indices
 from fastvq.ops._library import no_second_derivative, serialisable
 from fastvq.ops._op import Autograd, Kernel, Op, known_results, register, rests_on, without_backend
 from fastvq.ops._transforms import no_forward_mode
@@ -178,16 +176,6 @@ def _fake_backward(call: QuantizeBackwardCall) -> tuple[Tensor, Tensor]:
     )
 
 
-def _checking_indices(run: Callable[[QuantizeBackwardCall], Any]) -> Callable[[QuantizeBackwardCall], Any]:
-    """``run`` of a backend that does not look at the indices itself. The CPU kernels do while they count them."""
-
-    def checked(call: QuantizeBackwardCall) -> Any:
-        check_indices(BACKWARD_OP, "indices", call.indices, -1, call.codebook.shape[-2])
-        return run(call)
-
-    return checked
-
-
 NO_JVP = no_forward_mode(OP, "the estimator defines what goes back alone")
 QUANTIZE = Op(
     "quantize",
@@ -215,15 +203,17 @@ QUANTIZE_BACKWARD = Op(
     {
         "cpu": Kernel(cpu.quantize_backward),
         "triton": Kernel(
-            _checking_indices(triton_backend.lazy_function("fastvq.ops.quantize.triton_backward", "quantize_backward")),
+            checking_indices(
+                BACKWARD_OP, triton_backend.lazy_function("fastvq.ops.quantize.triton_backward", "quantize_backward")
+            ),
             lambda call: triton_backend.why_too_many_rows(call.x),
         ),
         "cuda": Kernel(
-            _checking_indices(cuda.quantize_backward),
+            checking_indices(BACKWARD_OP, cuda.quantize_backward),
             lambda call: why_too_many_vectors(call.x, call.codebook),
             (rests_on(CODE_STATISTICS), known_results(golden_calls.quantize_backward)),
         ),
-        "reference": Kernel(_checking_indices(without_backend(reference.quantize_backward))),
+        "reference": Kernel(checking_indices(BACKWARD_OP, without_backend(reference.quantize_backward))),
     },
     check=_check_backward,
     fake=_fake_backward,

@@ -11,88 +11,29 @@ from torch import Tensor
 from fastvq._checks import (
     check_backend_name,
     check_codebook,
-    check_indices,
     check_integer,
     check_mask,
     check_number,
     check_option,
 )
-from fastvq.backends import cpu as cpu_backend
-from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.golden import gate
 from fastvq.backends.golden.cases import configuration
-from fastvq.backends.registry import Implementation, bound_backend, choose
-from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor
-from fastvq.ops._library import no_second_derivative, register, serialisable
+from fastvq.backends.registry import bound_backend
+from fastvq.ops._contract import check_choices, check_gradient, check_lookup, check_tensor, checking_indices
+from fastvq.ops._library import no_second_derivative, serialisable
+from fastvq.ops._op import Autograd, Kernel, Op, register, without_backend
 from fastvq.ops._transforms import no_forward_mode
 from fastvq.ops.nearest import METRICS, PRECISIONS
 from fastvq.ops.quantize import ESTIMATORS
 from fastvq.ops.residual import cpu, cuda, reference
+from fastvq.ops.residual.call import ResidualBackwardCall, ResidualCall
 from fastvq.ops.residual.common import residual_dtype
 
-__all__ = ["ResidualQuantized", "residual_quantize"]
+__all__ = ["RESIDUAL_QUANTIZE", "ResidualQuantized", "residual_quantize"]
 
 OP = "fastvq.ops.residual_quantize"
 BACKWARD_OP = cpu.BACKWARD_OP
-_triton_forward = triton_backend.lazy_function("fastvq.ops.residual.triton_ops", "residual_quantize")
-
-
-def _golden_levels(
-    forward: Callable[..., tuple[Tensor, ...]], n_levels: int, masked: bool
-) -> Callable[[Tensor, Tensor, str, str], Tensor]:
-    """A ``residual_quantize`` as the golden set asks for lookups: the indices of levels that share a codebook."""
-
-    def indices(x: Tensor, codebook: Tensor, metric: str, precision: str) -> Tensor:
-        mask = torch.ones(len(x), dtype=torch.bool, device=x.device) if masked else None
-        return forward(x, codebook.expand(n_levels, -1, -1), mask, metric, 1.0, False, precision)[1]
-
-    return indices
-
-
-def _refuse(
-    backend: str, refuse: Callable[[Tensor], str | None], forward: Callable[..., tuple[Tensor, ...]]
-) -> Callable[..., str | None]:
-    """Why a GPU backend cannot serve: ``why_unsupported``, or the golden set, run with at most two levels.
-
-    Not the lookup's own: all levels may be one kernel, and then a call would have the lookup's compiled for nothing.
-    Where they are too many rows for that, by one level, which is never one kernel.
-    """
-
-    def reason(
-        x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: str, beta: float, statistics: bool, precision: str
-    ) -> str | None:
-        many = x.numel() > triton_backend.ROWS_OF_ALL_LEVELS * x.shape[-1]
-        levels = 1 if many else min(2, codebooks.shape[0]), mask is not None
-        return refuse(x) or gate.check_lookup(
-            backend,
-            x.device,
-            _golden_levels(forward, *levels),
-            _golden_levels(reference.residual_quantize, *levels),
-            configuration(x, codebooks, metric, precision, *levels),
-            "residual_quantize",
-        )
-
-    return reason
-
-
-FORWARD = {
-    "cpu": Implementation(cpu.residual_quantize, cpu_backend.why_unsupported),
-    "triton": Implementation(_triton_forward, _refuse("triton", triton_backend.why_unsupported, _triton_forward)),
-    "cuda": Implementation(
-        cuda.residual_quantize, _refuse("cuda", cuda_backend.why_unsupported, cuda.residual_quantize)
-    ),
-    "reference": Implementation(reference.residual_quantize, lambda *_: None),
-}
-BACKWARD = {
-    "cpu": Implementation(cpu.residual_quantize_backward, cpu_backend.why_unsupported),
-    "triton": Implementation(
-        triton_backend.lazy_function("fastvq.ops.residual.triton_ops", "residual_quantize_backward"),
-        triton_backend.why_unsupported,
-    ),
-    "cuda": Implementation(cuda.residual_quantize_backward, cuda_backend.why_unsupported),
-    "reference": Implementation(reference.residual_quantize_backward, lambda *_: None),
-}
 
 
 @serialisable("ops.ResidualQuantized")
@@ -200,21 +141,13 @@ def _check_levels(op: str, x: Tensor, codebooks: Tensor, mask: Tensor | None) ->
     check_lookup(op, x, codebooks[0], mask)
 
 
-def _run(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, statistics: bool,
-    precision: str, backend: str | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    _check_levels(OP, x, codebooks, mask)
-    check_choices(OP, metric, precision)
-    arguments = (x, codebooks, mask, metric, beta, statistics, precision)
-    quantized, indices, commitment, codebook, sums, counts = choose(OP, FORWARD, backend, *arguments)(*arguments)
-    return quantized, commitment, codebook, indices, sums, counts
+def _check(call: ResidualCall) -> None:
+    _check_levels(OP, call.x, call.codebooks, call.mask)
+    check_choices(OP, call.metric, call.precision)
 
 
-def _fake(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, statistics: bool,
-    precision: str, backend: str | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _fake(call: ResidualCall) -> tuple[Tensor, ...]:
+    x, codebooks, statistics = call.x, call.codebooks, call.statistics
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
     n_levels, n_codes, dim = codebooks.shape
     return (
@@ -227,12 +160,11 @@ def _fake(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, codebooks, _mask, _metric, ctx.estimator, ctx.beta, _statistics, _precision, backend = inputs
-    ctx.backend = bound_backend(backend)
+def _setup_context(ctx: Any, call: ResidualCall, output: tuple[Tensor, ...]) -> None:
+    ctx.estimator, ctx.beta, ctx.backend = call.estimator, call.beta, bound_backend(call.backend)
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, codebooks, output[3])
+    ctx.save_for_backward(call.x, call.codebooks, output[3])
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -244,47 +176,91 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return grad_x if need_x else None, grad_codebooks if need_codebooks else None, *[None] * 7
 
 
-def _run_backward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, grad_quantized: Tensor | None, grad_commitment: Tensor | None,
-    grad_codebook: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebooks: bool, backend: str | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_levels(BACKWARD_OP, x, codebooks, None)
-    check_option(BACKWARD_OP, "estimator", estimator, ESTIMATORS)
-    n_levels = codebooks.shape[0]
-    check_tensor(BACKWARD_OP, "indices", indices, (*x.shape[:-1], n_levels), torch.int64, x.device)
-    check_gradient(BACKWARD_OP, "grad_quantized", grad_quantized, x)
-    for name, weight in (("grad_commitment", grad_commitment), ("grad_codebook", grad_codebook)):
+def _check_backward(call: ResidualBackwardCall) -> None:
+    x, n_levels = call.x, call.codebooks.shape[0]
+    _check_levels(BACKWARD_OP, x, call.codebooks, None)
+    check_option(BACKWARD_OP, "estimator", call.estimator, ESTIMATORS)
+    check_tensor(BACKWARD_OP, "indices", call.indices, (*x.shape[:-1], n_levels), torch.int64, x.device)
+    check_gradient(BACKWARD_OP, "grad_quantized", call.grad_quantized, x)
+    for name, weight in (("grad_commitment", call.grad_commitment), ("grad_codebook", call.grad_codebook)):
         if weight is not None:
             check_tensor(BACKWARD_OP, name, weight, (n_levels,), None, x.device)
-    arguments = (
-        x, codebooks, indices, grad_quantized, grad_commitment, grad_codebook, estimator, beta, need_x, need_codebooks,
-    )  # fmt: skip
-    run = choose(OP, BACKWARD, backend, *arguments)
-    if run is not cpu.residual_quantize_backward:  # which looks at them while it counts them
-        check_indices(BACKWARD_OP, "indices", indices, -1, codebooks.shape[1])
-    return run(*arguments)
 
 
-def _fake_backward(
-    x: Tensor, codebooks: Tensor, indices: Tensor, grad_quantized: Tensor | None, grad_commitment: Tensor | None,
-    grad_codebook: Tensor | None, estimator: str, beta: float, need_x: bool, need_codebooks: bool, backend: str | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _fake_backward(call: ResidualBackwardCall) -> tuple[Tensor, Tensor]:
+    x, codebooks = call.x, call.codebooks
     return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(codebooks) if need_codebooks else codebooks.new_empty(0),
+        torch.empty_like(x) if call.need_x else x.new_empty(0),
+        torch.empty_like(codebooks) if call.need_codebooks else codebooks.new_empty(0),
     )
 
 
+def _golden_levels(
+    run: Callable[[ResidualCall], tuple[Tensor, ...]], n_levels: int, masked: bool
+) -> Callable[[Tensor, Tensor, str, str], Tensor]:
+    """``run`` as the golden set asks for lookups: the indices of levels that share a codebook."""
+
+    def indices(x: Tensor, codebook: Tensor, metric: str, precision: str) -> Tensor:
+        mask = torch.ones(len(x), dtype=torch.bool, device=x.device) if masked else None
+        levels = codebook.expand(n_levels, -1, -1)
+        return run(ResidualCall(x, levels, mask, metric, "none", 1.0, False, precision, None))[3]
+
+    return indices
+
+
+def _golden(op: Op[Any], backend: str, call: ResidualCall) -> str | None:
+    """Lookups that are hard to decide, on at most two levels.
+
+    Not the lookup's own golden set: all levels may be one kernel, and then a call would have the lookup's kernels
+    compiled for nothing. Where there are too many rows for one kernel, on one level, which is never one kernel.
+    """
+    x, codebooks = call.x, call.codebooks
+    many = x.numel() > triton_backend.ROWS_OF_ALL_LEVELS * x.shape[-1]
+    levels = 1 if many else min(2, codebooks.shape[0]), call.mask is not None
+    ours, right = (_golden_levels(op.kernels[name].run, *levels) for name in (backend, "reference"))
+    kind = configuration(x, codebooks, call.metric, call.precision, *levels)
+    return gate.check_lookup(backend, x.device, ours, right, kind, op.name)
+
+
+def _reference(call: ResidualCall) -> tuple[Tensor, ...]:
+    return reference.residual_quantize(
+        call.x, call.codebooks, call.mask, call.metric, call.beta, call.statistics, call.precision
+    )
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    return triton_backend.lazy_function("fastvq.ops.residual.triton_ops", name)
+
+
 NO_JVP = no_forward_mode(OP, "the estimator defines what goes back alone")
-_residual_quantize = register(
-    "residual_quantize(Tensor x, Tensor codebooks, Tensor? mask, str metric, str estimator, float beta, "
-    "bool statistics, str precision, str? backend) -> (Tensor quantized, Tensor commitment_losses, "
-    "Tensor codebook_losses, Tensor indices, Tensor sums, Tensor counts)",
-    _run, _fake, _backward, _setup_context, NO_JVP,
-)  # fmt: skip
-_residual_quantize_backward = register(
-    "residual_quantize_backward(Tensor x, Tensor codebooks, Tensor indices, Tensor? grad_quantized, "
-    "Tensor? grad_commitment, Tensor? grad_codebook, str estimator, float beta, bool need_x, bool need_codebooks, "
-    "str? backend) -> (Tensor grad_x, Tensor grad_codebooks)",
-    _run_backward, _fake_backward, no_second_derivative(OP), lambda ctx, inputs, output: None, NO_JVP,
-)  # fmt: skip
+RESIDUAL_QUANTIZE = Op(
+    "residual_quantize",
+    ResidualCall,
+    {
+        "cpu": Kernel(cpu.residual_quantize),
+        "triton": Kernel(_triton("residual_quantize"), golden=(_golden,)),
+        "cuda": Kernel(cuda.residual_quantize, golden=(_golden,)),
+        "reference": Kernel(_reference),
+    },
+    check=_check,
+    fake=_fake,
+    returns="(Tensor quantized, Tensor commitment_losses, Tensor codebook_losses, Tensor indices, Tensor sums, "
+    "Tensor counts)",
+    autograd=Autograd(_backward, NO_JVP, _setup_context),
+)
+RESIDUAL_QUANTIZE_BACKWARD = Op(
+    "residual_quantize_backward",
+    ResidualBackwardCall,
+    {
+        "cpu": Kernel(cpu.residual_quantize_backward),
+        "triton": Kernel(checking_indices(BACKWARD_OP, _triton("residual_quantize_backward"))),
+        "cuda": Kernel(checking_indices(BACKWARD_OP, cuda.residual_quantize_backward)),
+        "reference": Kernel(checking_indices(BACKWARD_OP, without_backend(reference.residual_quantize_backward))),
+    },
+    check=_check_backward,
+    fake=_fake_backward,
+    returns="(Tensor grad_x, Tensor grad_codebooks)",
+    public_name=OP,
+    autograd=Autograd(no_second_derivative(OP), NO_JVP),
+)
+_residual_quantize, _residual_quantize_backward = register(RESIDUAL_QUANTIZE), register(RESIDUAL_QUANTIZE_BACKWARD)

@@ -11,6 +11,7 @@ from fastvq.backends.views import Output, address
 from fastvq.ops._contract import count_real
 from fastvq.ops.nearest import cpu_isa
 from fastvq.ops.quantize.common import gather
+from fastvq.ops.residual.call import ResidualBackwardCall, ResidualCall
 from fastvq.ops.residual.common import residual_dtype
 
 __all__ = ["BACKWARD_OP", "residual_quantize", "residual_quantize_backward"]
@@ -19,15 +20,8 @@ BACKWARD_OP = "fastvq.ops.residual_quantize_backward"
 
 
 @cpu_backend.cpu_call
-def residual_quantize(
-    x: Tensor,  # [..., D]
-    codebooks: Tensor,  # [Q, K, D]
-    mask: Tensor | None,  # [...] bool
-    metric: str,
-    beta: float,
-    statistics: bool,
-    precision: str,
-) -> tuple[Tensor, ...]:
+def residual_quantize(call: ResidualCall) -> tuple[Tensor, ...]:
+    x, codebooks, mask, metric, _, beta, statistics, precision, _ = call
     n_levels, n_codes, dim = codebooks.shape
     threads = torch.get_num_threads()
     quantized = Output(x, None)
@@ -54,22 +48,12 @@ def residual_quantize(
         )  # fmt: skip
     mean = squares / max(1, n_rows * dim)
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return quantized.tensor(), indices, (beta * mean).to(loss), mean.to(loss), sums, counts
+    return quantized.tensor(), (beta * mean).to(loss), mean.to(loss), indices, sums, counts
 
 
 @cpu_backend.cpu_call
-def residual_quantize_backward(
-    x: Tensor,  # [..., D]
-    codebooks: Tensor,  # [Q, K, D]
-    indices: Tensor,  # [..., Q], -1 where masked
-    grad_quantized: Tensor | None,  # as x
-    grad_commitment: Tensor | None,  # [Q]
-    grad_codebook: Tensor | None,  # [Q]
-    estimator: str,
-    beta: float,
-    need_x: bool,
-    need_codebooks: bool,
-) -> tuple[Tensor, Tensor]:
+def residual_quantize_backward(call: ResidualBackwardCall) -> tuple[Tensor, Tensor]:
+    x, codebooks, indices, grad_quantized, grad_commitment, grad_codebook, estimator, beta, *_ = call
     n_levels, dim = codebooks.shape[0], codebooks.shape[-1]
     indices = indices.contiguous()
     kept, rows = views.rows_view(x, None)
@@ -77,7 +61,7 @@ def residual_quantize_backward(
     levels, threads = views.codes_view(wide), torch.get_num_threads()
     scale = 2 / max(1, count_real(BACKWARD_OP, indices, codebooks.shape[1], n_levels) * dim)
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
-    if need_x:
+    if call.need_x:
         out = Output(x, None)
         scales = torch.zeros(n_levels, dtype=torch.float64, device="cpu")
         if grad_commitment is not None:
@@ -92,7 +76,7 @@ def residual_quantize_backward(
         )
         del incoming  # it had to live until here
         grad_x = out.tensor()
-    if need_codebooks:
+    if call.need_codebooks:
         grad_codebooks = torch.zeros_like(codebooks)
         if grad_codebook is not None:
             # The sum of (c_k - r) over the residuals that chose k, from their count and sum.

@@ -17,22 +17,15 @@ from fastvq.ops.nearest.cuda import nearest
 from fastvq.ops.quantize.call import QuantizeBackwardCall
 from fastvq.ops.quantize.common import gather
 from fastvq.ops.quantize.cuda import quantize_backward
+from fastvq.ops.residual.call import ResidualBackwardCall, ResidualCall
 from fastvq.ops.residual.common import elements, residual_dtype, residuals, rows_with_codes
 from fastvq.ops.statistics.cuda import code_statistics
 
 __all__ = ["residual_quantize", "residual_quantize_backward"]
 
 
-def residual_quantize(
-    x: Tensor,  # [..., D]
-    codebooks: Tensor,  # [Q, K, D]
-    mask: Tensor | None,  # [...] bool
-    metric: str,
-    beta: float,
-    statistics: bool,
-    precision: str,
-) -> tuple[Tensor, ...]:
-    """Same arguments and result as the reference's."""
+def residual_quantize(call: ResidualCall) -> tuple[Tensor, ...]:
+    x, codebooks, mask, metric, _, beta, statistics, precision, _ = call
     n_levels, n_codes, dim = codebooks.shape
     levels = codebooks.to(residual_dtype(x, codebooks))
     view, rows = views.rows_view(x, None)
@@ -61,7 +54,7 @@ def residual_quantize(
     del view  # it had to live until here
     mean = square / elements(indices[..., 0].numel() if mask is None else mask, dim)
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return quantized, indices, (beta * mean).to(loss), mean.to(loss), sums, counts
+    return quantized, (beta * mean).to(loss), mean.to(loss), indices, sums, counts
 
 
 def _level_by_level(
@@ -88,32 +81,21 @@ def _level_by_level(
     return torch.empty_like(x).copy_(total), torch.stack(indices, dim=-1), torch.stack(squares)
 
 
-def residual_quantize_backward(
-    x: Tensor,  # [..., D]
-    codebooks: Tensor,  # [Q, K, D]
-    indices: Tensor,  # [..., Q], -1 where masked
-    grad_quantized: Tensor | None,  # as x
-    grad_commitment: Tensor | None,  # [Q]
-    grad_codebook: Tensor | None,  # [Q]
-    estimator: str,
-    beta: float,
-    need_x: bool,
-    need_codebooks: bool,
-) -> tuple[Tensor, Tensor]:
-    """Same arguments and result as the reference's."""
+def residual_quantize_backward(call: ResidualBackwardCall) -> tuple[Tensor, Tensor]:
+    x, codebooks, indices, grad_quantized, grad_commitment, grad_codebook, estimator, beta, *_ = call
     levels = codebooks.to(residual_dtype(x, codebooks))
     real, indices = rows_with_codes(indices, codebooks.shape[1])
     indices = indices.contiguous()
     scale = 2 / elements(real, x.shape[-1])
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     with cuda_backend.on_device_of(x):
-        if need_x:
+        if call.need_x:
             weights = None if grad_commitment is None else (grad_commitment * (beta * scale)).to(levels.dtype)
             g = None if estimator == "none" else grad_quantized
             grad_x = _pull(x, levels, indices, weights, g, estimator == "rotation", real)
-        if need_codebooks:
+        if call.need_codebooks:
             grad_codebooks = torch.zeros_like(codebooks)
-        if need_codebooks and grad_codebook is not None:
+        if call.need_codebooks and grad_codebook is not None:
             # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
             for q, residual in enumerate(residuals(x, levels, indices)):
                 sums, counts = code_statistics(

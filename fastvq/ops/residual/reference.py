@@ -25,7 +25,7 @@ def residual_quantize(
     statistics: bool,
     precision: str,
 ) -> tuple[Tensor, ...]:
-    """(quantized, indices, commitment_losses, codebook_losses, sums, counts) of ``fastvq.ops.residual_quantize``."""
+    """(quantized, commitment_losses, codebook_losses, indices, sums, counts) of ``fastvq.ops.residual_quantize``."""
     dtype = _residual_dtype(x, codebooks)
     residual, codes = x.to(dtype), codebooks.to(dtype)
     quantized, levels = torch.zeros_like(residual), []
@@ -44,9 +44,9 @@ def residual_quantize(
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (
         torch.empty_like(x).copy_(quantized),
-        torch.stack([i for i, *_ in levels], dim=-1),
         torch.stack([c for _, c, *_ in levels]).to(loss),
         torch.stack([c for _, _, c, _ in levels]).to(loss),
+        torch.stack([i for i, *_ in levels], dim=-1),
         sums,
         counts,
     )

@@ -29,9 +29,10 @@ from fastvq.ops.nearest.triton_ops import nearest
 from fastvq.ops.quantize.call import QuantizeBackwardCall
 from fastvq.ops.quantize.triton_backward import quantize_backward
 from fastvq.ops.residual import triton_levels
+from fastvq.ops.residual.call import ResidualBackwardCall, ResidualCall
 from fastvq.ops.residual.common import elements, residual_dtype, residuals, rows_with_codes
 from fastvq.ops.residual.triton_levels import as_work
-from fastvq.ops.statistics import code_statistics
+from fastvq.ops.statistics.triton_statistics import code_statistics
 
 __all__ = ["residual_quantize", "residual_quantize_backward"]
 
@@ -137,20 +138,12 @@ def _level_by_level(
                 n_levels, squares[q], n, dim, MASKED=real is not None, WORK=_work(residual.dtype), BM=bm, BD=bd,
             )  # fmt: skip
         if sums.numel():
-            sums[q], counts[q] = code_statistics(before, indices[:, q].contiguous(), n_codes)
+            sums[q], counts[q] = code_statistics(before, indices[:, q], n_codes, None)
     return total, indices, squares
 
 
-def residual_quantize(
-    x: Tensor,  # [..., D]
-    codebooks: Tensor,  # [Q, K, D]
-    mask: Tensor | None,  # [...] bool
-    metric: str,
-    beta: float,
-    statistics: bool,
-    precision: str,
-) -> tuple[Tensor, ...]:
-    """Same arguments and result as the reference's."""
+def residual_quantize(call: ResidualCall) -> tuple[Tensor, ...]:
+    x, codebooks, mask, metric, _, beta, statistics, precision, _ = call
     n_levels, n_codes, dim = codebooks.shape
     dtype = residual_dtype(x, codebooks)
     rows = x.reshape(-1, dim)
@@ -162,30 +155,18 @@ def residual_quantize(
         total, indices, squares = triton_levels.residual_quantize(rows, codebooks, real, metric, precision)
         if statistics:
             for q, residual in enumerate(residuals(rows, codebooks.to(dtype), indices)):
-                sums[q], counts[q] = code_statistics(residual, indices[:, q].contiguous(), n_codes)
+                sums[q], counts[q] = code_statistics(residual, indices[:, q], n_codes, None)
     else:
         total, indices, squares = _level_by_level(rows, codebooks, real, metric, precision, sums, counts)
     mean = squares.sum(1) / elements(n if real is None else real, dim)
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
     quantized = torch.empty_like(x).copy_(total.view(x.shape))
-    return (
-        quantized, indices.view(*x.shape[:-1], n_levels), (beta * mean).to(loss), mean.to(loss), sums, counts
-    )  # fmt: skip
+    indices = indices.view(*x.shape[:-1], n_levels)
+    return quantized, (beta * mean).to(loss), mean.to(loss), indices, sums, counts
 
 
-def residual_quantize_backward(
-    x: Tensor,  # [..., D]
-    codebooks: Tensor,  # [Q, K, D]
-    indices: Tensor,  # [..., Q], -1 where masked
-    grad_quantized: Tensor | None,  # as x
-    grad_commitment: Tensor | None,  # [Q]
-    grad_codebook: Tensor | None,  # [Q]
-    estimator: str,
-    beta: float,
-    need_x: bool,
-    need_codebooks: bool,
-) -> tuple[Tensor, Tensor]:
-    """Same arguments and result as the reference's."""
+def residual_quantize_backward(call: ResidualBackwardCall) -> tuple[Tensor, Tensor]:
+    x, codebooks, indices, grad_quantized, grad_commitment, grad_codebook, estimator, beta, *_ = call
     n_levels, n_codes, dim = codebooks.shape
     dtype = residual_dtype(x, codebooks)
     rows, chosen = x.reshape(-1, dim).contiguous(), indices.reshape(-1, n_levels)
@@ -193,7 +174,7 @@ def residual_quantize_backward(
     real, chosen = rows_with_codes(chosen, n_codes)
     scale = 2 / elements(real, dim)
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
-    if need_x:
+    if call.need_x:
         out = rows.new_empty(rows.shape, dtype=dtype)
         rotate = estimator == "rotation" and grad_quantized is not None
         straight = estimator == "straight_through" and grad_quantized is not None
@@ -215,12 +196,12 @@ def residual_quantize_backward(
             )
             out = torch.where(real[:, None], out + turned, 0)
         grad_x = torch.empty_like(x).copy_(out.view(x.shape))
-    if need_codebooks:
+    if call.need_codebooks:
         grad_codebooks = torch.zeros_like(codebooks)
-    if need_codebooks and grad_codebook is not None:
+    if call.need_codebooks and grad_codebook is not None:
         for q, residual in enumerate(residuals(rows, codebooks.to(dtype), chosen)):
             # The sum of (c_k - r) over the residuals that chose k, from their count and sum.
-            sums, counts = code_statistics(residual.double(), chosen[:, q].contiguous(), n_codes)
+            sums, counts = code_statistics(residual.double(), chosen[:, q], n_codes, None)
             pull = torch.where(counts[:, None] > 0, counts[:, None] * codebooks[q].double() - sums, 0)
             grad_codebooks[q] = pull * (grad_codebook[q].double() * scale)
     return grad_x, grad_codebooks
