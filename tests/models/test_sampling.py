@@ -9,6 +9,7 @@ from fastvq import use_backend
 from fastvq.models import PixelCNN
 from fastvq.models.sampling import Choice, sample_ids
 from fastvq.ops import pixelcnn_start, pixelcnn_step
+from fastvq.ops.pixelcnn.sampler import sampler_of
 from tests.conftest import CPU_ENGINES
 from tests.support.cases import generator
 from tests.support.tolerance import assert_within
@@ -201,6 +202,22 @@ def test_registration():
             state.backend,
         )
         torch.library.opcheck(torch.ops.fastvq.pixelcnn_step.default, arguments)
+
+
+def test_a_sampler_refuses_tensors_that_do_not_fit(engine):
+    with use_backend(engine):
+        sampler = sampler_of(make(n_layers=1, channels=4).sampler_state((1, 2, 2), None, None))
+    ids, u, mask = torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).double(), torch.ones(1, 2, 2).bool()
+    for arguments, message in (
+        ((ids, u.float(), mask), "uniforms must be torch.float64"),
+        ((ids, u, mask[:, :1]), "mask must be torch.bool"),
+        ((ids, u.mT, mask), "contiguous"),
+        ((ids[:, :1], u[:, :1], mask[:, :1]), r"ids must be int64 \[1, 2, 2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sampler.run(*arguments, Choice())
+    sampler.run(ids, u + 0.5, mask, Choice())
+    assert ids.any()
 
 
 def test_progress_bar(capsys):

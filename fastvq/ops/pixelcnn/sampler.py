@@ -1,4 +1,4 @@
-"""Samplers: what draws the ids of a whole map, of each backend."""
+"""The samplers of the backends, which draw the ids of whole maps."""
 
 from __future__ import annotations
 
