@@ -1,4 +1,4 @@
-"""The tables of README and docs whose figures come from benchmarks/results.
+"""The tables of README and docs that come from benchmarks/results, and from the declarations of the ops.
 
 ``python docs/tables.py`` writes them into the pages, below the header that a page has; tests/test_figures.py fails
 where a page and its file differ.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from fastvq.ops._op import OPS, ORDER
 from results import H100, Result, best, fastest_two, mib, ms, one, percent, rows, times
 
 __all__ = ["TABLES", "written"]
@@ -138,6 +139,16 @@ def on_h100() -> Iterable[tuple[str, ...]]:
         yield *cells, "; ".join(percent(row) for row in by["fastvq triton"])
 
 
+def backends_by_op() -> Iterable[tuple[str, ...]]:
+    for name, op in sorted(OPS.items()):
+        depends = callable(op.order)
+        order = [b for b in (ORDER if depends else op.order) if b in op.kernels]
+        # The first paragraph of a function that makes an order says when it differs from the usual one.
+        other = " ".join(op.order.__doc__.split("\n\n")[0].split()) if depends else ""
+        golden = [b for b in order if op.kernels[b].golden]
+        yield f"`{name}`", *(", ".join(f"`{b}`" for b in names) for names in (order, golden)), other
+
+
 LOOKUP = "| rows x codes x width | fastvq ms | share of the ceiling |"
 # (page, header of its table): the rows.
 TABLES: dict[tuple[str, str], Callable[[], Iterable[tuple[str, ...]]]] = {
@@ -160,6 +171,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterable[tuple[str, ...]]]] = {
         "| rows x codes x width | fastvq Triton | fastvq CUDA C++ | flash-kmeans (inexact) | compiled `cdist` | "
         "share of the limit |",
     ): on_h100,
+    ("docs/backends.md", "| op | backends, the fastest first | known results first | another order |"): backends_by_op,
     ("docs/performance.md", "| quantizer | N x levels x K x D | ms | faster | MiB | other codes |"): all_patched,
 }
 

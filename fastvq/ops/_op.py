@@ -44,6 +44,7 @@ from fastvq.ops import _library
 
 __all__ = [
     "CUDA_FIRST",
+    "OPS",
     "ORDER",
     "Autograd",
     "Golden",
@@ -58,6 +59,9 @@ __all__ = [
 
 ORDER = tuple(registry.BACKENDS)
 CUDA_FIRST = ("cpu", "cuda", "triton", "reference")  # for calls that CUDA C++ serves faster than Triton
+
+
+OPS: dict[str, Op[Any]] = {}  # those registered with torch, by name
 
 
 class Call(Protocol):
@@ -181,6 +185,7 @@ def register(op: Op[C]) -> Callable[..., Any]:
     """Registers ``op`` with torch. Returns it as the public functions call it."""
     make, run, fake, autograd = op.call, op.run, op.fake, op.autograd
     assert fake is not None, f"{op.name} declares no fake"
+    OPS[op.name] = op
     formulas: tuple[Callable[..., Any] | None, ...] = ()
     if autograd is not None:
         setup = autograd.setup_context
