@@ -1,4 +1,4 @@
-// fastvq._cpu_testing: what tests and benchmarks look at inside the kernels of fastvq._cpu.
+// fastvq._cpu_testing: measurements inside the kernels of fastvq._cpu, for tests and benchmarks.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

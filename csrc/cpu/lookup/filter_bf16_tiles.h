@@ -27,7 +27,7 @@ namespace fastvq {
 namespace {
 
 constexpr int kGroup = 32, kStep = 32;
-constexpr int64_t kRelistRows = kGroup;  // that lookup/relist.h looks at together
+constexpr int64_t kRelistRows = kGroup;  // scored together by lookup/relist.h
 constexpr int kTile = 16 * 32;  // bfloat16 elements of a register
 constexpr int kChunkPanels = 16;
 constexpr int kScoreStride = kChunkPanels * kWidth + 16;  // off a multiple of the first-level cache's sets
@@ -46,8 +46,8 @@ inline float round_to_bf16(float v) { return bits_to_float(round_bits(v)); }
 
 // c^ are the rounded codes, e = c' - c^; the same for rows, x' = x^ + lost:
 //   x'.c' - x^.c^ = lost.c^ + x'.e  <=  |lost| |c^| + |x'| |e|
-// Sums: a product goes through at most the 32 multiply-adds of a step, in whatever order, and two additions a step after;
-// magnitudes of rounded operands are up to 1.02 times the exact ones (1.01 each), hence the factor. Flushing takes up to
+// Sums: a product goes through at most the 32 multiply-adds of a step, in any order, and two additions for each step after
+// it. Products of rounded operands are up to 1.02 times the exact ones (1.01 each), hence the factor. Flushing takes up to
 // 2^-126 going in and coming out of each of these.
 struct CodeLayout {
   static double chain(int64_t D) { return 1.02 * static_cast<double>(34 + 2 * steps(D) + 4); }

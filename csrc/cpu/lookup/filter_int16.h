@@ -1,8 +1,8 @@
 // The filter with operands in 16-bit integers: sums of products are exact in 32 bits, two elements of D an instruction.
 //
-// A vector v is integers as q = round(v 2^e), e the largest with |v| at most 46000 2^-e and no element above 32767 2^-e. So
-// elements fit 16 bits and, by Cauchy and Schwarz, sums of products and every part of one fit 32: (46000 + sqrt(D) / 2)^2
-// is below 2^31. The rounding error, at most sqrt(D) / 2 of a norm of 16000 or more, is measured. With 16 bits the spread
+// A vector v is held as integers q = round(v 2^e), e the largest with |v| at most 46000 2^-e and no element above
+// 32767 2^-e. So elements fit 16 bits and, by Cauchy and Schwarz, sums of products and all partial sums fit 32 bits:
+// (46000 + sqrt(D) / 2)^2 is below 2^31. The rounding error, at most sqrt(D) / 2 of a norm of 16000 or more, is measured. With 16 bits the spread
 // of a vector's elements matters little.
 #pragma once
 #include <cmath>
@@ -70,7 +70,8 @@ inline Integers to_integers(const float* v, int64_t D, double norm, float* words
 
 // c^, e = c' - c^ of the codes, x^, lost = x' - x^ of the rows:  x'.c' - x^.c^ = lost.c^ + x'.e <= |lost| |c^| + |x'| |e|.
 // The score is the exact integer x^.c^, rounded to float32, then one multiply-add with the bias; a vector of integers has
-// at most twice the norm of what was rounded, as no element is off by more than itself: 3 u (4 |x'||c'| + |b|) covers both.
+// at most twice the norm of the exact vector, as rounding changes no element by more than itself: 3 u (4 |x'||c'| + |b|)
+// covers both.
 // Products with the units: rows' and codes' are powers of two, the first is exact, the second inside the multiply-add;
 // below 2^-126 rounding takes 2^-150 at most.
 struct CodeLayout {

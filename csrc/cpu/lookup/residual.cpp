@@ -23,7 +23,7 @@ namespace {
 // Blocks that go through a level together: its codes are read once for all of them from beyond the second-level cache.
 constexpr int64_t kBlocks = 4;
 constexpr int64_t kRowsBetweenCheckpoints = 4096;
-constexpr int64_t kColumns = 16;  // a cache line of float: what a task of the statistics reads of a row
+constexpr int64_t kColumns = 16;  // of a row, for one task of the statistics: a cache line of float
 
 Codes level_of(const Codes& levels, int64_t q) {
   Codes one = levels;
@@ -253,11 +253,11 @@ void backward(const Rows& x, const Codes& levels, const int64_t* indices, const 
   });
 }
 
-bool wide(const Rows& x, const Codes& levels) { return x.dtype == DType::f64 || levels.dtype == DType::f64; }
+bool uses_double(const Rows& x, const Codes& levels) { return x.dtype == DType::f64 || levels.dtype == DType::f64; }
 
 void check_real(const Rows& x, const Codes& levels) {
-  if (levels.dtype != (wide(x, levels) ? DType::f64 : DType::f32))
-    throw std::invalid_argument("fastvq: residual levels must hold what residuals are kept in");
+  if (levels.dtype != (uses_double(x, levels) ? DType::f64 : DType::f32))
+    throw std::invalid_argument("fastvq: residual levels must have the dtype of the residuals");
 }
 
 void check_levels(const Rows& x, const Codes& levels) {
@@ -274,15 +274,15 @@ void residual_quantize(const Rows& x, const Codes& levels, const ResidualOptions
   *out.n_rows = 0;
   std::fill(out.squares, out.squares + levels.n_heads, 0.0);
   if (x.n_rows() == 0) return;
-  wide(x, levels) ? forward<double>(x, levels, options, quantized, out, isa, n_threads)
-                  : forward<float>(x, levels, options, quantized, out, isa, n_threads);
+  uses_double(x, levels) ? forward<double>(x, levels, options, quantized, out, isa, n_threads)
+                         : forward<float>(x, levels, options, quantized, out, isa, n_threads);
 }
 
 void residual_statistics(const Rows& x, const Codes& levels, const int64_t* indices, const int32_t* finite_levels,
                          void* sums, bool sums_double, int64_t* counts, int n_threads) {
   check_levels(x, levels);
   check_real(x, levels);
-  if (wide(x, levels))
+  if (uses_double(x, levels))
     statistics<double>(x, levels, indices, finite_levels, static_cast<double*>(sums), counts, n_threads);
   else if (sums_double)
     statistics<float>(x, levels, indices, finite_levels, static_cast<double*>(sums), counts, n_threads);
@@ -296,8 +296,8 @@ void residual_backward(const Rows& x, const Codes& levels, const int64_t* indice
   check_real(x, levels);
   check_output(x, grad_x);
   if (grad_quantized) check_output(x, *grad_quantized);
-  wide(x, levels) ? backward<double>(x, levels, indices, grad_quantized, scales, grad_x, n_threads)
-                  : backward<float>(x, levels, indices, grad_quantized, scales, grad_x, n_threads);
+  uses_double(x, levels) ? backward<double>(x, levels, indices, grad_quantized, scales, grad_x, n_threads)
+                         : backward<float>(x, levels, indices, grad_quantized, scales, grad_x, n_threads);
 }
 
 }  // namespace fastvq

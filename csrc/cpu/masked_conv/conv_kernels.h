@@ -15,7 +15,7 @@ struct PrefetchLines {
 
 // One thin matrix product: c[i] = init + sum over segments s and k of a[i*a_row + a_segment[s] + k*a_k] * b[s, k, :],
 // for n_rows rows i and n_vectors vectors of columns. Each element is one chain of fused multiply-adds in the order
-// of (s, k), in whatever tile it is computed.
+// of (s, k), the same in every tile.
 struct Product {
   const float* a;
   int64_t a_row, a_k;

@@ -81,7 +81,7 @@ void each_weight(const MaskedWeight& w, bool swapped, int64_t first, int64_t n_c
       if (w.active(index, out, in)) put(t, d, lane, at + index);
     }
   };
-  // Few channels of depth at a time: what is read is contiguous, what is written stays in the first-level cache.
+  // Few channels of depth at a time: reads are contiguous, and writes stay in the first-level cache.
   for (int64_t d0 = 0; d0 < depth; d0 += kSlice)
     for (int64_t lane = 0; lane < n_channels; ++lane)
       for (int64_t d = d0; d < std::min(depth, d0 + kSlice); ++d) visit(d, lane);

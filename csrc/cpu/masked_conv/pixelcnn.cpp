@@ -5,7 +5,7 @@
 // layer (P = floats a pixel, K = kernel size, R = K / 2):
 //   v_in  [B, R + 1, W + 2R, P]   inputs of the vertical convolution: rows i - R ... i, zeros left and right
 //   h_in  [B, R + W, P]           inputs of the horizontal convolution: zeros, then this row's positions
-//   link  [B, W, blocks of (a, b)]  what row i of the vertical stack adds to the horizontal gate, biases included
+//   link  [B, W, blocks of (a, b)]  row i of the vertical stack as it enters the horizontal gate, biases included
 // The cache does not grow with the number of positions. Weights are packed once as [block][part][bias, tap, channel], in the
 // order they are read: a position reads all of them, so they come from the last-level cache.
 #include "conv_kernels.h"

@@ -7,7 +7,7 @@
 namespace fastvq {
 namespace {
 
-// sums + pairs of rows times pairs of codes. By hand: gcc 12 copies what its intrinsic adds to.
+// sums + pairs of rows times pairs of codes. In assembly, because gcc 12 copies the sums of its intrinsic.
 inline __m512i multiply_pairs(__m512i sums, __m512i rows, __m512i codes) {
   asm("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(rows), "v"(codes));
   return sums;

@@ -5,7 +5,7 @@
 //
 // Every sum is defined as: start at 0, add the rows of the code in row order, in float64, round once at the end.
 // With n rows in a code and u = 2^-53 the sum before rounding errs by at most (n-1)*u/(1-(n-1)*u) * sum|x|, which for
-// 1e7 rows is 1.2e-9 of sum|x|, far under the final rounding to float. A sum is owned by one task, whatever the number of
+// 1e7 rows is 1.2e-9 of sum|x|, far under the final rounding to float. One task owns a sum, for any number of
 // tasks, so neither threads nor instruction sets can change a bit.
 //
 //   1. validate the indices and count them, in parallel over rows (integers: the order is free)
@@ -76,7 +76,7 @@ class Statistics {
     std::fill(out_.counts, out_.counts + x_.n_heads * n_codes_, 0);
     std::atomic<int64_t> first_bad{INT64_MAX};
     std::mutex merge;
-    const int64_t pieces = n_threads_;  // each has a histogram of its own
+    const int64_t pieces = n_threads_;  // each has its own histogram
     parallel_chunks(x_.n_heads * pieces, n_threads_, [&](int64_t chunk, int) {
       const int64_t h = chunk / pieces, begin = n_rows_ * (chunk % pieces) / pieces,
                     end = n_rows_ * (chunk % pieces + 1) / pieces;

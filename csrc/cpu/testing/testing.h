@@ -1,4 +1,4 @@
-// What fastvq._cpu_testing looks at inside the kernels of fastvq._cpu. For tests and benchmarks; no wheel holds it.
+// Measurements inside the kernels of fastvq._cpu, for tests and benchmarks: fastvq._cpu_testing. No wheel holds it.
 #pragma once
 #include <cstddef>
 #include <cstdint>

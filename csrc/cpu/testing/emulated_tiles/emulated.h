@@ -1,6 +1,6 @@
 // simd/amx.h with tiles in plain vectors, as Intel's manual describes TDPBF16PS: float32 fused multiply-adds in two
 // chains, even and odd elements, from zero; then their sum; then the sum with the accumulator. Rounded to nearest even,
-// small numbers flushed to zero going in and coming out, whatever MXCSR says. For tests; slow.
+// small numbers flushed to zero in operands and results, for any MXCSR. For tests; slow.
 #pragma once
 #include <cstring>
 
