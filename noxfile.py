@@ -10,12 +10,7 @@ import nox
 nox.options.sessions = ["quick", "lint"]
 nox.options.reuse_existing_virtualenvs = True
 
-CPP = [
-    str(p)
-    for top in ("csrc", "tests")
-    for p in Path(top).rglob("*")
-    if p.suffix in {".h", ".cpp", ".inl", ".cu", ".cuh"}
-]
+CPP = [str(p) for top in ("csrc", "tests") for p in Path(top).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
 
 
 def install(session: nox.Session, extras: str) -> None:

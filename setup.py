@@ -54,7 +54,7 @@ PROBES = {
 # The machine code that is made, of those that nvcc knows: an sm_80 runs on every 8.x, and so on. Nothing in the sources
 # is written for one architecture alone, so all of it comes from one PTX, which newer cards compile when they load it.
 OLDEST_GPU, GPUS = "80", ("80", "90", "100")
-# No contraction, as above. A kernel that spills registers is a kernel that is wrong.
+# No contraction, as above. Spills fail the build.
 NVCCFLAGS = [
     "-std=c++17", "-O3", "-DNDEBUG", "--fmad=false", "-Werror", "all-warnings", "-Xptxas", "-warn-spills,-Werror",
     "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra",

@@ -164,7 +164,7 @@ def test_names_with_periods_are_kept_apart(path, field):
     assert [(p.name, p.label) for p in source.stream()] == [(f"set.tar/trip.2021.{i:03d}", 4) for i in range(3)]
 
 
-def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path):
+def test_shards_of_one_name_in_two_folders_are_distinguished(tmp_path):
     for folder in ("d0", "d1"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "set.tar").write_bytes(archive(PICTURES[:1]))

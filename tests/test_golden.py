@@ -88,7 +88,7 @@ def test_cases_are_as_hard_as_their_names_say():
         assert first < second < first * 1.01
 
 
-def test_far_codes_are_told_apart_in_half_the_digits():
+def test_far_codes_are_distinguished_in_half_the_digits():
     for metric in METRICS:
         for dim, n_codes in ((1, 1), (1, 9), (40, 300)):
             call = F32._replace(metric=metric, precision="fast", dim=dim, n_codes=n_codes)

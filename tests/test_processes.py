@@ -43,12 +43,12 @@ def test_the_gil_is_released(threads):
     x, codebook = gaussian(20000, 1024, 64, generator(1))
     seen, running = [], threading.Event()
 
-    def look_up():
+    def run_lookup():
         running.set()
         nearest(x, codebook, backend="cpu")
         running.clear()
 
-    worker = threading.Thread(target=look_up)
+    worker = threading.Thread(target=run_lookup)
     worker.start()
     running.wait()
     while running.is_set():  # with the GIL held this loop would not turn while the kernel runs
@@ -62,10 +62,10 @@ def test_calls_from_several_python_threads():
     expected = oracle.nearest(x, codebook)
     results = [None] * 4
 
-    def look_up(i):
+    def run_lookup(i):
         results[i] = quantize(x, codebook).indices
 
-    workers = [threading.Thread(target=look_up, args=(i,)) for i in range(4)]
+    workers = [threading.Thread(target=run_lookup, args=(i,)) for i in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -1,7 +1,7 @@
 """What bench_ema.py and bench_train_step.py compare: ways to sum vectors by code, and whole training steps.
 
-A provider is prepared once for a case, which is not timed, and then called again and again. Every step works on buffers
-of its own, which go on learning as it is called.
+A provider is prepared once for a case, which is not timed, and then called again and again. Every step
+owns its buffers, which change with every call.
 """
 
 from __future__ import annotations

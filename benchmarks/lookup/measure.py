@@ -27,13 +27,13 @@ from harness.timing import environment
 from lookup.cases import SEED, Case
 from lookup.providers import Lookup, Provider
 
-# Beside fastvq's strongest; scaling a few vectors up would charge these for every call's fixed costs many times.
+# The strongest providers are timed at full size: scaling up a few vectors would multiply a call's fixed costs.
 HEADLINE = ("cdist", "faiss")
 PILOT_VECTORS = 512
 PILOT_CALLS = 3
-# The least a slow provider is timed on: below that its products are too small to be what it does at full size.
+# A slow provider is timed on at least this many vectors: smaller products run at another speed than those of full size.
 LEAST_VECTORS = 1024
-# A call that fits its time nearly is timed whole: a figure that needs no scaling is worth the difference.
+# A call that takes at most 1 / ENOUGH of its time is timed at full size, so that its figure needs no scaling.
 ENOUGH = 0.6
 MEMORY_SHARE = 0.5  # of what the machine has free
 

@@ -76,7 +76,7 @@ def unavailable() -> str | None:
 
 
 def _remedy() -> str:
-    """For an extension that is missing; a source folder is found before an installed package by who stands in it."""
+    """For an extension that is missing; Python finds a source folder first when it runs in that folder."""
     folder = Path(__file__).resolve().parent.parent.parent
     if (folder / "setup.py").is_file() and (folder / "csrc").is_dir():
         return (

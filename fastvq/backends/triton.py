@@ -57,7 +57,7 @@ def _missing() -> str | None:
     told = "" if found is None else f"{found[0]}.{found[1]}"
     if found is not None and found < OLDEST_TRITON:
         return f"it needs Triton 3.6 or later, got {told}; pip install -U triton"
-    # A bound of a loop that is no constant is an array there, which that NumPy makes no index of.
+    # The old interpreter passes loop bounds as 1-element arrays; NumPy >= 2.4 refuses those as indices.
     if interpreting() and found is not None and found < (3, 7) and numpy is not None and numpy >= (2, 4):
         return f"the interpreter of Triton {told} needs NumPy below 2.4; pip install -U triton, or 'numpy<2.4'"
     return None

@@ -10,7 +10,7 @@ from torch import Tensor
 __all__ = [
     "DTYPES",
     "METRICS",
-    "Output",
+    "QuantizedRows",
     "Rows",
     "address",
     "codes_view",
@@ -83,7 +83,7 @@ def _merge(x: Tensor, first: int) -> list[tuple[int, int]]:
     return merged
 
 
-class Output:
+class QuantizedRows:
     """A tensor like ``x`` for a kernel to write, through a buffer where two strides cannot walk its rows."""
 
     def __init__(self, x: Tensor, n_heads: int | None) -> None:

@@ -69,7 +69,7 @@ def saturate(v, dtype: tl.constexpr):
 
 
 def axis_of(stride_d: int, n_inner: int) -> int:
-    """AXIS of a tensor's tiles: 0 where its elements lie apart and its rows do not."""
+    """AXIS of a tensor's tiles: 1 where the elements of a row are adjacent or no two rows are, else 0."""
     return 1 if stride_d == 1 or n_inner == 1 else 0
 
 

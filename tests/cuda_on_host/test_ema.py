@@ -224,13 +224,13 @@ def test_under_sanitizers(kind, tmp_path):
         for way, limit in LIMITS.items():
             deterministic = way != "atomics"
             with host.shared_limit(limit):
-                room = host.module().code_statistics_workspace(rows, k, deterministic)
+                workspace = host.module().code_statistics_workspace(rows, k, deterministic)
             wide = torch.float64 if double else torch.float32
             sums, counts = torch.full((k, d), torch.nan, dtype=wide), torch.full((k,), -9)
             calls.add("shared_limit", [], [limit])
             calls.add(
                 "code_statistics",
-                [*map(host.as_bytes, (x, indices, sums, counts)), np.full(room, 0xFF, np.uint8)],
+                [*map(host.as_bytes, (x, indices, sums, counts)), np.full(workspace, 0xFF, np.uint8)],
                 [host.Buffer(0), *rows[1:], host.Buffer(1), k, deterministic, host.Buffer(2), double, host.Buffer(3),
                  host.Buffer(4)],
             )  # fmt: skip
@@ -252,10 +252,10 @@ def test_update_under_sanitizers(kind, tmp_path):
         sums, counts = torch.randn(heads, k, d, generator=g), torch.randint(0, 9, (heads, k), generator=g)
         counts[0, 0] = 1
         view = views.ema_view(*theirs)
-        room = np.full(host.module().ema_update_workspace(view), 0xFF, np.uint8)
+        workspace = np.full(host.module().ema_update_workspace(view), 0xFF, np.uint8)
         calls.add(
             "ema_update",
-            [*map(host.as_bytes, (*theirs, sums, counts)), room],
+            [*map(host.as_bytes, (*theirs, sums, counts)), workspace],
             [*view[:4], *map(host.Buffer, (0, 1, 2)), *view[7:], host.Buffer(3), False, host.Buffer(4), 0.9, 1e-5, True,
              False, host.Buffer(5)],
         )  # fmt: skip

@@ -177,7 +177,7 @@ def test_under_sanitizers(kind, tmp_path):
         weight_arguments = [host.Buffer(1), *view[1:2], *view[2], *view[3:5], host.NOTHING, *view[6:]]
         module = host.module()
 
-        def room(n_bytes):
+        def workspace(n_bytes):
             return np.full(n_bytes, 0xFF, np.uint8)
 
         def empty(t):
@@ -187,15 +187,15 @@ def test_under_sanitizers(kind, tmp_path):
         calls.add(
             "masked_conv_forward",
             [whole(x), host.as_bytes(weight), host.as_bytes(bias), whole(empty(out)),
-             room(module.masked_conv_workspace(view, False, False))],
+             workspace(module.masked_conv_workspace(view, False, False))],
             [*image_arguments(x, host.Buffer(0)), *weight_arguments, host.Buffer(2),
              *image_arguments(out, host.Buffer(3)), host.Buffer(4)],
         )  # fmt: skip
         calls.add(
             "masked_conv_backward",
             [whole(x), host.as_bytes(weight), whole(grad), whole(empty(x)), host.as_bytes(empty(weight)),
-             host.as_bytes(empty(bias)), room(module.masked_conv_workspace(view, False, True)),
-             room(module.masked_conv_weight_grad_workspace(views.image_view(x), view))],
+             host.as_bytes(empty(bias)), workspace(module.masked_conv_workspace(view, False, True)),
+             workspace(module.masked_conv_weight_grad_workspace(views.image_view(x), view))],
             [*image_arguments(x, host.Buffer(0)), *image_arguments(grad, host.Buffer(2)), *weight_arguments,
              *image_arguments(x, host.Buffer(3)), *map(host.Buffer, (4, 5, 6, 7))],
         )  # fmt: skip
@@ -230,10 +230,11 @@ def test_gated_under_sanitizers(kind, tmp_path):
         out = like_input(x, 37)
         empty = torch.full_like(out, torch.nan)
         view = cuda._weight_view(weight, "B", None, 1)
-        room = np.full(host.module().masked_conv_workspace(view, True, False), 0xFF, np.uint8)
+        workspace = np.full(host.module().masked_conv_workspace(view, True, False), 0xFF, np.uint8)
         calls.add(
             "gated_masked_conv_forward",
-            [whole(x), host.as_bytes(weight), host.as_bytes(bias), host.as_bytes(condition), *[whole(empty)] * 3, room],
+            [whole(x), host.as_bytes(weight), host.as_bytes(bias), host.as_bytes(condition), *[whole(empty)] * 3,
+             workspace],
             [*image_arguments(x, host.Buffer(0)), host.Buffer(1), *view[1:2], *view[2], *view[3:5], host.NOTHING,
              *view[6:], host.Buffer(2), *image_arguments(wide, host.Buffer(3)), *image_arguments(out, host.Buffer(4)),
              *image_arguments(out, host.Buffer(5)), *image_arguments(out, host.Buffer(6)), host.Buffer(7)],

@@ -65,9 +65,9 @@ def add_call(calls, x, codebook, metric, mask=None, launcher="nearest"):
     """The lookup of x [N, D]; its workspace holds NaN."""
     _, rows = views.rows_view(x, None)
     codes = views.codes_view(codebook)
-    room = np.full(host.module().nearest_workspace(rows, codes), 0xFF, np.uint8)
+    workspace = np.full(host.module().nearest_workspace(rows, codes), 0xFF, np.uint8)
     indices = np.full(x.shape[0], -9, np.int64)
-    buffers = [host.as_bytes(x), host.as_bytes(codebook), indices, room]
+    buffers = [host.as_bytes(x), host.as_bytes(codebook), indices, workspace]
     if mask is not None:
         buffers.append(host.as_bytes(mask))
     calls.add(

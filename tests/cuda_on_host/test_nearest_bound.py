@@ -16,12 +16,12 @@ WIDTHS = (3, 4, 5, 8, 9, 64)  # up to 4 and up to 8: operands in two parts
 
 def add_call(calls, x, codebook, metric):
     rows, codes = views.rows_view(x, None)[1], views.codes_view(codebook)
-    room = np.full(host.module().nearest_workspace(rows, codes), 0xFF, np.uint8)
+    workspace = np.full(host.module().nearest_workspace(rows, codes), 0xFF, np.uint8)
     scores = np.full((2, x.shape[0], codebook.shape[0]), np.nan, np.float32)
     calls.add(
         "filter_scores",
         [host.as_bytes(x), host.as_bytes(codebook), scores[0], scores[1], np.zeros(1, np.int32),
-         np.zeros(x.shape[1], np.float32), room],
+         np.zeros(x.shape[1], np.float32), workspace],
         [host.Buffer(1), *codes[1:], host.Buffer(0), *rows[1:], views.metric_code(metric),
          *map(host.Buffer, (2, 3, 4, 5, 6))],
     )  # fmt: skip

@@ -176,12 +176,12 @@ def add_forward(calls, x, codebook, metric, mask, deterministic):
     _, rows = views.rows_view(x, None)
     codes = views.codes_view(codebook)
     wide = np.float64 if x.dtype == torch.float64 else np.float32
-    room = np.full(host.module().quantize_workspace(rows, codes, deterministic), 0xFF, np.uint8)
+    workspace = np.full(host.module().quantize_workspace(rows, codes, deterministic), 0xFF, np.uint8)
     calls.add(
         "quantize_forward",
         [host.as_bytes(x), host.as_bytes(codebook), host.as_bytes(mask), host.as_bytes(torch.full_like(x, torch.nan)),
          np.full(x.shape[0], -9, np.int64), *(np.full(1, np.nan, wide) for _ in range(2)),
-         np.full(codebook.shape, np.nan, wide), np.full(codebook.shape[0], -9, np.int64), room],
+         np.full(codebook.shape, np.nan, wide), np.full(codebook.shape[0], -9, np.int64), workspace],
         [host.Buffer(0), *rows[1:], host.Buffer(1), *codes[1:], views.metric_code(metric), 0, host.Buffer(2), 0.25,
          deterministic, host.Buffer(3), *rows[1:], *map(host.Buffer, (4, 5, 6, 7, 8, 9))],
     )  # fmt: skip

@@ -145,11 +145,11 @@ def test_under_sanitizers(kind, tmp_path):
         mask = torch.rand(n, generator=generator(i)) < 0.7
         rows, codes = views.rows_view(x, None)[1], views.codes_view(codebooks)
         module = host.module()
-        room = np.full(module.residual_workspace(codes), 0xFF, np.uint8)
+        workspace = np.full(module.residual_workspace(codes), 0xFF, np.uint8)
         squares = np.full((q, module.residual_parts(rows, codes)), np.nan)
         buffers = [
             host.as_bytes(x), host.as_bytes(codebooks), host.as_bytes(mask), np.full((n, d), np.nan, np.float32),
-            np.full((n, q), -9, np.int64), squares, room,
+            np.full((n, q), -9, np.int64), squares, workspace,
         ]  # fmt: skip
         calls.add(
             "residual_quantize", buffers,

@@ -123,7 +123,7 @@ def test_fast_never_scores_by_the_definition(isa):
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "dot"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_crowds_are_told_apart(metric, dtype, isa):
+def test_crowds_are_distinguished(metric, dtype, isa):
     """Rows that every filter leaves with too many codes: by a list, by double alone, or by the definition."""
     x, codebook = (t.to(dtype) for t in gaussian(100, 9, 37))
     crowd = last_bits(codebook, 50)

@@ -9,6 +9,7 @@ if torch.cuda.is_available():
 from fastvq.backends.tiles import Tile, pick
 from fastvq.ops import nearest
 from fastvq.ops.nearest import triton_ops as kernels
+from fastvq.ops.nearest import triton_tiles
 from fastvq.ops.nearest.triton_pack import FIRST_DATA
 from tests.support import oracle
 from tests.support.cases import DTYPES, HARD, METRICS, gaussian, generator
@@ -41,7 +42,7 @@ def _filter_even_small_codebooks(monkeypatch):
 def large_tiles(monkeypatch):
     """The interpreter's time is the number of steps: few and large ones."""
     meta = {"BM": 256, "BN": 1024, "BD": 1024, "GROUP": 8, "num_warps": 4, "num_stages": 1}
-    tiles = [Tile(80, kernels.WIDEST, dtype, meta) for dtype in (torch.float16, torch.bfloat16)]
+    tiles = [Tile(80, triton_tiles.WIDEST, dtype, meta) for dtype in (torch.float16, torch.bfloat16)]
     monkeypatch.setattr(kernels, "TILES", tiles)
 
 
@@ -198,7 +199,7 @@ def test_the_bound_holds_and_says_something(case, metric, dtype):
     if case == "one_huge_code" and metric == "dot":
         codebook[13] /= 1e30  # a score that no float32 holds: such a codebook is not the filter's
     code, is_bf16 = kernels.METRICS[metric], dtype == torch.bfloat16
-    meta = pick("nearest", kernels.TILES, x.device, x.shape[1], torch.bfloat16 if is_bf16 else torch.float16)
+    meta = pick("nearest", triton_tiles.TILES, x.device, x.shape[1], torch.bfloat16 if is_bf16 else torch.float16)
     packed = kernels.pack(codebook[None], code, is_bf16, code != 1 and not is_bf16, meta)
     rows = kernels.pack_rows(x[None], packed)
     held = packed.norms[0, : len(codebook)] >= 0

@@ -17,7 +17,7 @@ SLOW = (
     "nn/test_compiled", "nn/test_export", "nn/test_onnx", "nn/test_loading", "nn/test_option_table", "nn/test_learning",
     "ops/test_fake_cuda", "ops/test_lookup_isa", "ops/test_registration", "ops/test_nearest_bound",
     "test_archives", "test_cli", "test_cuda_sass", "test_distributed", "test_encode", "test_examples",
-    "test_gpu_report", "test_kmeans", "test_on_gpu", "test_processes", "test_readme", "test_train_command",
+    "test_kmeans", "test_on_gpu", "test_processes", "test_readme", "test_train_command",
     "test_verify", "native",
 )  # fmt: skip
 

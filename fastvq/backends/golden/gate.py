@@ -23,7 +23,7 @@ from fastvq.backends.golden.cases import Configuration, cases, widened
 
 __all__ = ["RECORDED", "check_lookup", "check_op"]
 
-# (backend, capability times ten) whose lookup, as it is, passed every test marked needs_gpu: an H100. Triton's passed
+# (backend, capability times ten) whose current lookup passed every test marked needs_gpu: an H100. Triton's passed
 # them too, but has been made faster since.
 RECORDED: frozenset[tuple[str, int]] = frozenset({("cuda", 90)})
 

@@ -11,10 +11,12 @@ from fastvq.backends.views import address
 
 __all__ = ["lookup_isa", "packed_address", "packing_isa"]
 
-# Where a lookup runs on tiles unless it is told to: on how many rows and codes it is tried, the share of rows up to
-# which it pays that bfloat16 leaves more than one code open, the rows of a head that are too few to try, and the least
-# width that tiles are made for (csrc/cpu/lookup/driver.cpp).
-TRIED_ROWS, TRIED_CODES, MOST_OPEN, FEW_ROWS, LEAST_DIM = 256, 1024, 0.5, 8192, 32
+# Where no instruction set is named, a trial decides whether a lookup runs on tiles (csrc/cpu/lookup/driver.cpp).
+TRIED_ROWS = 256
+TRIED_CODES = 1024
+MOST_OPEN = 0.5  # tiles are used if bfloat16 leaves at most this share of the rows with more than one code
+FEW_ROWS = 8192  # a head with fewer rows is not worth a trial
+LEAST_DIM = 32  # tiles are made for rows of at least this width
 
 
 def _tiles_by_choice() -> bool:

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from fastvq.backends import triton as triton_backend
-from fastvq.backends.tiles import Tile, pick
+from fastvq.backends.tiles import pick
 from fastvq.ops.nearest.triton_exact import _exhaustive, _rescore_candidates
 from fastvq.ops.nearest.triton_filter import MAX_CANDIDATE_GROUPS, _certify, _collect_candidates, _filter
 from fastvq.ops.nearest.triton_pack import COLUMNS, FIRST_DATA, _codebook_stats, _pack_codes, gamma
 from fastvq.ops.nearest.triton_rows import _pack_rows
+from fastvq.ops.nearest.triton_tiles import TILES
 
-__all__ = ["TILES", "PackedCodes", "nearest", "pack"]
+__all__ = ["PackedCodes", "nearest", "pack"]
 
 METRICS = {"euclidean": 0, "cosine": 1, "dot": 2}
-WIDEST = 1 << 30
 # A row tile stays on chip up to this width; wider rows are read in pieces of BD, again for every block of codes.
 RESIDENT_WIDTH = 256
 SPLIT_K = 8  # parts of the codes that work on the listed rows in parallel
@@ -43,33 +43,6 @@ ROWS_A_SLAB = 1 << 18
 SLAB_ELEMENTS = 1 << 25  # most 16-bit elements of a slab's packed rows
 MAX_FILTER_DIM = 1 << 14  # gamma grows with D, so the filter certifies fewer rows of wider vectors
 MIN_FILTERED_SCORES = 1 << 12  # K * D up to which packing costs more than the exhaustive scan
-
-
-def _rows(capability: int, dim: int, **meta: int) -> list[Tile]:
-    return [Tile(capability, dim, dtype, meta) for dtype in (torch.float16, torch.bfloat16)]
-
-
-# fmt: off
-# A row with a shape N x K x D was the fastest of 43 tiles at that shape on an H100 80GB HBM3, in 2026-11. No other row
-# was measured on a GPU.
-TILES = [
-    *_rows(80, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=4, num_stages=3),
-    *_rows(80, 64, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
-    *_rows(80, 128, BM=128, BN=128, BD=128, GROUP=8, num_warps=8, num_stages=2),
-    *_rows(80, 256, BM=128, BN=64, BD=256, GROUP=4, num_warps=8, num_stages=2),
-    *_rows(80, WIDEST, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
-    *_rows(90, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),  # 262144 x 16384 x 8
-    *_rows(90, 64, BM=128, BN=64, BD=64, GROUP=4, num_warps=4, num_stages=3),  # 1048576 x 1024 x 64
-    *_rows(90, 128, BM=128, BN=128, BD=128, GROUP=4, num_warps=8, num_stages=2),  # 262144 x 1024 x 128
-    *_rows(90, 256, BM=128, BN=64, BD=256, GROUP=4, num_warps=8, num_stages=3),  # 1048576 x 8192 x 256
-    *_rows(90, WIDEST, BM=128, BN=256, BD=64, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(100, 32, BM=128, BN=128, BD=32, GROUP=8, num_warps=8, num_stages=3),
-    *_rows(100, 64, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
-    *_rows(100, 128, BM=128, BN=128, BD=128, GROUP=4, num_warps=8, num_stages=3),
-    *_rows(100, 256, BM=128, BN=128, BD=256, GROUP=4, num_warps=8, num_stages=2),
-    *_rows(100, WIDEST, BM=128, BN=128, BD=64, GROUP=4, num_warps=8, num_stages=3),
-]
-# fmt: on
 
 
 class PackedCodes(NamedTuple):

@@ -12,13 +12,13 @@ from torch import Tensor
 from fastvq.backends import triton as triton_backend
 from fastvq.ops.pixelcnn import cuda
 from fastvq.ops.pixelcnn.choice import Choice, Progress, sample_ids
+from fastvq.ops.pixelcnn.common import WIDEST_CHOICE
 from fastvq.ops.pixelcnn.contract import check_map, positions_to_draw
 from fastvq.ops.pixelcnn.replay import PixelCNNSteps, Use
 from fastvq.ops.pixelcnn.state import PixelCNNState
 
 __all__ = ["PositionSampler", "Sampler", "sampler_of"]
 
-WIDEST_CHOICE = 4096  # ids that triton_choice.py chooses from: a program holds all of them
 # Makes an object whose calls compute one position after another, as PixelCNNSteps of a state.
 Steps = Callable[[Tensor, Use], Callable[[bool], None]]
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastvq.backends import tiles
 from fastvq.backends.triton import float64_bits
-from fastvq.ops.pixelcnn.sampler import WIDEST_CHOICE
+from fastvq.ops.pixelcnn.common import WIDEST_CHOICE
 
 __all__ = ["sample_ids"]
 

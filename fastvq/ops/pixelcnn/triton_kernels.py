@@ -24,7 +24,7 @@ __all__ = ["gate_step", "linear_step"]
 
 @triton.jit
 def _vectors(position, n, width, ROW: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Number, image, row and column of a program's vectors, and which there are."""
+    """Number, image, row and column of a program's vectors, and a mask of the valid ones."""
     at = tl.load(position)
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = tl.zeros_like(m) + at // width

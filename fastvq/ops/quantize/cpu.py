@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
-from fastvq.backends.views import Output, address
+from fastvq.backends.views import QuantizedRows, address
 from fastvq.ops._contract import count_real
 from fastvq.ops.nearest import cpu_isa
 from fastvq.ops.quantize.call import QuantizeBackwardCall, QuantizeCall
@@ -30,7 +30,7 @@ def quantize(
     x, codebook, mask, metric, _, beta, precision, _, packed = call
     heads = _heads(codebook)
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
-    quantized = Output(x, heads)
+    quantized = QuantizedRows(x, heads)
     x, rows = views.rows_view(x, heads)
     mask = None if mask is None else mask.contiguous()
     codes, metric_code, fast = views.codes_view(codebook), views.metric_code(metric), precision == "fast"
@@ -55,7 +55,7 @@ def quantize_backward(call: QuantizeBackwardCall) -> tuple[Tensor, Tensor]:
     scale = 2 / max(1, count_real(BACKWARD_OP, indices, codebook.shape[-2]) * x.shape[-1])
     if call.need_x:
         heads = _heads(codebook)
-        out = Output(x, heads)
+        out = QuantizedRows(x, heads)
         incoming, g = (None, None) if grad_quantized is None else views.rows_view(grad_quantized, heads)
         kept, rows = views.rows_view(x, heads)
         cpu_backend._cpu.quantize_backward(

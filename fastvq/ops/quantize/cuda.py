@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import views
-from fastvq.backends.views import Output, address
+from fastvq.backends.views import QuantizedRows, address
 from fastvq.ops.quantize.call import QuantizeBackwardCall, QuantizeCall
 from fastvq.ops.statistics.cuda import code_statistics
 
@@ -34,7 +34,7 @@ def forward(
         indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
         loss = torch.float64 if x.dtype == torch.float64 else torch.float32
         commitment_loss, codebook_loss = x.new_empty((), dtype=loss), x.new_empty((), dtype=loss)
-        out = Output(x, heads)
+        out = QuantizedRows(x, heads)
         x, rows = views.rows_view(x, heads)
         codes = views.codes_view(codebook)
         mask = None if mask is None else mask.contiguous()
@@ -61,7 +61,7 @@ def quantize_backward(call: QuantizeBackwardCall) -> tuple[Tensor, Tensor]:
         n_real = (indices >= 0).sum()
         codes = views.codes_view(codebook)
         if call.need_x:
-            out = Output(x, heads)
+            out = QuantizedRows(x, heads)
             with_g = grad_quantized is not None and estimator != "none"
             incoming, g = (None, None) if grad_quantized is None else views.rows_view(grad_quantized, heads)
             kept, rows = views.rows_view(x, heads)

@@ -147,7 +147,7 @@ def quantize_backward(call: QuantizeBackwardCall) -> tuple[Tensor, Tensor]:
     n_real = (indices >= 0).sum()
     dim, n_codes = codebook.shape[-1], codebook.shape[-2]
     if call.need_x:
-        out, view = views.Output(x, heads), views.rows(x, heads)
+        out, view = views.QuantizedRows(x, heads), views.rows(x, heads)
         with_g = grad_quantized is not None and estimator != "none"
         incoming = views.rows(grad_quantized, heads) if grad_quantized is not None and with_g else view
         rotate = with_g and estimator == "rotation"

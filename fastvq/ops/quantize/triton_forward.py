@@ -110,7 +110,7 @@ def gather(
     """(quantized, commitment_loss, codebook_loss, indices) of the codes that a lookup found."""
     heads = codebook.shape[0] if codebook.dim() == 3 else None
     loss = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out, view = views.Output(x, heads), views.rows(x, heads)
+    out, view = views.QuantizedRows(x, heads), views.rows(x, heads)
     n_total = view.n_heads * view.n_rows
     if n_total == 0:
         return out.tensor(), x.new_zeros((), dtype=loss), x.new_zeros((), dtype=loss), indices

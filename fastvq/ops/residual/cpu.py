@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
-from fastvq.backends.views import Output, address
+from fastvq.backends.views import QuantizedRows, address
 from fastvq.ops._contract import count_real
 from fastvq.ops.nearest import cpu_isa
 from fastvq.ops.quantize.common import gather
@@ -24,7 +24,7 @@ def residual_quantize(call: ResidualCall) -> tuple[Tensor, ...]:
     x, codebooks, mask, metric, _, beta, statistics, precision, _ = call
     n_levels, n_codes, dim = codebooks.shape
     threads = torch.get_num_threads()
-    quantized = Output(x, None)
+    quantized = QuantizedRows(x, None)
     indices = torch.empty(*x.shape[:-1], n_levels, dtype=torch.int64, device="cpu")
     squares = torch.empty(n_levels, dtype=torch.float64, device="cpu")
     finite_levels = torch.zeros(x.shape[:-1] if statistics else (0,), dtype=torch.int32, device="cpu")
@@ -62,7 +62,7 @@ def residual_quantize_backward(call: ResidualBackwardCall) -> tuple[Tensor, Tens
     scale = 2 / max(1, count_real(BACKWARD_OP, indices, codebooks.shape[1], n_levels) * dim)
     grad_x, grad_codebooks = x.new_empty(0), codebooks.new_empty(0)
     if call.need_x:
-        out = Output(x, None)
+        out = QuantizedRows(x, None)
         scales = torch.zeros(n_levels, dtype=torch.float64, device="cpu")
         if grad_commitment is not None:
             scales.copy_(grad_commitment).mul_(beta * scale)
@@ -98,7 +98,7 @@ def _turn(
     indices: Tensor,  # [..., Q]
     g: Tensor,  # [..., D]
 ) -> Tensor:  # [..., D]
-    """The rotation estimator's gradient for x and its sum of codes: to the kernel of one level, each its own code."""
+    """The rotation estimator's gradient for x and its sum of codes: by the kernel of one level, with one code a row."""
     if x.numel() == 0:
         return torch.empty_like(x)  # the kernel needs at least one code
     total = torch.zeros(x.shape, dtype=residual_dtype(x, codebooks), device="cpu")
@@ -106,7 +106,7 @@ def _turn(
         total += gather(level, i)
     total = total.view(-1, x.shape[-1])
     own = torch.where(indices[..., 0].reshape(-1) >= 0, torch.arange(total.shape[0], device="cpu"), -1)
-    out = Output(x, None)
+    out = QuantizedRows(x, None)
     kept, rows = views.rows_view(x, None)
     incoming, gradient = views.rows_view(g, None)
     cpu_backend._cpu.quantize_backward(

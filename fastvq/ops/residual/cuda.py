@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastvq.backends import cuda as cuda_backend
 from fastvq.backends import views
-from fastvq.backends.views import Output, address
+from fastvq.backends.views import QuantizedRows, address
 from fastvq.ops.nearest.cuda import nearest
 from fastvq.ops.quantize.call import QuantizeBackwardCall
 from fastvq.ops.quantize.common import gather
@@ -32,15 +32,15 @@ def residual_quantize(call: ResidualCall) -> tuple[Tensor, ...]:
     codes = views.codes_view(levels)
     with cuda_backend.on_device_of(x):
         if cuda_backend._cuda.residual_fits(rows, codes):
-            out = Output(x, None)
+            out = QuantizedRows(x, None)
             indices = torch.empty(*x.shape[:-1], n_levels, dtype=torch.int64, device=x.device)
             parts = cuda_backend._cuda.residual_parts(rows, codes)
             squares = torch.empty(n_levels, parts, dtype=torch.float64, device=x.device)
             real = None if mask is None else mask.contiguous()
-            room = cuda_backend.workspace(x, cuda_backend._cuda.residual_workspace(codes))
+            workspace = cuda_backend.workspace(x, cuda_backend._cuda.residual_workspace(codes))
             cuda_backend._cuda.residual_quantize(
                 rows, codes, views.metric_code(metric), precision == "fast", 0 if real is None else address(real),
-                views.rows_of(out.rows), address(indices), address(squares), address(room),
+                views.rows_of(out.rows), address(indices), address(squares), address(workspace),
                 cuda_backend.stream(x),
             )  # fmt: skip
             quantized, square = out.tensor(), squares.sum(1)
@@ -117,7 +117,7 @@ def _pull(
 ) -> Tensor:  # as x
     """The estimator's gradient and the weighted residuals."""
     turned = g if rotation else None
-    out = Output(x if turned is None else x.to(levels.dtype), None)
+    out = QuantizedRows(x if turned is None else x.to(levels.dtype), None)
     total = None if turned is None else levels.new_empty(x.shape)
     view, rows = views.rows_view(x, None)
     incoming, straight = (None, None) if rotation or g is None else views.rows_view(g, None)

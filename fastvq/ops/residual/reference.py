@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvq.ops.quantize import reference as one_level
-from fastvq.ops.statistics import reference as ema
+from fastvq.ops.statistics import reference as sums_by_code
 
 __all__ = ["residual_quantize", "residual_quantize_backward"]
 
@@ -31,7 +31,7 @@ def residual_quantize(
     quantized, levels = torch.zeros_like(residual), []
     for level in codes:
         q, commitment, codebook_loss, indices = one_level.quantize(residual, level, mask, metric, beta, precision)
-        found = ema.code_statistics(residual, indices, level.shape[0], None) if statistics else None
+        found = sums_by_code.code_statistics(residual, indices, level.shape[0], None) if statistics else None
         levels.append((indices, commitment, codebook_loss, found))
         quantized = quantized + q
         residual = residual - q
@@ -81,7 +81,7 @@ def residual_quantize_backward(
     for q, codes in enumerate(codebooks.to(dtype)):
         chosen = one_level.codes_of(codes, indices[..., q])
         if need_codebooks and grad_codebook is not None:
-            sums, counts = ema.code_statistics(residual.double(), indices[..., q], codes.shape[0], None)
+            sums, counts = sums_by_code.code_statistics(residual.double(), indices[..., q], codes.shape[0], None)
             pull = torch.where(counts[:, None] > 0, counts[:, None] * codes.double() - sums, 0)
             grad_codebooks[q] = pull * grad_codebook[q].double() * scale
         total = total + chosen

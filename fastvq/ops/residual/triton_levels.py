@@ -191,7 +191,7 @@ def _levels(
     codebooks, stride_q, stride_k, stride_d, n_codes, n_levels,  # [Q, K, D]
     mean, info, flags, codes, code_columns, norms, factors, n_blocks,  # of triton_pack.py, a head a level
     mask, indices, total, squares, n_programs,  # [N], [N, Q], [N, D], [Q, programs]
-    bounds, thresholds, listed, packing, sum_error,  # scratch, BM rows a program
+    bounds, thresholds, listed, packing, sum_error,  # workspace, BM rows a program
     METRIC: tl.constexpr, SHIFT_X: tl.constexpr, SHIFT_C: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
     INTERPRETED: tl.constexpr, NARROW: tl.constexpr, SPLIT_BIAS: tl.constexpr, BITS: tl.constexpr, DP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr, FEW: tl.constexpr, NAMED: tl.constexpr,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastvq.ops.quantize import reference as quantization
-from fastvq.ops.statistics import reference as ema
+from fastvq.ops.statistics import reference as sums_by_code
 
 __all__ = ["vq_step"]
 
@@ -22,5 +22,5 @@ def vq_step(
     """(quantized, commitment_loss, codebook_loss, indices, sums, counts) of ``fastvq.ops.vq_step``."""
     quantized, commitment, codebook_loss, indices = quantization.quantize(x, codebook, mask, metric, beta, precision)
     heads = codebook.shape[0] if codebook.dim() == 3 else None
-    sums, counts = ema.code_statistics(x, indices, codebook.shape[-2], heads)
+    sums, counts = sums_by_code.code_statistics(x, indices, codebook.shape[-2], heads)
     return quantized, commitment, codebook_loss, indices, sums, counts
