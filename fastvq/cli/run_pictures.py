@@ -20,18 +20,21 @@ __all__ = ["codebook_picture", "id_pictures", "loss_curve", "read_losses"]
 SWATCH = 16  # side of a swatch, in pixels of the page
 BATCH = 64  # codes decoded at once
 ID_CELL = 96  # side of an id map on its page
+MOST_STEPS, MOST_LOSS = 1 << 40, 1e38  # numbers of a log that a curve shows
 
 
 def read_losses(log: Path) -> list[tuple[int, float]]:
-    """(step, loss) of each line of a log that has both; a killed run may have left half a line."""
-    found = []
+    """(step, loss) of the lines of a log that have both, by step; a killed run may have left half a line."""
+    found = {}
     for text in log.read_text(errors="replace").splitlines() if log.is_file() else []:
         try:
             line = json.loads(text)
-            found.append((int(line["step"]), float(line["loss"])))
-        except (ValueError, KeyError, TypeError):
+            step, loss = int(line["step"]), float(line["loss"])
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
-    return [(step, loss) for step, loss in found if math.isfinite(loss)]
+        if 0 <= step <= MOST_STEPS and abs(loss) <= MOST_LOSS:  # false for NaN
+            found[step] = loss
+    return sorted(found.items())
 
 
 def loss_curve(losses: Sequence[tuple[int, float]], title: str) -> Image.Image:

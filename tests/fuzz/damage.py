@@ -112,6 +112,7 @@ def damaged(path: Path, rng: random.Random, place: str) -> Damage:
     ways: dict[str, Callable[[], Damage]] = {
         ".json": lambda: _json(path, rng, place),
         ".safetensors": lambda: _weights(path, rng, place),
+        ".jsonl": lambda: _line(path, rng, place),
     }
     if path.suffix in ways and rng.random() < 0.6:
         return ways[path.suffix]()
@@ -136,6 +137,14 @@ def _json(path: Path, rng: random.Random, place: str) -> Damage:
     content = temporary.read_bytes()
     temporary.unlink()
     return Damage(f"{name}, digest {way}", content, way != "old")
+
+
+def _line(path: Path, rng: random.Random, place: str) -> Damage:
+    lines = path.read_text().splitlines()
+    at = rng.randrange(len(lines))
+    name, value = wrong_json(json.loads(lines[at]), rng, place)
+    lines[at] = json.dumps(value)
+    return Damage(f"line {at}: {name}", "".join(f"{line}\n" for line in lines).encode(), True)
 
 
 def _weights(path: Path, rng: random.Random, place: str) -> Damage:
