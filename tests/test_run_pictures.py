@@ -76,8 +76,8 @@ def test_losses_of_a_log_with_half_a_line(tmp_path):
 
 def test_lines_of_a_damaged_log_are_left_out(tmp_path):
     log = tmp_path / "log.jsonl"
-    bad = ['{"step": 1e999, "loss": 1}', '{"step": 1, "loss": 1' + "0" * 400 + "}", '{"step": -1, "loss": 1}', "[]", "3",
-           '{"step": 1000000000000000000000000000000, "loss": 1}', '{"step": 1, "loss": -1e308}', "[" * 9999]  # fmt: skip
+    bad = ['{"step": 1e999, "loss": 1}', '{"step": 1, "loss": 1' + "0" * 400 + "}", '{"step": -1, "loss": 1}',
+           "[]", "3", '{"step": 1' + "0" * 30 + ', "loss": 1}', '{"step": 1, "loss": -1e308}', "[" * 9999]  # fmt: skip
     log.write_text("\n".join(['{"step": 9, "loss": 2.0}', *bad, '{"step": 2, "loss": 4.0}']))
     assert run_pictures.read_losses(log) == [(2, 4.0), (9, 2.0)]
 
