@@ -16,8 +16,8 @@ SLOW = (
     "models/test_damaged_files", "models/test_editing", "models/test_sampling",
     "nn/test_compiled", "nn/test_export", "nn/test_onnx", "nn/test_loading", "nn/test_option_table", "nn/test_learning",
     "ops/test_fake_cuda", "ops/test_lookup_isa", "ops/test_registration", "ops/test_nearest_bound",
-    "test_archives", "test_cli", "test_cuda_sass", "test_distributed", "test_encode", "test_examples",
-    "test_kmeans", "test_on_gpu", "test_processes", "test_readme", "test_train_command",
+    "test_archives", "test_cli", "test_cuda_sass", "test_distributed", "test_encode", "test_encode_resume",
+    "test_examples", "test_kmeans", "test_on_gpu", "test_processes", "test_readme", "test_train_command",
     "test_verify", "native",
 )  # fmt: skip
 
@@ -25,7 +25,7 @@ SLOW = (
 def of(item: pytest.Item) -> list[str]:
     """The markers of a collected test: its kind, or ``quick`` where it is none of the others."""
     name = item.path.relative_to(ROOT).with_suffix("").as_posix()
-    if name.startswith("cuda_on_host"):
+    if name.startswith("cuda_on_host") or "cuda_on_host" in getattr(item, "fixturenames", ()):
         return ["host_cuda"]
     if name.endswith("_triton") or name in TRITON or "triton" in getattr(item, "originalname", item.name):
         return ["triton"]
