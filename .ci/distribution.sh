@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a user installs, tried in empty environments:
 #
-#   the source distribution: built, installed with the machine's compiler, and the quick tests run from its own tree;
+#   the source distribution: built, installed with the machine's compiler, and the quick tests run;
 #   the wheel for Linux x86-64: built from that source distribution against glibc 2.28 (clang and libc++ of package
 #   ziglang), checked, installed where there is no compiler, and every index of the golden record looked up.
 #
@@ -24,12 +24,13 @@ tar xzf "$sdist" -C "$work/sdist" --strip-components=1
 echo "source distribution: $(basename "$sdist"), $(stat -c %s "$sdist") bytes"
 
 if [ "${1:-sdist}" = sdist ]; then
+  # In its own tree, as tests read the sources; the wheel below is built from it and installed without the tree.
   python3 -m venv "$work/from_sdist"
-  FASTVQ_TESTING=1 "$work/from_sdist/bin/pip" install -q "$sdist[test]"
-  # From the tree of the source distribution, without its package: the installed one is tested.
-  mv "$work/sdist/fastvq" "$work/fastvq_of_sdist"
-  (cd "$work/sdist" && "$work/from_sdist/bin/python" -m pytest -q -n auto -m quick -p no:cacheprovider)
-  mv "$work/fastvq_of_sdist" "$work/sdist/fastvq"
+  cp -r "$work/sdist" "$work/tree_of_sdist"
+  cd "$work/tree_of_sdist"
+  "$work/from_sdist/bin/pip" install -q -e ".[test]"
+  "$work/from_sdist/bin/python" -m pytest -q -n auto -m quick -p no:cacheprovider
+  cd - > /dev/null
 fi
 
 if [ "${1:-wheel}" = wheel ]; then
