@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastvq
+from fastvq import _env
 from fastvq._env import VARIABLES
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import cuda as cuda_backend
@@ -47,6 +48,18 @@ def test_build_info_without_the_extension(monkeypatch):
         assert "fastvq._cpu cannot be loaded (no such file); this is the source folder" in str(error)
     else:
         raise AssertionError("a named backend fell back")
+
+
+@pytest.mark.parametrize("raw", [_env._RAW, None])
+def test_a_variable_is_read_at_every_call(raw, monkeypatch):
+    monkeypatch.setattr(_env, "_RAW", raw)
+    monkeypatch.delenv("FASTVQ_CHECK", raising=False)
+    assert _env.read("FASTVQ_CHECK") is None
+    for value, expected in (("1", "1"), ("", None), ("2", "2")):
+        monkeypatch.setenv("FASTVQ_CHECK", value)
+        assert _env.read("FASTVQ_CHECK") == expected
+    monkeypatch.delenv("FASTVQ_CHECK")
+    assert _env.read("FASTVQ_CHECK") is None
 
 
 def test_every_variable_is_in_the_docs():
