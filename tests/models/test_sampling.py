@@ -88,6 +88,26 @@ def check_step(options, shape, scale, engine):
     assert_within(got, expected, 2.0**-24 * 500 * (1 + scale_of_logits))
 
 
+@pytest.mark.parametrize("options", [{}, {"first_kernel_size": 3, "kernel_size": 5}])
+@torch.no_grad()
+def test_a_position_may_come_again(options, engine, monkeypatch):
+    """Once more and after others of its row: the same logits, and the same at every later position."""
+    monkeypatch.setenv("FASTVQ_BACKEND", engine)
+    model = make(**options)
+    ids = torch.randint(0, 19, (2, 5, 3), generator=generator(3))
+    once, again = (model.sampler_state(tuple(ids.shape), None, None) for _ in range(2))
+    for row in range(5):
+        whole = [pixelcnn_step(once, ids, row, column) for column in range(3)]
+        for column in (0, 0, 1, 1, 0, 0, 1, 2, 2):
+            assert torch.equal(pixelcnn_step(again, ids, row, column), whole[column])
+        bad = ids.clone()
+        bad[:, row] = 19
+        if engine == "cpu" and row + 1 < 5:
+            for _ in range(2):
+                with pytest.raises(ValueError, match="ids must be in"):
+                    pixelcnn_step(again, bad, row + 1, 0)
+
+
 @pytest.mark.parametrize(
     "options",
     [

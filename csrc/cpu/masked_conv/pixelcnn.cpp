@@ -3,7 +3,8 @@
 // The vertical stack of row i sees rows above i alone, so it is computed for the whole row when the row begins; the
 // horizontal stack then goes position by position, all images of the batch together. Between calls a cache keeps, a
 // layer (P = floats a pixel, K = kernel size, R = K / 2):
-//   v_in  [B, R + 1, W + 2R, P]   inputs of the vertical convolution: rows i - R ... i, zeros left and right
+//   v_in  [B, R + 1, W + 2R, P]   inputs of the vertical convolution: rows i - R ... i, row y at y % (R + 1), zeros
+//                                 left and right
 //   h_in  [B, R + W, P]           inputs of the horizontal convolution: zeros, then this row's positions
 //   link  [B, W, blocks of (a, b)]  row i of the vertical stack as it enters the horizontal gate, biases included
 // The cache does not grow with the number of positions. Weights are packed once as [block][part][bias, tap, channel], in the
@@ -126,9 +127,9 @@ void for_blocks(const Plan& plan, const Linear& map, const float* packed, const 
   }
 }
 
-std::vector<int64_t> offsets(const std::vector<Tap>& taps, int64_t row, int64_t pixel) {
+std::vector<int64_t> offsets(const std::vector<Tap>& taps, int64_t pixel) {
   std::vector<int64_t> result;
-  for (const Tap& t : taps) result.push_back(t.dy * row + t.dx * pixel);
+  for (const Tap& t : taps) result.push_back(t.dx * pixel);
   return result;
 }
 
@@ -157,30 +158,18 @@ struct Run {
     std::memcpy(dst, call.embedding + id * s.channels, static_cast<size_t>(s.channels) * sizeof(float));
   }
 
-  // Moves the rows that the vertical stack reads up by one; the first row of a map begins with zeros instead.
-  void shift_rows() const {
+  // A map begins with zeros.
+  void clear() const {
     for (const Layer& y : plan.layers) {
-      float* v = call.cache + y.v_in + b0 * y.v_image;
-      if (call.row == 0) {
-        std::memset(v, 0, static_cast<size_t>((b1 - b0) * y.v_image) * sizeof(float));
-        std::memset(call.cache + y.h_in + b0 * y.h_image, 0,
-                    static_cast<size_t>((b1 - b0) * y.h_image) * sizeof(float));
-        continue;
-      }
-      for (int64_t b = b0; b < b1; ++b, v += y.v_image)
-        std::memmove(v, v + y.v_row, static_cast<size_t>(y.reach * y.v_row) * sizeof(float));
+      std::memset(call.cache + y.v_in + b0 * y.v_image, 0, static_cast<size_t>((b1 - b0) * y.v_image) * sizeof(float));
+      std::memset(call.cache + y.h_in + b0 * y.h_image, 0, static_cast<size_t>((b1 - b0) * y.h_image) * sizeof(float));
     }
   }
 
-  // Moves them back after a call that did not end, so that the call may come again. The row that shift_rows dropped is
-  // not needed: the next shift drops its place.
-  void unshift_rows() const {
-    if (call.row == 0) return;
-    for (const Layer& y : plan.layers)
-      for (int64_t b = b0; b < b1; ++b) {
-        float* v = call.cache + y.v_in + b * y.v_image;
-        std::memmove(v + y.v_row, v, static_cast<size_t>(y.reach * y.v_row) * sizeof(float));
-      }
+  // Where the first pixel of a row lies among those that the vertical convolution of a layer reads, from row - R on.
+  // A row takes the place of one that no later row reads, so a call that comes again writes what it wrote.
+  int64_t place(const Layer& y, int64_t row) const {
+    return (row + y.reach + 1) % (y.reach + 1) * y.v_row + y.reach * plan.pixel;
   }
 
   void embed_row_above() const {
@@ -189,11 +178,10 @@ struct Run {
     for (int64_t b = b0; b < b1; ++b)
       for (int64_t x = 0; x < plan.s.width; ++x)
         embed(b, call.row - 1, x,
-              call.cache + first.v_in + b * first.v_image + (first.reach - 1) * first.v_row +
-                  (first.reach + x) * plan.pixel);
+              call.cache + first.v_in + b * first.v_image + place(first, call.row - 1) + x * plan.pixel);
   }
 
-  // Row `call.row` of the vertical stack, all layers; shift_rows came before. May be left and come again.
+  // Row `call.row` of the vertical stack, all layers. May be left and come again.
   void vertical() const {
     const PixelCNNShape& s = plan.s;
     const ConvKernels& k = plan.k;
@@ -203,15 +191,15 @@ struct Run {
     for (size_t l = 0; l < plan.layers.size(); ++l) {
       const Layer& y = plan.layers[l];
       const bool is_last = l + 1 == plan.layers.size();
-      const auto here = [&](int64_t b) {
-        return call.cache + y.v_in + b * y.v_image + y.reach * y.v_row + y.reach * pixel;
-      };
+      const auto here = [&](int64_t b) { return call.cache + y.v_in + b * y.v_image + place(y, call.row); };
       const auto next = [&](int64_t b) {
         if (is_last) return last.get() + (b - b0) * s.width * pixel;
         const Layer& n = plan.layers[l + 1];
-        return call.cache + n.v_in + b * n.v_image + n.reach * n.v_row + n.reach * pixel;
+        return call.cache + n.v_in + b * n.v_image + place(n, call.row);
       };
-      const std::vector<int64_t> segments = offsets(y.v_taps, y.v_row, pixel);
+      std::vector<int64_t> segments;  // from here(b)
+      for (const Tap& t : y.v_taps)
+        segments.push_back(place(y, call.row + t.dy) - place(y, call.row) + t.dx * pixel);
       for_blocks(plan, y.v, call.weights,
                  [&](const ChannelBlock& block, const float* bias, const float* w, int64_t step) {
                    const int64_t lanes = plan.width(block);
@@ -300,7 +288,7 @@ struct Run {
 
     for (size_t l = 0; l < plan.layers.size(); ++l) {
       const Layer& y = plan.layers[l];
-      const std::vector<int64_t> segments = offsets(y.h_taps, 0, pixel);
+      const std::vector<int64_t> segments = offsets(y.h_taps, pixel);
       for_blocks(plan, y.h, call.weights, [&](const ChannelBlock& block, const float*, const float* w, int64_t step) {
         const int64_t lanes = plan.width(block);
         float* parts[2] = {a.get(), b_.get()};
@@ -419,22 +407,15 @@ void pixelcnn_step(const PixelCNNShape& shape, const PixelCNNCall& call, Isa isa
   const auto run_of = [&](int64_t group) {
     return Run{plan, call, shape.batch * group / n_groups, shape.batch * (group + 1) / n_groups};
   };
-  std::vector<char> shifted(static_cast<size_t>(n_groups));  // written by the thread of a group
-  try {
-    parallel_chunks(n_groups, n_threads, [&](int64_t group, int) {
-      const Run run = run_of(group);
-      if (call.column == 0) {
-        run.shift_rows();
-        shifted[static_cast<size_t>(group)] = 1;
-        run.vertical();
-      }
-      run.horizontal();
-    });
-  } catch (...) {  // interrupted, ids out of range, no memory: the cache becomes what it was before, for all images
-    for (int64_t group = 0; group < n_groups; ++group)
-      if (shifted[static_cast<size_t>(group)]) run_of(group).unshift_rows();
-    throw;
-  }
+  // A call that raises leaves the cache as one that did not end; it may come again, which writes all it reads.
+  parallel_chunks(n_groups, n_threads, [&](int64_t group, int) {
+    const Run run = run_of(group);
+    if (call.column == 0) {
+      if (call.row == 0) run.clear();
+      run.vertical();
+    }
+    run.horizontal();
+  });
 }
 
 }  // namespace fastvq

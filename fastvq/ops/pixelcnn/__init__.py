@@ -119,10 +119,11 @@ def pixelcnn_step(
 
     Positions come in raster order from (0, 0), every one of them: a call leaves in ``state.cache`` what later ones
     read (Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive Models"). The call at column 0
-    also computes the vertical stack for the whole row, which sees only rows above. Starting again at (0, 0) starts
-    anew. ids at the position and after it are not read. What no call has left yet is zeros: positions in another order
-    get logits that are those of no network, but the same ones every time. The CPU kernels undo what a call did that
-    raises (ids outside [0, K), Ctrl-C): the position can be computed again.
+    also computes the vertical stack for the whole row, which sees only rows above. A position may come again as long
+    as its row is the last one begun, column 0 too: it gives the same logits, and so do the positions after it. That
+    holds after a call that raised as well (ids outside [0, K), Ctrl-C). Starting again at (0, 0) starts anew. ids at
+    the position and after it are not read. What no call has left yet is zeros: positions in another order get logits
+    that are those of no network, but the same ones every time.
 
     float32 weights are computed in float32, and on the CPU the result does not depend on the number of threads. The
     Triton kernels take weights of two bytes too, add in float32 and keep activations in the weights' dtype; an id

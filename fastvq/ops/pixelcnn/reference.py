@@ -32,7 +32,9 @@ class _LayerWeights(NamedTuple):
 
 
 class _LayerCache(NamedTuple):
-    above: Tensor  # [B, C, R + 1, W + 2R] inputs of the vertical convolution: the last rows, zeros left and right
+    above: (
+        Tensor  # [B, C, R + 1, W + 2R] inputs of the vertical convolution: row y at y % (R + 1), zeros left and right
+    )
     left: Tensor  # [B, C, R + W] inputs of the horizontal convolution: zeros, then the row's positions
     link: Tensor  # [B, 2C, W] what the vertical stack adds to the horizontal gate
 
@@ -92,25 +94,24 @@ def step(
     if column == 0:
         if row == 0:
             cache.zero_()
-        else:
-            for layer in layers:
-                layer.above[:, :, :-1] = layer.above[:, :, 1:].clone()
-            r = kernel_sizes[0] // 2
-            if r:
-                layers[0].above[:, :, r - 1, r : r + width] = F.embedding(ids[:, row - 1], embedding).movedim(-1, 1)
+        elif r := kernel_sizes[0] // 2:
+            layers[0].above[:, :, (row - 1) % (r + 1), r : r + width] = F.embedding(ids[:, row - 1], embedding).movedim(
+                -1, 1
+            )
         for i, (layer, w) in enumerate(zip(layers, per_layer, strict=True)):
             r = kernel_sizes[i] // 2
             rows = r if i == 0 else r + 1  # the first layer does not see the row itself
             pre = w.vertical_bias[:, None].expand(batch, -1, width)
             if rows:
-                pre = F.conv2d(layer.above[:, :, :rows], w.vertical[:, :, :rows], w.vertical_bias)[:, :, 0]
+                above = layer.above[:, :, [y % (r + 1) for y in range(row - r, row - r + rows)]]
+                pre = F.conv2d(above, w.vertical[:, :, :rows], w.vertical_bias)[:, :, 0]
             of_vertical, of_horizontal = conditions(i)
             v = _gate(pre + of_vertical)
             if i > 0:
-                v = v + layer.above[:, :, r, r : r + width]
+                v = v + layer.above[:, :, row % (r + 1), r : r + width]
             if i + 1 < len(layers):
                 r_next = kernel_sizes[i + 1] // 2
-                layers[i + 1].above[:, :, r_next, r_next : r_next + width] = v
+                layers[i + 1].above[:, :, row % (r_next + 1), r_next : r_next + width] = v
             layer.link.copy_(F.conv1d(v, w.link[:, :, 0], w.link_bias) + of_horizontal)
 
     if column > 0:
