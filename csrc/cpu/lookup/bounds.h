@@ -109,7 +109,8 @@ inline float rounded_up(double v) { return static_cast<float>(v * kSlack); }
 //     code   float32 [D]: row j % 8 of eight
 //     norm   of the code
 //     eight  [8][D]; put may have overwritten the rows before
-//     returns the rounding error's norm (its part of slope), and reach
+//     returns slope, the norm of the code's rounding error, which is added to the slope of its bound, and
+//             reach, at least the norm of the code as held; 0 where the filter does not round rows
 struct Placed {
   double slope, reach;
 };

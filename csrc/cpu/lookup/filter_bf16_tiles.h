@@ -27,7 +27,7 @@ namespace fastvq {
 namespace {
 
 constexpr int kGroup = 32, kStep = 32;
-constexpr int64_t kRelistRows = kGroup;  // scored together by lookup/relist.h
+constexpr int64_t kRelistRows = kGroup;  // rows that lookup/relist.h processes together
 constexpr int kTile = 16 * 32;  // bfloat16 elements of a register
 constexpr int kChunkPanels = 16;
 constexpr int kScoreStride = kChunkPanels * kWidth + 16;  // off a multiple of the first-level cache's sets

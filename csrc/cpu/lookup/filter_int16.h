@@ -1,9 +1,12 @@
 // The filter with operands in 16-bit integers: sums of products are exact in 32 bits, two elements of D an instruction.
 //
-// A vector v is held as integers q = round(v 2^e), e the largest with |v| at most 46000 2^-e and no element above
-// 32767 2^-e. So elements fit 16 bits and, by Cauchy and Schwarz, sums of products and all partial sums fit 32 bits:
-// (46000 + sqrt(D) / 2)^2 is below 2^31. The rounding error, at most sqrt(D) / 2 of a norm of 16000 or more, is measured. With 16 bits the spread
-// of a vector's elements matters little.
+// A vector v is held as integers q = round(v 2^e).
+//   1. e is the largest exponent with |v| at most 46000 2^-e and no element above 32767 2^-e: elements fit 16 bits.
+//   2. Rounding adds at most sqrt(D) / 2 to the norm: |q| is at most 46000 + sqrt(D) / 2.
+//   3. By Cauchy and Schwarz, a sum of products and all its partial sums are at most (46000 + sqrt(D) / 2)^2.
+//   4. That is below 2^31: the sums fit 32 bits.
+// The rounding error, at most sqrt(D) / 2 of a norm of 16000 or more, is measured. With 16 bits the spread of a
+// vector's elements matters little.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -68,12 +71,17 @@ inline Integers to_integers(const float* v, int64_t D, double norm, float* words
   return {std::ldexp(1.0f, -e), std::ldexp(static_cast<double>(_mm512_reduce_add_ps(losts)), -2 * e)};
 }
 
-// c^, e = c' - c^ of the codes, x^, lost = x' - x^ of the rows:  x'.c' - x^.c^ = lost.c^ + x'.e <= |lost| |c^| + |x'| |e|.
-// The score is the exact integer x^.c^, rounded to float32, then one multiply-add with the bias; a vector of integers has
-// at most twice the norm of the exact vector, as rounding changes no element by more than itself: 3 u (4 |x'||c'| + |b|)
-// covers both.
-// Products with the units: rows' and codes' are powers of two, the first is exact, the second inside the multiply-add;
-// below 2^-126 rounding takes 2^-150 at most.
+// The error of rounding the operands. A code c' is held as c^, e = c' - c^; a row x' as x^, lost = x' - x^:
+//   x'.c' - x^.c^ = lost.c^ + x'.e
+//                <= |lost| |c^| + |x'| |e|
+// The error of the score:
+//   1. The score is the exact integer x^.c^, rounded to float32, then one multiply-add with the bias.
+//   2. Rounding changes no element by more than itself: a vector of integers has at most twice the exact vector's norm.
+//   3. So 3 u (4 |x'||c'| + |b|) covers both roundings.
+// The error of the products with the units:
+//   1. The units of rows and codes are powers of two.
+//   2. The first product is exact; the second is made inside the multiply-add.
+//   3. Below 2^-126 rounding takes 2^-150 at most.
 struct CodeLayout {
   static double chain(int64_t) { return 16; }
   static double underflow(int64_t) { return 0x1p-148; }

@@ -192,7 +192,7 @@ bool write_gradient(const typename EX::Stored* row, const typename EC::Stored* c
   return left - left == 0 && std::memcmp(&spoilt, &zero, sizeof zero) == 0;
 }
 
-// The same in double, with factors that meet only numbers of size 1: for lengths of x and c that lie far apart.
+// The same in double, with factors applied to unit vectors only: for lengths of x and c that lie far apart.
 template <class EX, class EC>
 void write_gradient_of_any_size(const typename EX::Stored* row, const typename EC::Stored* code,
                                 const typename EX::Stored* g, const Rotation& turn, double scale,

@@ -1,4 +1,4 @@
-// Of filters that round their operands, to 16-bit integers or bfloat16. Included before rows.h.
+// Constants for filters that round their operands, to 16-bit integers or bfloat16. Included before rows.h.
 #pragma once
 
 namespace fastvq {

@@ -143,7 +143,7 @@ inline int64_t pixel_stride(int64_t n_channels, int64_t line = 16) {
 }
 
 // Rows of one image, dst[(y - y0) * dst_row + p * dst_pixel + c]. A contiguous image is read a few channels at a time
-// over all rows, so that memory is read in long streams and not two lines a page.
+// over all rows, so that memory is read in long contiguous reads.
 template <class Kernels, class T>
 inline void load_rows(const Kernels& k, const Image& im, int64_t b, int64_t y0, int64_t n_rows, int64_t c0,
                       int64_t n_channels, T* dst, int64_t dst_row, int64_t dst_pixel) {

@@ -2,8 +2,8 @@
 // names its vectors, and then the kernels, which end in one table of functions. setup.py compiles the file with the flags
 // of the instruction set.
 //
-// All that such a file defines has internal linkage but for its table, and it calls no std:: template: of an inline
-// function the linker keeps one copy for all files, and that could be one for instructions that the machine does not have.
+// Everything except the table has internal linkage, and nothing calls std:: templates. The linker keeps one copy of an
+// inline function, which might use instructions this machine lacks.
 #pragma once
 
 #ifndef FASTVQ_ISA

@@ -1,3 +1,3 @@
 #define FASTVQ_ISA avx2
 #include "../simd/avx2.h"
-#include "rows.h"
+#include "row_kernels.h"

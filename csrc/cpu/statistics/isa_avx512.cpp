@@ -1,3 +1,3 @@
 #define FASTVQ_ISA avx512
 #include "../simd/avx512.h"
-#include "rows.h"
+#include "row_kernels.h"

@@ -1,3 +1,3 @@
 #define FASTVQ_ISA generic
 #include "../simd/generic.h"
-#include "rows.h"
+#include "row_kernels.h"

@@ -76,7 +76,7 @@ class Statistics {
     std::fill(out_.counts, out_.counts + x_.n_heads * n_codes_, 0);
     std::atomic<int64_t> first_bad{INT64_MAX};
     std::mutex merge;
-    const int64_t pieces = n_threads_;  // each has its own histogram
+    const int64_t pieces = n_threads_;  // one histogram per piece
     parallel_chunks(x_.n_heads * pieces, n_threads_, [&](int64_t chunk, int) {
       const int64_t h = chunk / pieces, begin = n_rows_ * (chunk % pieces) / pieces,
                     end = n_rows_ * (chunk % pieces + 1) / pieces;

@@ -1,4 +1,4 @@
 #define FASTVQ_ISA amx
 #include "../simd/amx.h"
 #include "peak_bf16_tiles.h"
-#include "kernel_table.h"
+#include "bound_tables.h"

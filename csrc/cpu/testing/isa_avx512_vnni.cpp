@@ -1,4 +1,4 @@
 #define FASTVQ_ISA avx512_vnni
 #include "../simd/avx512_vnni.h"
 #include "peak_int16.h"
-#include "kernel_table.h"
+#include "bound_tables.h"
