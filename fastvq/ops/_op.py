@@ -72,9 +72,8 @@ class Call(Protocol):
 
 
 C = TypeVar("C", bound=Call)
-Golden = Callable[
-    ["Op[Any]", str, Any], "str | None"
-]  # op, backend, call: why the backend gives wrong results, or None
+# Of an op, a backend and a call: why the backend gives wrong results, or None.
+Golden = Callable[["Op[Any]", str, Any], "str | None"]
 
 
 @dataclass(frozen=True)
