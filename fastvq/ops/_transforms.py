@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["active", "no_forward_mode", "transformable"]
+__all__ = ["active", "no_forward_mode", "refuse_tangents", "transformable"]
 
 
 def active() -> bool:
@@ -34,6 +34,42 @@ def no_forward_mode(op: str, why: str) -> Callable[..., Any]:
         )
 
     return jvp
+
+
+def refuse_tangents(op: str, why: str, *tensors: Tensor | None) -> None:
+    """Raises as ``no_forward_mode`` where a tensor has a tangent, for an op without a gradient.
+
+    Nothing is looked at outside of a level of forward mode, which ``torch.func.jvp`` opens too.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    floats = [t for t in tensors if t is not None and t.is_floating_point()]
+    if floats:
+        _Refusal.apply(no_forward_mode(op, why), *floats)
+
+
+class _Refusal(torch.autograd.Function):
+    """Nothing, but for a tangent, which it refuses. Tangents of outer transforms are seen by a Function alone."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return args[1].new_empty(0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.refuse = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return (None,) * len(ctx.needs_input_grad)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return ctx.refuse(ctx, *tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _Refusal.apply(*args), None
 
 
 def transformable(

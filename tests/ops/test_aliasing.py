@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fastvq.ops import ema_update_, replace_dead_codes_
+from tests.support.cases import generator
 
 
 def buffers():
@@ -57,3 +58,32 @@ def test_views_that_lie_between_each_other(engine):
     update(*separate, backend=engine)
     update(together[:, :8], together[:, 8:16], together[:, 16], backend=engine)
     assert torch.equal(together, torch.cat([separate[0], separate[1], separate[2][:, None]], dim=1))
+
+
+@pytest.mark.parametrize("place", range(3))
+@pytest.mark.parametrize("negative", [torch._neg_view, lambda t: torch.complex(t, t).conj().imag], ids=["view", "imag"])
+def test_a_written_buffer_that_is_a_negative_view(place, negative, engine):
+    """Refused before anything is written."""
+    given = list(buffers())
+    given[place] = negative(given[place])
+    before = [t.clone() for t in given]
+    name = ("codebook", "embed_sum", "cluster_size")[place]
+    for call in (
+        lambda: update(*given, backend=engine),
+        lambda: replace_dead_codes_(*given, torch.randn(20, 8), threshold=2.0, backend=engine),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is written in place and must not be a negative view"):
+            call()
+    assert all(torch.equal(t, b) for t, b in zip(given, before, strict=True))
+
+
+def test_a_negative_view_that_is_only_read(engine):
+    sums, x = torch.randn(10, 8), torch.randn(20, 8)
+    first, second = buffers(), buffers()
+    for a, b in zip(first, second, strict=True):
+        b.copy_(a)
+    update(*first, sums=-sums, backend=engine)
+    update(*second, sums=torch._neg_view(sums), backend=engine)
+    replace_dead_codes_(*first, -x, threshold=0.95, generator=generator(0), backend=engine)
+    replace_dead_codes_(*second, torch._neg_view(x), threshold=0.95, generator=generator(0), backend=engine)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_te
 from torch.testing._internal.two_tensor import TwoTensor
 
 from fastvq.models import PixelCNN
-from fastvq.ops import nearest, pack_codebook, pixelcnn_start, pixelcnn_step, quantize
+from fastvq.ops import nearest, pack_codebook, pixelcnn_start, pixelcnn_step, quantize, replace_dead_codes_
 from tests.support.cases import gaussian, generator
 
 SHAPE = (2, 4, 5)
@@ -90,3 +90,15 @@ def test_condition_on_another_device():
         pixelcnn_start(weights, sizes, SHAPE, condition=condition)
     with pytest.raises(ValueError, match="PixelCNN: the model and condition must be on one device, got cpu and meta"):
         model.sample(SHAPE, condition=torch.zeros(2, 3, 4, 5, device="meta"))
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_memory_that_was_given_back(place):
+    """A tensor whose storage was resized to nothing, as sharding libraries do: an error, not the end of the process."""
+    given = [torch.randn(5, 4), torch.randn(5, 4), torch.zeros(5), torch.randn(6, 4), torch.randn(5, 4)]
+    given[place].untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="a kernel needs a tensor with memory of its own"):
+        if place < 4:
+            replace_dead_codes_(*given[:4], threshold=1.0)
+        else:
+            pack_codebook(given[4])

@@ -6,6 +6,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jacfwd, jacrev, jvp, vjp, vmap
 
 from fastvq import ops
+from fastvq.models import PixelCNN
 from fastvq.ops.masked_conv import reference
 
 BACKENDS = ["cpu", "reference"]
@@ -205,3 +206,68 @@ def test_quantizers_refuse_forward_mode_in_one_sentence(name):
         f(forward_ad.make_dual(x, torch.ones_like(x)))
     with forward_ad.dual_level():  # a level without a tangent changes nothing
         assert f(x).isfinite()
+
+
+def _without_gradients():
+    """Calls that take a tensor [6, 3] as the argument that the name ends with."""
+    torch.manual_seed(2)
+    x, ids, counts = torch.randn(6, 3), torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.int64)
+
+    def update(place):
+        def call(t):
+            given = [torch.randn(6, 3), torch.randn(6, 3), torch.randn(6, 3)]
+            given[place] = t
+            ops.ema_update_(*given[:2], torch.ones(6), given[2], counts, decay=0.9)
+            return given[0].sum()
+
+        return call
+
+    def replace(place):
+        def call(t):
+            given = [torch.randn(6, 3), torch.randn(6, 3), torch.ones(6), x]
+            given[place] = t
+            ops.replace_dead_codes_(*given, threshold=2.0)
+            return given[0].sum()
+
+        return call
+
+    def start(t):
+        torch.manual_seed(3)
+        sizes = ((6, 3, 3, 3), 6, (6, 3, 1, 1), 6, (6, 3, 1, 3), 6, (3, 3, 1, 1), 3, (3, 3, 1, 1), 3, (6, 3, 1, 1), 6)
+        state = ops.pixelcnn_start([t, *map(torch.randn, sizes)], [3], (1, 2, 2), backend="reference")
+        return ops.pixelcnn_step(state, torch.zeros(1, 2, 2, dtype=torch.int64), 0, 0).sum()
+
+    return {
+        "code_statistics": lambda t: ops.code_statistics(t, ids, 5)[0].sum(),
+        "ema_update_ codebook": update(0),
+        "ema_update_ embed_sum": update(1),
+        "ema_update_ sums": update(2),
+        "replace_dead_codes_ codebook": replace(0),
+        "replace_dead_codes_ x": replace(3),
+        "pack_codebook": lambda t: ops.quantize(x, ops.pack_codebook(t)).quantized.sum(),
+        "pixelcnn_start": start,
+    }
+
+
+@pytest.mark.parametrize("name", _without_gradients())
+def test_ops_without_gradients_refuse_forward_mode_in_one_sentence(name):
+    f, x = _without_gradients()[name], torch.randn(6, 3)
+    message = rf"fastvq.ops.{name.split()[0]}: a forward-mode derivative was asked for .* use the backward"
+    with pytest.raises(RuntimeError, match=message):
+        jvp(f, (x.clone(),), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=message):
+        f(forward_ad.make_dual(x.clone(), torch.ones_like(x)))
+    with forward_ad.dual_level():
+        assert f(x.clone()).isfinite()
+
+
+def test_a_state_with_a_tangent_is_refused():
+    with torch.no_grad():
+        model = PixelCNN(6, 3, 1, first_kernel_size=3)
+        state = model.sampler_state((1, 2, 2), None, None)
+    ids = torch.zeros(1, 2, 2, dtype=torch.int64)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(state.cache, torch.ones_like(state.cache))
+        with pytest.raises(RuntimeError, match=r"fastvq.ops.pixelcnn_step: a forward-mode derivative was asked for"):
+            ops.pixelcnn_step(state._replace(cache=dual), ids, 0, 0)
+        assert ops.pixelcnn_step(state, ids, 0, 0).isfinite().all()

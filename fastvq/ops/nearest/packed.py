@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastvq._checks import check_backend_name, check_codes, check_option
 from fastvq.backends import cpu as cpu_backend
+from fastvq.backends import views
 from fastvq.backends.registry import check_backend
+from fastvq.ops._transforms import active, refuse_tangents
 
 __all__ = ["PackedCodebook", "operands", "pack_codebook"]
 
@@ -102,6 +105,9 @@ def pack_codebook(
     check_backend_name(OP, backend)
     if backend is not None:
         check_backend(OP, backend)
+    refuse_tangents(OP, "a packed codebook takes no derivative", codebook)
+    if type(codebook) in (Tensor, Parameter) and not codebook.is_meta and not active():
+        views.address(codebook)  # raises where there is none: torch's copy does not look
     return PackedCodebook(codebook.detach().clone(memory_format=torch.contiguous_format), metric, backend)
 
 

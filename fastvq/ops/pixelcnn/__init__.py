@@ -11,6 +11,7 @@ from torch import Tensor
 from fastvq._checks import check_backend_name, check_float, check_integer, check_sizes
 from fastvq.backends import triton as triton_backend
 from fastvq.ops._op import Kernel, Op, register, without_backend
+from fastvq.ops._transforms import refuse_tangents
 from fastvq.ops.pixelcnn import cpu, cuda, reference
 from fastvq.ops.pixelcnn.call import StartCall, StepCall
 from fastvq.ops.pixelcnn.contract import check_condition, check_step
@@ -21,6 +22,7 @@ __all__ = ["PIXELCNN_START", "PIXELCNN_STEP", "PixelCNNState", "pixelcnn_start",
 OP = "fastvq.ops.pixelcnn_step"
 START = "fastvq.ops.pixelcnn_start"
 TRITON = "fastvq.ops.pixelcnn.triton_ops"
+NO_GRADIENT = "the sampler works without gradients"
 
 
 def pixelcnn_start(
@@ -62,6 +64,7 @@ def pixelcnn_start(
         raise TypeError(f"{START}: weights must be a sequence of tensors, got {type(weights).__name__}")
     for i, w in enumerate(weights):
         check_float(START, f"weights[{i}]", w)
+    refuse_tangents(START, NO_GRADIENT, *weights)
     check_sizes(START, "kernel_sizes", kernel_sizes)
     check_sizes(START, "shape", shape)
     if len(shape) != 3:
@@ -70,6 +73,7 @@ def pixelcnn_start(
     _check_start(call)
     if condition is not None:
         check_float(START, "condition", condition)
+        refuse_tangents(START, NO_GRADIENT, condition)
         embedding = weights[0]
         check_condition(START, condition, len(kernel_sizes), shape, embedding.shape[1], embedding.device)
         condition = condition.detach().to(embedding.dtype).contiguous()
@@ -135,6 +139,7 @@ def pixelcnn_step(
     check_ids(OP, state, ids)
     check_integer(OP, "row", row)
     check_integer(OP, "column", column)
+    refuse_tangents(OP, NO_GRADIENT, *state.weights, state.cache, state.condition)
     return _pixelcnn_step(
         ids, state.weights, state.cache, state.condition, state.kernel_sizes, row, column, state.backend
     )

@@ -20,9 +20,11 @@ from fastvq._checks import (
     check_same_device,
 )
 from fastvq.backends import triton as triton_backend
+from fastvq.backends import views
 from fastvq.backends.golden import calls as golden_calls
 from fastvq.ops._contract import check_overlap, check_tensor
 from fastvq.ops._op import CUDA_FIRST, ORDER, Kernel, Op, known_results, register, without_backend
+from fastvq.ops._transforms import refuse_tangents
 from fastvq.ops.statistics import cpu, cuda, reference
 from fastvq.ops.statistics.call import ReplaceCall, StatisticsCall, UpdateCall
 
@@ -40,6 +42,7 @@ STATISTICS, UPDATE, REPLACE = (
     f"fastvq.ops.{name}" for name in ("code_statistics", "ema_update_", "replace_dead_codes_")
 )
 SMOOTHINGS = ("laplace", "none")
+NO_GRADIENT = "what it computes is for an update without gradients"
 _LEARNED = (torch.float32, torch.float64)
 
 
@@ -96,6 +99,7 @@ def code_statistics(
         check_integer(STATISTICS, "n_heads", n_heads)
     _check_statistics(x, indices, n_codes, n_heads)
     check_mask(STATISTICS, x, mask)
+    refuse_tangents(STATISTICS, NO_GRADIENT, x)
     if mask is not None:
         indices = torch.where(mask, indices, -1)
     return _code_statistics(x.detach(), indices, n_codes, n_heads, deterministic, backend)
@@ -170,6 +174,7 @@ def ema_update_(
                 f"{UPDATE}: {name} must be {list(like.shape)} to match the buffers, got {list(value.shape)}; "
                 "pass what code_statistics returned"
             )
+    refuse_tangents(UPDATE, NO_GRADIENT, codebook, embed_sum, cluster_size, sums)
     # Without eps a code may have no weight at all: 0 / 0 is no place for it, so it stays.
     before = codebook.detach().clone() if eps == 0 else None
     with torch.no_grad():
@@ -223,6 +228,7 @@ def replace_dead_codes_(
     _check_candidates(codebook, x)
     if not threshold >= 0:
         raise ValueError(f"{REPLACE}: threshold must be 0 or more, got {threshold}")
+    refuse_tangents(REPLACE, NO_GRADIENT, codebook, embed_sum, cluster_size, x)
     uniforms = torch.rand(cluster_size.shape, generator=generator, dtype=torch.float32, device=x.device)
     with torch.no_grad():
         return _replace_dead_codes(
@@ -268,6 +274,11 @@ def _check_buffers(op: str, codebook: Tensor, embed_sum: Tensor, cluster_size: T
     for name, value in (("codebook", codebook), ("embed_sum", embed_sum), ("cluster_size", cluster_size)):
         check_float(op, name, value)
         check_same_device(op, "codebook", codebook, name, value)
+        if not torch.compiler.is_compiling() and value.is_neg():
+            raise ValueError(
+                f"{op}: {name} is written in place and must not be a negative view (the imaginary part of a conjugate "
+                "is one); pass .resolve_neg() of it, which is a copy"
+            )
         if value.dtype not in (torch.float32, torch.float64) or value.dtype != codebook.dtype:
             raise TypeError(
                 f"{op}: codebook, embed_sum and cluster_size must be all float32 or all float64, got {name} in "
@@ -335,6 +346,8 @@ def _check_replace(call: ReplaceCall) -> None:
     _check_learned(REPLACE, codebook, embed_sum, cluster_size)
     _check_candidates(codebook, x)
     check_tensor(REPLACE, "uniforms", uniforms, cluster_size.shape, None, codebook.device)
+    for t in call[:5]:
+        views.address(t)  # raises where there is none: torch's functions, which serve a part of the call, do not look
     written = {"codebook": codebook, "embed_sum": embed_sum, "cluster_size": cluster_size}
     check_overlap(REPLACE, written, {"x": x})
 
