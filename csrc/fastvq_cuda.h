@@ -147,7 +147,7 @@ int gate_backward(const Image& grad, const Image& tanh_a, const Image& sigmoid_b
 
 // ---- positions of a gated PixelCNN (cuda/pixelcnn.cu, where weights, cache and table are described), float32 ----
 
-// How an id is drawn (cuda/choose_id.cuh). temperature 0: the likeliest; top_k 0 and top_p 0: all ids.
+// How an id is drawn (cuda/sample_ids.cuh). temperature 0: the likeliest; top_k 0 and top_p 0: all ids.
 struct SamplerChoice {
   double temperature;
   int64_t top_k;

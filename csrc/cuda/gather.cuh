@@ -1,9 +1,10 @@
 // The epilogue of quantization for a block of rows whose codes are chosen: writes the codes, adds up the squared distances
 // and feeds the rows to the statistics. The lookup and the exhaustive scan both use it, each for the rows that it resolves.
 //
-//   n rows at a time:  16 bytes a lane where a row's elements lie side by side, and as many lanes a row as it fills (32 at
-//   most); where rows lie side by side, as those of a channel-first image, a lane a row. Each lane has several rows under
-//   way: what it waits for is memory.
+//   a row's elements lie side by side             16 bytes a lane, as many lanes a row as it fills, 32 at most
+//   rows lie side by side (channel-first image)   a lane a row
+//
+// Each lane has several rows under way, because it waits for memory.
 //
 // A lane adds its squares in double, in the order in which it meets them, and so the block's sum has a fixed order too.
 #pragma once
@@ -56,32 +57,32 @@ __host__ __device__ __forceinline__ int lanes_of_row(const Rows& x) {
   return lanes;
 }
 
-// The sum over the block, in a fixed order, on thread 0. `scratch` [kThreads / 32] is shared, and free.
+// The sum over the block, in a fixed order, on thread 0. workspace [kThreads / 32]: shared memory.
 template <int kThreads>
-__device__ __forceinline__ double block_sum(double v, double* scratch) {
+__device__ __forceinline__ double block_sum(double v, double* workspace) {
   v = warp_sum(v);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = v;
+  if (threadIdx.x % 32 == 0) workspace[threadIdx.x / 32] = v;
   __syncthreads();
   double total = 0;
   if (threadIdx.x == 0)
-    for (int w = 0; w < kThreads / 32; ++w) total += scratch[w];
+    for (int w = 0; w < kThreads / 32; ++w) total += workspace[w];
   __syncthreads();
   return total;
 }
 
 // The block's squares, and its number of real rows: every thread brings its own.
 template <int kThreads>
-__device__ __forceinline__ void finish_gather(const Gather& g, double squares, int n_real, double* scratch) {
-  squares = block_sum<kThreads>(squares, scratch);
-  const double real = block_sum<kThreads>(n_real, scratch);
+__device__ __forceinline__ void finish_gather(const Gather& g, double squares, int n_real, double* workspace) {
+  squares = block_sum<kThreads>(squares, workspace);
+  const double real = block_sum<kThreads>(n_real, workspace);
   if (threadIdx.x == 0) {
     g.partial[2 * static_cast<int64_t>(blockIdx.x)] = squares;
     g.partial[2 * static_cast<int64_t>(blockIdx.x) + 1] = real;
   }
 }
 
-// Rows row_of(0) ... row_of(n - 1) of head h, whose codes are chosen[0 ... n - 1]: -1 is masked. kUnresolved: skipped here; the exhaustive
-// scan writes that row.
+// Rows row_of(0) ... row_of(n - 1) of head h, whose codes are chosen[0 ... n - 1]: -1 is masked. kUnresolved: skipped
+// here; the exhaustive scan writes that row.
 // finite(i): whether row i holds neither NaN nor infinity. Returns the squares that this thread met.
 template <int kThreads, int kRowsInFlight, class Real, class RowOf, class Finite>
 __device__ __forceinline__ double gather_rows(const Gather& g, const Rows& x, const Codes& codes, int64_t h, int n,

@@ -173,10 +173,10 @@ int masked_conv_weight_grad(const Image& x, const Image& grad_out, const ConvWei
   const int64_t tiles_out = (w.c_out + kConvRows - 1) / kConvRows,
                 tiles_in = (w.c_in + kConvColumns - 1) / kConvColumns;
   if (grad_weight) {
-    const bool full = w.dtype == DType::f32, brain = w.dtype == DType::bf16;
-    const auto kernel = full    ? weight_kernel<DType::f32>
-                        : brain ? weight_kernel<DType::bf16>
-                                : weight_kernel<DType::f16>;
+    const bool full = w.dtype == DType::f32, is_bf16 = w.dtype == DType::bf16;
+    const auto kernel = full      ? weight_kernel<DType::f32>
+                        : is_bf16 ? weight_kernel<DType::bf16>
+                                  : weight_kernel<DType::f16>;
     const size_t shared = full ? ConvTile<DType::f32>::kBytes : ConvTile<DType::f16>::kBytes;
     if (const int error = launch(kernel, g.n_spans * w.n_taps * tiles_in * tiles_out, kThreads, shared, stream, g,
                                  tiles_out, tiles_in))

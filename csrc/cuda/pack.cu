@@ -250,16 +250,16 @@ __global__ void __launch_bounds__(kPackThreads, 4)
       low[i] = fminf(low[i], v[i]);
     }
   }
-  bool irregular = false, beside = false;
-  for (int j = lane; j < kTileCodes; j += 32) beside |= tile.bias[j] != 0;
-  beside = p.part && __any_sync(kWarp, beside);
+  bool irregular = false, separate_bias = false;
+  for (int j = lane; j < kTileCodes; j += 32) separate_bias |= tile.bias[j] != 0;
+  separate_bias = p.part && __any_sync(kWarp, separate_bias);
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
     top[i] = warp_max(top[i]);
     low[i] = -warp_max(-low[i]);
     irregular |= top[i] > 16 * low[i];
   }
-  if (lane == 0) p.tiles[index] = {top[0], top[1], top[2], irregular * kIrregular | beside * kSeparateBias};
+  if (lane == 0) p.tiles[index] = {top[0], top[1], top[2], irregular * kIrregular | separate_bias * kSeparateBias};
 }
 
 }  // namespace

@@ -3,11 +3,14 @@
 //
 //   ids [B, H, W], uniforms [B, H, W], wanted [B, H, W] -> ids where wanted
 //
-// A team of blocks has up to kVectors images of its own (more, where the card is too small for another team), and no team
-// waits for another. Its warps share the outputs of a layer; between what makes activations and what reads them the team
-// waits: 2 n_layers + 3 times a position, n_layers + 1 a row. Weights are read once a position and team, from the
-// second-level cache, where they stay. Blocks of a team spin on each other, so all must be resident: the
-// grid is limited to the resident blocks, and without cooperative launch a team is a single block.
+//   team       blocks that compute up to kVectors images (more, where the card is too small for another team);
+//              no team waits for another
+//   warps      share the outputs of a layer
+//   barriers   a team waits between the writes and the reads of activations: 2 n_layers + 3 times a position,
+//              n_layers + 1 times a row
+//   weights    are read once a position and team, from the second-level cache, where they stay
+//   grid       limited to the resident blocks: blocks of a team spin on each other, so all must be resident; without
+//              cooperative launch a team is a single block
 //
 // A linear map: a warp makes four outputs of P vectors (pixels of a row, or images at a position).
 //
@@ -16,17 +19,35 @@
 // so an output depends on its own inputs and the sizes alone: not on the batch, the card or how images are shared out.
 //
 // weights, floats: matrices [outputs / 4, segments, C, 4], biases [outputs], outputs filled up with zeros to whole fours.
-// The outputs of V, L and H are a and b of the gate in turn: a_0, b_0, a_1, .. Of layer l, k its kernel size, R = k / 2:
-//   V of R + 1 rows of k (first layer R), bias; L of one, bias (the horizontal's added); H of R + 1 columns (first
-//   layer R); O of one (residual, then skip; the last layer: skip alone), bias. Then W_1, bias, W_2, bias.
-// cache, per image: mass [K] doubles, logits [K], gated, skip, hidden [C]; per layer but the first: above [R + 1, W, C],
-//   inputs of V, a ring of rows, and left [W, C], inputs of H in this row; per layer: link [W, 2C], what the vertical
-//   stack adds to the horizontal gate; then the vertical stack's end [W, C].
-// table, int64 [n_layers + 1, 11]: k, where V and its bias, L and its bias, H, O and its bias lie in the weights, where
-//   above, left and link lie in the cache; last W_1, bias, W_2, bias, then end, mass, logits, gated, skip and hidden.
+// For each layer V, L, H, O, then the head W_1, W_2, each matrix followed by its bias. k is the layer's kernel size,
+// R = k / 2:
+//
+//   matrix     segments                           outputs                              bias
+//   V          R + 1 rows of k (first layer R)    gate's a, b in turn: a_0, b_0, ..    yes
+//   L          1                                  the same                             yes, the horizontal's added
+//   H          R + 1 columns (first layer R)      the same                             no: it is in L's
+//   O          1                                  residual, then skip                  yes
+//                                                 (last layer: skip alone)
+//   W_1, W_2   1                                  C; K                                 yes
+//
+// cache, floats but for mass, per image:
+//
+//   mass     [K] doubles    once                         weights of the ids (sample_ids.cuh)
+//   logits   [K]            once
+//   gated, skip, hidden     once, [C] each
+//   above    [R + 1, W, C]  each layer but the first     inputs of V, a ring of rows
+//   left     [W, C]         each layer but the first     inputs of H in this row
+//   link     [W, 2C]        each layer                   terms that the vertical stack adds to the horizontal gate
+//   end      [W, C]         once                         the vertical stack's last outputs
+//
+// table, int64 [n_layers + 1, 11], places in the weights and in the cache (structs Layer and Ends):
+//
+//   row       in the weights                               in the cache
+//   layer l   (k first) V, bias, L, bias, H, O, bias       above, left, link
+//   last      W_1, bias, W_2, bias                         end, mass, logits, gated, skip, hidden
 //
 // Shared bytes: 8 for each warp.
-#include "choose_id.cuh"
+#include "sample_ids.cuh"
 
 namespace fastvq::cuda {
 namespace {
@@ -305,8 +326,8 @@ __device__ void draw(const SamplerCall& c, const Team& team, int64_t position) {
     const int64_t at = b * c.height * c.width + position;
     if (!c.wanted[at]) continue;
     float* cache = c.cache + b * c.cache_per_image;
-    const int64_t id = choose_id(cache + ends.logits, c.n_codes, c.uniforms[at], c.choice,
-                                 reinterpret_cast<double*>(cache + ends.mass), shared_memory());
+    const int64_t id = sample_ids(cache + ends.logits, c.n_codes, c.uniforms[at], c.choice,
+                                  reinterpret_cast<double*>(cache + ends.mass), shared_memory());
     if (threadIdx.x == 0) c.ids[at] = id;
   }
 }

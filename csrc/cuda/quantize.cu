@@ -25,14 +25,14 @@ struct Losses {
 
 __global__ void __launch_bounds__(kThreads)
     losses_kernel(const double* partial, int64_t n_blocks, int64_t dim, bool wide, Losses losses) {
-  double* scratch = reinterpret_cast<double*>(shared_memory());
+  double* workspace = reinterpret_cast<double*>(shared_memory());
   double squares = 0, real = 0;
   for (int64_t i = threadIdx.x; i < n_blocks; i += kThreads) {
     squares += partial[2 * i];
     real += partial[2 * i + 1];
   }
-  squares = block_sum<kThreads>(squares, scratch);
-  real = block_sum<kThreads>(real, scratch);
+  squares = block_sum<kThreads>(squares, workspace);
+  real = block_sum<kThreads>(real, workspace);
   if (threadIdx.x != 0) return;
   const double mean = real > 0 ? squares / (real * static_cast<double>(dim)) : 0;
   if (wide) {
@@ -47,42 +47,43 @@ __global__ void __launch_bounds__(kThreads)
 constexpr size_t round_up(size_t n) { return (n + 255) / 256 * 256; }
 
 // Where things lie in the workspace.
-struct Room {
+struct Workspace {
   PackedCodebook packed;
   bool filter;
   int64_t n_filter, n_scan;  // blocks
   size_t packed_bytes, partial_bytes;
 };
-Room room_of(const Rows& x, const Codes& codes, unsigned char* base) {
-  Room room{};
-  room.filter = filter_serves(x, codes);
-  if (room.filter) {
-    room.packed_bytes = packed_layout(codes, base, &room.packed);
-    room.n_filter = lookup_blocks(x, room.packed);
+Workspace workspace_of(const Rows& x, const Codes& codes, unsigned char* base) {
+  Workspace workspace{};
+  workspace.filter = filter_serves(x, codes);
+  if (workspace.filter) {
+    workspace.packed_bytes = packed_layout(codes, base, &workspace.packed);
+    workspace.n_filter = lookup_blocks(x, workspace.packed);
   }
-  room.n_scan = scan_blocks(x, room.filter);
-  room.partial_bytes = round_up(2 * sizeof(double) * static_cast<size_t>(room.n_filter + room.n_scan));
-  return room;
+  workspace.n_scan = scan_blocks(x, workspace.filter);
+  workspace.partial_bytes = round_up(2 * sizeof(double) * static_cast<size_t>(workspace.n_filter + workspace.n_scan));
+  return workspace;
 }
 
 }  // namespace
 
 size_t quantize_workspace(const Rows& x, const Codes& codes, bool statistics) {
-  const Room room = room_of(x, codes, nullptr);
+  const Workspace workspace = workspace_of(x, codes, nullptr);
   const Statistics s = statistics_of(x, codes.n_codes);
-  return room.packed_bytes + room.partial_bytes + (statistics && s.n_total > 0 ? keyed_statistics_workspace(s) : 0);
+  return workspace.packed_bytes + workspace.partial_bytes +
+         (statistics && s.n_total > 0 ? keyed_statistics_workspace(s) : 0);
 }
 
 int quantize_forward(const Rows& x, const Codes& codes, const QuantizeOptions& o, const QuantizeOutputs& out,
                      void* workspace, void* stream) {
   unsigned char* memory = static_cast<unsigned char*>(workspace);
-  const Room room = room_of(x, codes, memory);
+  const Workspace layout = workspace_of(x, codes, memory);
   Statistics s = statistics_of(x, codes.n_codes);
   s.sums = out.sums;
   s.sums_double = x.dtype == DType::f64;
   s.counts = out.counts;
-  double* partial = reinterpret_cast<double*>(memory + room.packed_bytes);
-  unsigned char* keys = memory + room.packed_bytes + room.partial_bytes;
+  double* partial = reinterpret_cast<double*>(memory + layout.packed_bytes);
+  unsigned char* keys = memory + layout.packed_bytes + layout.partial_bytes;
   const bool atomics = out.sums && (!o.deterministic || s.n_total == 0);
   Gather gather{out.quantized, partial, nullptr, nullptr, s.sums_double, s.counts};
   if (out.sums && !atomics) gather.keys = reinterpret_cast<uint32_t*>(keys);
@@ -90,16 +91,16 @@ int quantize_forward(const Rows& x, const Codes& codes, const QuantizeOptions& o
     gather.sums = s.sums;
     if (const int error = clear_statistics(s, stream)) return error;
   }
-  if (room.filter) {
-    if (const int error = pack_codes(codes, o.metric, o.fast, room.packed, stream)) return error;
+  if (layout.filter) {
+    if (const int error = pack_codes(codes, o.metric, o.fast, layout.packed, stream)) return error;
     if (const int error =
-            filtered_lookup({x, codes, o.metric, o.fast, o.mask, out.indices, gather}, room.packed, stream))
+            filtered_lookup({x, codes, o.metric, o.fast, o.mask, out.indices, gather}, layout.packed, stream))
       return error;
-    gather.partial += 2 * room.n_filter;
+    gather.partial += 2 * layout.n_filter;
   }
-  if (const int error = scan({x, codes, o.metric, o.mask, out.indices, room.filter, gather}, stream)) return error;
+  if (const int error = scan({x, codes, o.metric, o.mask, out.indices, layout.filter, gather}, stream)) return error;
   if (const int error = launch(losses_kernel, 1, kThreads, sizeof(double) * (kThreads / 32), stream,
-                               static_cast<const double*>(partial), room.n_filter + room.n_scan, x.dim,
+                               static_cast<const double*>(partial), layout.n_filter + layout.n_scan, x.dim,
                                x.dtype == DType::f64, Losses{out.commitment_loss, out.codebook_loss, o.beta}))
     return error;
   return gather.keys ? add_keyed(s, keys, stream) : 0;

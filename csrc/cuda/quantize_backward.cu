@@ -4,11 +4,12 @@
 //   sums [H, K, D] double, counts [H, K] of the finite rows that chose each code   n_real [] real rows
 //   weight []: the gradient that comes in at a loss
 //
-//   1. to_rows: as many lanes a row as 16 bytes a lane fill (a lane a row where rows lie side by side), G + pull (x - c) with
-//      pull = weight 2 beta / (D n_real). G is g, or the rotation's lambda (g - 2 r (r.g) + 2 x^ (c^.g)), x^ = x/|x|,
-//      c^ = c/|c|, lambda = |c|/|x|, r = (x^ + c^)/|x^ + c^|, computed as a g + b x + e c: two passes over the row for its
-//      sums (from the first-level cache, the second time) and one that writes.
-//   2. to_codes: a thread an element, (count c - sum) weight 2 / (D n_real).
+//   1. to_rows writes G + pull (x - c), pull = weight 2 beta / (D n_real). Lanes share a row as in gather.cuh.
+//      Without the rotation: G = g.
+//      With it: G = lambda (g - 2 r (r.g) + 2 x^ (c^.g)), x^ = x/|x|, c^ = c/|c|, lambda = |c|/|x|,
+//      r = (x^ + c^)/|x^ + c^|. G is computed as a g + b x + e c: two passes over the row make its sums (the second
+//      reads the first-level cache), a third pass writes.
+//   2. to_codes writes (count c - sum) weight 2 / (D n_real), a thread an element.
 //
 // Arithmetic is double, each element is rounded once.
 #include "../fastvq_cuda.h"

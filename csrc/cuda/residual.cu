@@ -5,9 +5,10 @@
 //     shared:  residual [kRows, width] float | what the search keeps (search.cuh)
 //
 // For each level: 1. its first codes are sent for; 2. a warp lays out its rows of the residual as fp16 operands;
-// 3. search and choice, as in lookup.cu; 4. a row that they leave is scored against every code by its warp, for the next
-// level cannot wait for a launch that would; 5. the warp takes the codes off its rows, and adds up the squares of what
-// is left, in double. At last the codes are read again and added: shared memory for the sums would cost rows.
+// 3. search and choice, as in lookup.cu; 4. a row that they leave is scored against every code by its warp,
+// because the next level needs its code in this launch; 5. the warp subtracts the codes from its rows, and adds up the
+// squares of the new residual, in double. At last the codes are read again and added: shared memory for the sums would
+// cost rows.
 //
 // A row belongs to one warp outside of search and choice, four of its elements to one lane. Residuals and sums are
 // float; each warp writes the squares of each level apart, so that their order is fixed.

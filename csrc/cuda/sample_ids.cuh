@@ -4,10 +4,13 @@
 //   id  = the lowest k with w_k > 0 and w_0 + .. + w_k > min(u S, the number below S), S the sum of all; T = 0: the
 //         lowest k of the largest logit
 //
-// Thread t has ids [t K / threads, (t + 1) K / threads): what it alone reads and writes. Sums are added in an order that
-// K and the number of threads decide. top_k keeps the first k of a descending order, lower ids first among equals, and
-// top_p then each id before which less than p of the sum lies: neither sorts. The weight of the last one that is kept is
-// found by bisection between weights that there are, and equals of it are counted.
+// Thread t alone reads and writes the weights of ids [t K / threads, (t + 1) K / threads). K and the number of threads
+// decide the order in which sums are added.
+//
+//   top_k   keeps the first k ids in descending order of weight, lower ids first among ties
+//   top_p   then keeps each id before which less than p of the sum lies
+//
+// Neither sorts. The weight of the last id kept is found by bisection; ties are then counted.
 //
 // Shared bytes: 8 for each warp.
 #pragma once
@@ -103,8 +106,8 @@ __device__ void keep_largest(double* w, int64_t first, int64_t last, double targ
 }
 
 // The same to every thread of the block. w [K] is workspace. 0 where a logit is NaN or none is finite.
-__device__ inline int64_t choose_id(const float* logits, int64_t n_codes, double u, const SamplerChoice& choice,
-                                    double* w, void* shared) {
+__device__ inline int64_t sample_ids(const float* logits, int64_t n_codes, double u, const SamplerChoice& choice,
+                                     double* w, void* shared) {
   const int64_t first = n_codes * threadIdx.x / blockDim.x, last = n_codes * (threadIdx.x + 1) / blockDim.x;
   float most = -INFINITY;
   for (int64_t k = first; k < last; ++k) most = fmaxf(most, logits[k]);
