@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
@@ -14,6 +15,7 @@ from fastvq._shorten import shorten
 
 __all__ = [
     "FLOATS",
+    "LARGEST",
     "check_backend_name",
     "check_codebook",
     "check_codes",
@@ -28,6 +30,7 @@ __all__ = [
     "check_option",
     "check_same_device",
     "check_sizes",
+    "check_weight",
     "raise_bad_index",
 ]
 
@@ -36,7 +39,8 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def check_option(op: str, argument: str, value: object, allowed: Iterable[str]) -> None:
-    if value not in (allowed := tuple(allowed)):
+    allowed = tuple(allowed)
+    if not isinstance(value, str) or value not in allowed:  # comparing an array gives an array
         raise ValueError(f"{op}: {argument} must be one of {', '.join(map(repr, allowed))}, got {shorten(value)}")
 
 
@@ -49,26 +53,45 @@ def check_integer(op: str, argument: str, value: object) -> None:
     """An integer that 64 bits hold; callers check its range. torch's symbolic sizes are integers too."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
-            raise TypeError(f"{op}: {argument} must be an integer, got {type(value).__name__} {value!r}")
-        value = operator.index(value)
+            raise TypeError(f"{op}: {argument} must be an integer, got {type(value).__name__} {shorten(value)}")
+        try:
+            value = operator.index(value)
+        except TypeError:  # an array of integers
+            raise TypeError(
+                f"{op}: {argument} must be an integer, got {type(value).__name__} {shorten(value)}"
+            ) from None
     if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"{op}: {argument} must be below 2^63, got {value}")
+        raise ValueError(f"{op}: {argument} must be below 2^63, got {shorten(value)}")
 
 
 def check_sizes(op: str, argument: str, value: object) -> None:
     """A sequence of integers."""
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise TypeError(f"{op}: {argument} must be a sequence of integers, got {type(value).__name__} {value!r}")
+        raise TypeError(f"{op}: {argument} must be a sequence of integers, got {type(value).__name__} {shorten(value)}")
     for i, size in enumerate(value):
         check_integer(op, f"{argument}[{i}]", size)
 
 
 def check_number(op: str, argument: str, value: object) -> None:
-    """A real number, or a tensor of one."""
-    if type(value) is float or type(value) is int:
+    """A real number that a float holds, or a tensor or an array of one."""
+    if type(value) is float:
         return
-    if isinstance(value, (bool, str, bytes, complex)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__} {value!r}")
+    if not isinstance(value, (bool, str, bytes, complex)) and hasattr(value, "__float__"):
+        try:
+            float(value)  # a tensor or an array of several, of none, of a complex one, or without memory has no number
+            return
+        except OverflowError:
+            raise ValueError(f"{op}: {argument} must be a number that a float holds, got {shorten(value)}") from None
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__} {shorten(value)}")
+
+
+def check_weight(op: str, argument: str, value: float) -> None:
+    """The weight of a loss."""
+    check_number(op, argument, value)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{op}: {argument} must be finite and 0 or more, got {shorten(value)}")
 
 
 def check_generator(op: str, value: object) -> None:
@@ -164,6 +187,7 @@ def check_ids(op: str, argument: str, indices: object, lowest: int, n: int) -> t
         )
     if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
         raise TypeError(f"{op}: {argument} must be an integer tensor, got {indices.dtype}; convert it with .long()")
+    check_dense(op, argument, indices)
     if indices.dtype != torch.int64:
         indices = indices.long()
     if torch.compiler.is_compiling() or not indices.numel():
@@ -192,6 +216,7 @@ def check_mask(op: str, x: Tensor, mask: Tensor | None) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{op}: mask must be a bool tensor, got {got}; True marks a real vector, convert with .bool()")
+    check_dense(op, "mask", mask)
     check_same_device(op, "x", x, "mask", mask)
     if mask.shape != x.shape[:-1]:
         raise ValueError(

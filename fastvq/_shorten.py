@@ -16,6 +16,8 @@ SHOWN_NOTE = 400  # characters of a name with the reason why it is left out, and
 
 def shorten(value: Any) -> str:
     """The start of a value's repr, at most ``SHOWN_VALUE`` characters and an ellipsis."""
+    if isinstance(value, int) and value.bit_length() > 4 * SHOWN_VALUE:  # Python refuses to write out the longest
+        return f"an integer of {value.bit_length()} bits"
     # A long text is cut first: its repr may have ten times its characters.
     return _start(repr(value[: SHOWN_VALUE + 1] if isinstance(value, (str, bytes)) else value), SHOWN_VALUE)
 

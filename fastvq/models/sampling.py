@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fastvq._checks import check_generator, check_indices, check_integer, check_number, check_sizes
+from fastvq._checks import LARGEST, check_generator, check_indices, check_integer, check_number, check_sizes
 from fastvq.ops import PixelCNNState
 from fastvq.ops.pixelcnn.choice import Choice, Progress, sample_ids
 from fastvq.ops.pixelcnn.sampler import PositionSampler, Sampler, sampler_of
@@ -53,6 +54,8 @@ def _check(
     check_sizes(OP, "shape", shape)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{OP}: shape must be (B, h, w), each >= 1, got {tuple(shape)}")
+    if math.prod(map(int, shape)) > LARGEST // 8:  # bytes of the ids
+        raise ValueError(f"{OP}: shape must leave the ids below 2^63 bytes, got {tuple(shape)}")
     if labels is not None and model.n_classes is not None:
         check_labels(OP, labels, shape[0], model.n_classes)
     for name, number in (("temperature", choice.temperature), ("top_p", choice.top_p)):

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastvq import _kmeans, distributed
-from fastvq._checks import check_integer, check_number, check_option
+from fastvq._checks import check_integer, check_number, check_option, check_weight
 from fastvq.nn._compiled_start import number_module
 from fastvq.nn._learning import Group, QuantizerStatistics, learn
 from fastvq.nn._state import CodebookState
@@ -53,8 +53,9 @@ class LearnedCodebook(CodebookState):
         group: dist.ProcessGroup | None,
         precision: str,
     ) -> None:
-        for name, number in (("decay", decay), ("eps", eps), ("commitment_weight", commitment_weight)):
+        for name, number in (("decay", decay), ("eps", eps)):
             check_number(owner, name, number)
+        check_weight(owner, "commitment_weight", commitment_weight)
         if dead_code_threshold is not None:
             check_number(owner, "dead_code_threshold", dead_code_threshold)
         for name, value in (("n_codes", n_codes), ("code_dim", code_dim)):
@@ -63,6 +64,8 @@ class LearnedCodebook(CodebookState):
                 raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
         if not 0 <= decay <= 1:
             raise ValueError(f"{owner}: decay must be in [0, 1], got {decay}; 0.99 keeps 99 % of the old average")
+        if not eps >= 0:
+            raise ValueError(f"{owner}: eps must be 0 or more, got {eps}")
         if dead_code_threshold is not None and not dead_code_threshold > 0:
             raise ValueError(f"{owner}: dead_code_threshold must be above 0 or None, got {dead_code_threshold}")
         check_option(owner, "metric", metric, METRICS)

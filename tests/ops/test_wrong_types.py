@@ -1,5 +1,6 @@
 """Arguments of a wrong type, on every public function: the op, the argument, what was expected and what came."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -117,6 +118,70 @@ def test_numbers(place):
             NUMBERS[place](wrong)
 
 
+@pytest.mark.parametrize("place", NUMBERS)
+def test_numbers_that_are_none(place):
+    """Tensors and arrays of several elements or of no memory, and integers that no float holds."""
+    for wrong in (torch.zeros(2), np.zeros(2), torch.zeros((), device="meta"), torch.zeros(300, 300)):
+        with pytest.raises(TypeError, match=f"fastvq.{place} must be a number, got {type(wrong).__name__} ") as raised:
+            NUMBERS[place](wrong)
+        assert len(str(raised.value)) < 220
+    for wrong in (10**400, 10**5000):
+        with pytest.raises(ValueError, match=f"fastvq.{place} must be a number that a float holds, got an integer of"):
+            NUMBERS[place](wrong)
+
+
+@pytest.mark.parametrize("place", [p for p in NUMBERS if p.endswith(("beta", "commitment_weight"))])
+def test_weights_of_losses(place):
+    for wrong in (float("nan"), float("inf"), -1.0):
+        with pytest.raises(ValueError, match=f"fastvq.{place} must be finite and 0 or more, got {wrong}"):
+            NUMBERS[place](wrong)
+
+
+def test_arrays_for_options_and_integers():
+    for place, call in INTEGERS.items():
+        with pytest.raises(TypeError, match=f"fastvq.{place} must be an integer, got ndarray"):
+            call(np.array([5, 6]))
+        with pytest.raises(ValueError, match=f"fastvq.{place} must be below 2\\^63, got an integer of"):
+            call(10**5000)
+    array, packed = np.array(["dot", "cosine"]), ops.pack_codebook(CODES)
+    for message, call in (
+        ("nearest: metric must be one of", lambda: ops.nearest(X, CODES, metric=array)),
+        ("quantize: estimator must be one of", lambda: ops.quantize(X, CODES, estimator=array)),
+        ("vq_step: precision must be one of", lambda: ops.vq_step(X, CODES, precision=array)),
+        ("nearest: the codebook was packed for metric", lambda: ops.nearest(X, packed, metric=array)),
+        ("ema_update_: smoothing must be one of", lambda: _update(smoothing=array)),
+    ):
+        with pytest.raises(ValueError, match=f"fastvq.ops.{message}"):
+            call()
+
+
+def test_sparse_and_nested_arguments():
+    mask, counts = torch.ones(6, dtype=torch.bool).to_sparse(), COUNTS.to_sparse()
+    nested = torch.nested.nested_tensor([torch.zeros(3, dtype=torch.int64)])
+    for message, call in (
+        ("quantize: mask", lambda: ops.quantize(X, CODES, mask=mask)),
+        ("code_statistics: mask", lambda: ops.code_statistics(X, IDS, 5, mask=mask)),
+        ("code_statistics: indices", lambda: ops.code_statistics(X, IDS.to_sparse(), 5)),
+        ("code_statistics: indices", lambda: ops.code_statistics(X, nested, 5)),
+        ("ema_update_: counts", lambda: _update(counts=counts)),
+        ("residual_quantize: codebooks", lambda: ops.residual_quantize(X, NESTED)),
+        ("residual_quantize: codebooks", lambda: ops.residual_quantize(X, CODES[None].to_sparse())),
+    ):
+        with pytest.raises(TypeError, match=f"fastvq.ops.{message} must be a dense tensor, got "):
+            call()
+    with pytest.raises(
+        TypeError, match=r"fastvq.ops.residual_quantize: codebooks\[1\] must be a torch.Tensor, got None"
+    ):
+        ops.residual_quantize(X, [CODES, None])
+
+
+def test_sizes_beyond_any_memory():
+    with pytest.raises(ValueError, match=r"fastvq.ops.code_statistics: n_codes must leave sums \[K, D\] below 2\^63"):
+        ops.code_statistics(X, IDS, 2**62)
+    with pytest.raises(ValueError, match=r"fastvq.models.PixelCNN.sample: shape must leave the ids below 2\^63 bytes"):
+        PRIOR.sample((2**31,) * 3)
+
+
 def test_counts_and_nested_tensors():
     with pytest.raises(TypeError, match=r"fastvq.ops.ema_update_: counts must be an int64 tensor, got NoneType"):
         _update(counts=None)
@@ -172,8 +237,6 @@ def test_kernel_sizes_of_modules():
 
 
 def test_what_was_allowed_still_is():
-    import numpy as np
-
     with fastvq.use_backend("reference"):
         ops.code_statistics(X, IDS, np.int64(5))
         ops.quantize(X, CODES, beta=np.float32(0.5))

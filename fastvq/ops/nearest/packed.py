@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastvq._checks import check_backend_name, check_codes, check_option
+from fastvq._shorten import shorten
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import views
 from fastvq.backends.registry import check_backend
@@ -117,9 +118,9 @@ def operands(
     """The codes, their layout if there is one, and the backend that a call on ``codebook`` names."""
     if not isinstance(codebook, PackedCodebook):
         return codebook, None, backend
-    if metric != codebook.metric:
+    if not isinstance(metric, str) or metric != codebook.metric:
         raise ValueError(
-            f"{op}: the codebook was packed for metric {codebook.metric!r}, got metric={metric!r}; "
+            f"{op}: the codebook was packed for metric {codebook.metric!r}, got metric={shorten(metric)}; "
             f"pass metric={codebook.metric!r}, or pack it again"
         )
     return codebook._codes, codebook._layout, backend or codebook.backend

@@ -11,8 +11,8 @@ from fastvq._checks import (
     check_backend_name,
     check_codebook,
     check_mask,
-    check_number,
     check_option,
+    check_weight,
 )
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.golden import calls as golden_calls
@@ -101,7 +101,7 @@ def quantize(
         (torch.Size([8, 32, 32, 64]), torch.Size([8, 32, 32]), torch.Size([]))
     """
     check_backend_name(OP, backend)
-    check_number(OP, "beta", beta)
+    check_weight(OP, "beta", beta)
     codes, packed, backend = operands(OP, codebook, metric, backend)
     check_codebook(OP, x, codes)
     check_option(OP, "metric", metric, METRICS)

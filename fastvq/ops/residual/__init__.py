@@ -11,10 +11,12 @@ from torch import Tensor
 from fastvq._checks import (
     check_backend_name,
     check_codebook,
+    check_dense,
+    check_float,
     check_integer,
     check_mask,
-    check_number,
     check_option,
+    check_weight,
 )
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.golden import gate
@@ -98,17 +100,19 @@ def residual_quantize(
         if not isinstance(codebooks, Iterable):
             raise TypeError(f"{OP}: codebooks must be a tensor or a sequence of them, got {type(codebooks).__name__}")
         codebooks = list(codebooks)
-        for level in codebooks:
+        for i, level in enumerate(codebooks):
+            check_float(OP, f"codebooks[{i}]", level)
             check_codebook(OP, x, level)
         if not codebooks or any(c.dim() != 2 or c.shape != codebooks[0].shape for c in codebooks):
             shapes = [list(c.shape) for c in codebooks]
             raise ValueError(f"{OP}: codebooks must be at least one [K, D], all of one shape, got {shapes}")
         codebooks = _stacked(codebooks)
+    check_dense(OP, "codebooks", codebooks)
     if codebooks.dim() != 3 or codebooks.shape[0] == 0:
         raise ValueError(f"{OP}: codebooks must be [Q, K, D] with Q >= 1, got {list(codebooks.shape)}")
     check_codebook(OP, x, codebooks[0])
     check_backend_name(OP, backend)
-    check_number(OP, "beta", beta)
+    check_weight(OP, "beta", beta)
     if n_levels is not None:
         check_integer(OP, "n_levels", n_levels)
         if not 1 <= n_levels <= codebooks.shape[0]:

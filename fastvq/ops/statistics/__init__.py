@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fastvq._checks import (
     FLOATS,
+    LARGEST,
     check_backend_name,
+    check_dense,
     check_float,
     check_generator,
     check_integer,
@@ -167,6 +169,7 @@ def ema_update_(
             f"{UPDATE}: sums must be float32 or float64 and counts int64, got {sums.dtype} and {counts.dtype}; "
             "pass what code_statistics returned"
         )
+    check_dense(UPDATE, "counts", counts)
     for name, value, like in (("sums", sums, codebook), ("counts", counts, cluster_size)):
         check_same_device(UPDATE, "codebook", codebook, name, value)
         if value.shape != like.shape:
@@ -241,6 +244,7 @@ def _check_statistics(x: Tensor, indices: Tensor, n_codes: int, n_heads: int | N
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"{STATISTICS}: indices must be an int64 tensor, got {got}; convert it with .long()")
+    check_dense(STATISTICS, "indices", indices)
     check_same_device(STATISTICS, "x", x, "indices", indices)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"{STATISTICS}: x must be [..., D] with D >= 1, got {list(x.shape)}")
@@ -251,6 +255,10 @@ def _check_statistics(x: Tensor, indices: Tensor, n_codes: int, n_heads: int | N
         )
     if n_codes < 1:
         raise ValueError(f"{STATISTICS}: n_codes must be at least 1, got {n_codes}; pass the codebook's K")
+    if n_codes > LARGEST // 8 // (x.shape[-1] * max(1, n_heads or 1)):  # bytes of the sums
+        raise ValueError(
+            f"{STATISTICS}: n_codes must leave sums [K, D] below 2^63 bytes, got {n_codes} for D = {x.shape[-1]}"
+        )
     if n_heads is not None and (x.dim() < 2 or x.shape[0] != n_heads or n_heads < 1):
         raise ValueError(
             f"{STATISTICS}: with n_heads = {n_heads}, x must be [H, ..., D] with H = n_heads >= 1, "

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvq._checks import check_backend_name, check_codebook, check_mask, check_number, check_option
+from fastvq._checks import check_backend_name, check_codebook, check_mask, check_option, check_weight
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.golden import calls as golden_calls
 from fastvq.ops._contract import check_choices, check_lookup
@@ -86,7 +86,7 @@ def vq_step(
         (torch.Size([8, 100, 64]), torch.Size([8, 100]), torch.Size([512, 64]), torch.Size([512]))
     """
     check_backend_name(OP, backend)
-    check_number(OP, "beta", beta)
+    check_weight(OP, "beta", beta)
     check_codebook(OP, x, codebook)
     check_option(OP, "metric", metric, METRICS)
     check_option(OP, "estimator", estimator, ESTIMATORS)
