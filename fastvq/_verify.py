@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvq import ops
+from fastvq._options import BackendName
 from fastvq.backends import cpu as cpu_backend
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.golden.record import Lookup, decode, digest, lookups, recorded
@@ -50,7 +51,8 @@ def _ways(missing: dict[str, str]) -> Iterator[tuple[str, Run]]:
     if "cpu" not in missing:
         for isa in cpu_backend.available_isas():
             yield f"cpu, {isa}", _on_cpu(isa)
-    for backend in ("triton", "cuda"):
+    gpus: tuple[BackendName, ...] = ("triton", "cuda")
+    for backend in gpus:
         if backend not in missing:
             for device in range(torch.cuda.device_count()):
                 yield f"{backend}, {torch.cuda.get_device_name(device)}", _on_gpu(backend, device)
@@ -70,7 +72,7 @@ def _on_cpu(isa: str) -> Run:
     return run
 
 
-def _on_gpu(backend: str, device: int) -> Run:
+def _on_gpu(backend: BackendName, device: int) -> Run:
     def run(c: Lookup) -> list[Tensor]:
         x, codebook = (t.to(f"cuda:{device}") for t in (c.x, c.codebook))
         return [ops.nearest(x, codebook, metric=c.metric, backend=backend).cpu()]

@@ -7,6 +7,7 @@ batches of different sizes or empty ones: the size of a message does not depend 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -123,8 +124,8 @@ def nearest_sharded(
     x: Tensor,  # [..., D], the same on every rank
     codebook: Tensor,  # [K_rank, D], this rank's codes
     *,
-    metric: str = "euclidean",
-    backend: str | None = None,
+    metric: Literal["euclidean", "cosine", "dot"] = "euclidean",
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:  # [...] int64
     """``fastvq.ops.nearest`` with the codebook cut over ranks: rank 0 holds the first codes, and so on.

@@ -9,7 +9,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 EXTENSIONS = {"fastvq._cpu", "fastvq._cpu_testing", "fastvq._cuda"}
-BASE = {"_checks", "_counter", "_env", "_files", "_json", "_shorten", "_version", "_cpu", "_cpu_testing", "_cuda"}
+BASE = {
+    "_checks",
+    "_counter",
+    "_env",
+    "_files",
+    "_json",
+    "_options",
+    "_shorten",
+    "_version",
+    "_cpu",
+    "_cpu_testing",
+    "_cuda",
+}
 # A module may import modules of its own room and of rooms in lines above its line here. A file at the top of the
 # package is a room, but for those of BASE, which are one together.
 ROOMS = [

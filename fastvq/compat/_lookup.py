@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq import ops
+from fastvq._options import Metric
 
 __all__ = ["image_quantize", "kmeans_lloyd", "nearest", "statistics"]
 
@@ -16,7 +17,7 @@ __all__ = ["image_quantize", "kmeans_lloyd", "nearest", "statistics"]
 def nearest(
     x: Tensor,  # [..., D], or [H, ..., D]
     codebook: Tensor,  # [K, D], or [H, K, D]
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
 ) -> Tensor:  # [...] or [H, ...]
     """Exact indices, whatever autocast says: the op is no matmul, so autocast does not touch its operands."""
     return ops.nearest(x.detach(), codebook.detach(), metric=metric)
@@ -39,7 +40,7 @@ def kmeans_lloyd(
     means: Tensor,  # [K, D] or [H, K, D]
     n_iters: int,
     *,
-    metric: str = "euclidean",
+    metric: Metric = "euclidean",
     reduce: Callable[[Tensor], object] = lambda t: None,
     normalise: Callable[[Tensor], Tensor] = lambda t: t,
 ) -> tuple[Tensor, Tensor]:  # means and counts [K] or [H, K] of the last iteration

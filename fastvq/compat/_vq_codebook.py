@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import ops
+from fastvq._options import Estimator, Metric
 from fastvq.compat._lookup import kmeans_lloyd, nearest, statistics
 from fastvq.compat._target import PatchedModule, peer_module
 
@@ -78,7 +79,7 @@ class FastCodebook(PatchedModule):
     def fused(
         self,
         x: Tensor,  # [B, N, D], or [H, B, N, D] float32
-        estimator: str,
+        estimator: Estimator,
         freeze_codebook: bool,
         ema_update_weight: Any,
         accum_ema_update: bool,
@@ -200,6 +201,6 @@ class FastCodebook(PatchedModule):
         embed = (self.embed if self.learnable_codebook else self.embed.detach()).to(rows.dtype)
         return embed if self.vq_bridge is None else self.vq_bridge(embed)
 
-    def _metric(self) -> str:
+    def _metric(self) -> Metric:
         # Both sides are normalised already, in float32; "cosine" would divide by a norm the peer takes for one.
         return "dot" if self.use_cosine_sim else "euclidean"

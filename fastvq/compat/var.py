@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from fastvq._options import Metric
 from fastvq.compat._lookup import nearest
 from fastvq.compat._target import PatchedModule, PatchTarget, require
 
@@ -58,7 +59,7 @@ class FastVectorQuantizer2(PatchedModule):
     def _scales(self, f: Tensor, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Indices [B, h, w] of each scale, and its codes enlarged and refined [B, C, H, W]."""
         rest, last = f.detach(), len(sizes) - 1
-        metric = "cosine" if self.using_znorm else "euclidean"
+        metric: Metric = "cosine" if self.using_znorm else "euclidean"
         for scale, size in enumerate(sizes):
             small = rest if scale == last else F.interpolate(rest, size=size, mode="area")
             indices = nearest(small.permute(0, 2, 3, 1), self.embedding.weight, metric)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvq._options import Estimator
 from fastvq.compat._exports import subclasses_of
 from fastvq.compat._target import PatchedModule, PatchTarget, all_of, hooked, peer_module, require
 from fastvq.compat._vq_codebook import WITHOUT_DISTANCES, FastCodebook, samples_or_moves
@@ -120,7 +121,7 @@ class FastVectorQuantize(PatchedModule):
         self, x: Tensor, breakdown: bool, freeze_codebook: bool | None, ema_update: bool | None, **options: Any
     ) -> Any:
         frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        estimator = "none"
+        estimator: Estimator = "none"
         if self.training and x.requires_grad and self.route_gradients_to_input:
             estimator = "rotation" if self.rotation_trick else "straight_through"
         rows, space = self._as_rows(x)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._checks import check_float, check_mask
+from fastvq._options import Metric
 
 __all__ = ["Projected"]
 
@@ -14,7 +15,7 @@ class Projected(nn.Module):
     """Mixin of quantizers: from the input, [..., dim] or [B, dim, ...], to vectors of the codes' width, and back."""
 
     owner: str
-    metric: str
+    metric: Metric
     dim: int
     channel_first: bool
     _module_dtype: torch.dtype

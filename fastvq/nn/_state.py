@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq._checks import check_float, check_same_device
+from fastvq._options import Metric
 
 __all__ = ["CodebookState"]
 
@@ -40,7 +41,7 @@ class CodebookState(nn.Module):
         n_codes: int,
         code_dim: int,
         *,
-        metric: str,
+        metric: Metric,
         learnable: bool,
         kmeans_init: bool,
         dead_code_threshold: float | None,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastvq import _kmeans, distributed
 from fastvq._checks import check_integer, check_number, check_option, check_weight
+from fastvq._options import Estimator, Metric, Precision
 from fastvq.nn._compiled_start import number_module
 from fastvq.nn._learning import Group, QuantizerStatistics, learn
 from fastvq.nn._state import CodebookState
@@ -42,8 +43,8 @@ class LearnedCodebook(CodebookState):
         *,
         decay: float,
         eps: float,
-        metric: str,
-        estimator: str,
+        metric: Metric,
+        estimator: Estimator,
         commitment_weight: float,
         learnable: bool,
         kmeans_init: bool,
@@ -51,7 +52,7 @@ class LearnedCodebook(CodebookState):
         update: str,
         sync: str,
         group: dist.ProcessGroup | None,
-        precision: str,
+        precision: Precision,
     ) -> None:
         for name, number in (("decay", decay), ("eps", eps)):
             check_number(owner, name, number)

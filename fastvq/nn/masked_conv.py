@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastvq._checks import check_integer, check_option
 from fastvq.ops import gated_masked_conv2d, masked_conv2d
-from fastvq.ops.masked_conv.masks import MASKS, active_taps
+from fastvq.ops.masked_conv.masks import MASKS, MaskName, active_taps
 
 __all__ = ["GatedMaskedConv2d", "MaskName", "MaskedConv2d"]
-
-MaskName = Literal["A", "B", "vertical-A", "vertical-B", "horizontal-A", "horizontal-B"]
 
 
 class _MaskedBase(nn.Module):
@@ -52,7 +49,7 @@ class _MaskedBase(nn.Module):
             colours,
         )
         check_integer(f"fastvq.nn.{name}", "colours", colours)
-        self.mask_name: str | None = None
+        self.mask_name: MaskName | None = None
         if isinstance(mask, str):
             check_option(f"fastvq.nn.{name}", "mask", mask, MASKS)
             self.mask_name = mask
@@ -72,7 +69,7 @@ class _MaskedBase(nn.Module):
         self.reset_parameters()
 
     @property
-    def mask(self) -> str | Tensor:
+    def mask(self) -> MaskName | Tensor:
         return self.mask_name if self.mask_name is not None else self.get_buffer("mask_taps")
 
     def reset_parameters(self) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastvq import _counter
+from fastvq._options import Metric
 
 __all__ = ["RECORD", "Lookup", "decode", "digest", "encode", "lookups", "recorded"]
 
@@ -46,12 +47,12 @@ _SHAPES: tuple[tuple[str, int, int, int, torch.dtype, torch.dtype], ...] = (
     ("denormal", 100, 100, 9, _F32, _F32),
     ("not finite", 200, 100, 12, _F32, _F32),
 )
-_METRICS = ("euclidean", "cosine", "dot")
+_METRICS: tuple[Metric, ...] = ("euclidean", "cosine", "dot")
 
 
 class Lookup(NamedTuple):
     name: str
-    metric: str
+    metric: Metric
     x: Tensor  # [N, D]
     codebook: Tensor  # [K, D]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from fastvq.ops.masked_conv.contract import (
     check_gate,
     check_operands,
 )
-from fastvq.ops.masked_conv.masks import MASKS
+from fastvq.ops.masked_conv.masks import MASKS, MaskName
 
 __all__ = [
     "GATED_CONV",
@@ -48,9 +48,9 @@ def masked_conv2d(
     weight: Tensor,  # [C_out, C_in, kh, kw]
     bias: Tensor | None = None,  # [C_out]
     *,
-    mask: str | Tensor = "B",  # or [kh, kw] bool
+    mask: MaskName | Tensor = "B",  # or [kh, kw] bool
     colours: int = 1,
-    backend: str | None = None,
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> Tensor:  # [B, C_out, H, W]
     """Convolution, stride 1 and same padding, that uses only the weights of its mask (van den Oord et al. 2016).
 
@@ -101,10 +101,10 @@ def masked_conv2d(
         torch.Size([4, 24, 32, 32])
     """
     check_backend_name(OP, backend)
-    mask, taps = check_arguments(OP, x, weight, bias, mask, colours)
+    kind, taps = check_arguments(OP, x, weight, bias, mask, colours)
     x, weight, bias = as_autocast(x, weight, bias)
     check_dtypes(OP, x, weight, bias)
-    return _conv(x, weight, bias, mask, taps, colours, backend)
+    return _conv(x, weight, bias, kind, taps, colours, backend)
 
 
 def gated_masked_conv2d(
@@ -113,8 +113,8 @@ def gated_masked_conv2d(
     bias: Tensor | None = None,  # [2C]
     condition: Tensor | None = None,  # [B, 2C] or [B, 2C, H, W]
     *,
-    mask: str | Tensor = "B",  # or [kh, kw] bool
-    backend: str | None = None,
+    mask: MaskName | Tensor = "B",  # or [kh, kw] bool
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> Tensor:  # [B, C, H, W]
     """Masked convolution and its gate in one (van den Oord et al. 2016, "Conditional Image Generation with PixelCNN
     Decoders").
@@ -141,7 +141,7 @@ def gated_masked_conv2d(
         torch.Size([4, 24, 32, 32])
     """
     check_backend_name(GATED, backend)
-    mask, taps = check_arguments(GATED, x, weight, bias, mask, 1)
+    kind, taps = check_arguments(GATED, x, weight, bias, mask, 1)
     if weight.shape[0] % 2:
         raise ValueError(
             f"{GATED}: weight must be [2 * C, C_in, kh, kw], a and b one after the other, got {list(weight.shape)}"
@@ -159,7 +159,7 @@ def gated_masked_conv2d(
     check_dtypes(GATED, x, weight, bias, condition)
     tensors = (x, weight, bias, condition)
     save = (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)) or active()
-    return _gated(x, weight, bias, condition, mask, taps, save, backend)[0]
+    return _gated(x, weight, bias, condition, kind, taps, save, backend)[0]
 
 
 def _check_conv(call: ConvCall) -> None:

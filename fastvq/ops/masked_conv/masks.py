@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
-__all__ = ["COLOUR_MASKS", "MASKS", "active_taps", "tap_range"]
+__all__ = ["COLOUR_MASKS", "MASKS", "MaskName", "active_taps", "tap_range"]
 
+MaskName = Literal["A", "B", "vertical-A", "vertical-B", "horizontal-A", "horizontal-B"]
 MASKS = ("A", "B", "vertical-A", "vertical-B", "horizontal-A", "horizontal-B")
 COLOUR_MASKS = ("A", "B", "horizontal-A", "horizontal-B")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,10 +37,10 @@ def nearest(
     x: Tensor,  # [..., D], or [H, ..., D] with heads
     codebook: Tensor | PackedCodebook,  # [K, D], or [H, K, D]
     *,
-    metric: str = "euclidean",
-    precision: str = "exact",
+    metric: Literal["euclidean", "cosine", "dot"] = "euclidean",
+    precision: Literal["exact", "fast"] = "exact",
     check_finite: bool = False,
-    backend: str | None = None,
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> Tensor:  # [...] or [H, ...], int64
     """Index of the nearest code of every vector, exact and the same on every backend, machine, thread count and batch.
 
@@ -84,11 +84,11 @@ def nearest(
         torch.Size([8, 32, 32])
     """
     check_backend_name(OP, backend)
-    codes, packed, backend = operands(OP, codebook, metric, backend)
+    codes, packed, named = operands(OP, codebook, metric, backend)
     check_codebook(OP, x, codes)
     check_option(OP, "metric", metric, METRICS)
     check_option(OP, "precision", precision, PRECISIONS)
-    return _nearest(x, codes, metric, precision, check_finite, backend, packed)
+    return _nearest(x, codes, metric, precision, check_finite, named, packed)
 
 
 def _check(call: NearestCall) -> None:

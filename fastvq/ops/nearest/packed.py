@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,8 +78,8 @@ class PackedCodebook:
 def pack_codebook(
     codebook: Tensor,  # [K, D] or [H, K, D]
     *,
-    metric: str = "euclidean",
-    backend: str | None = None,
+    metric: Literal["euclidean", "cosine", "dot"] = "euclidean",
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> PackedCodebook:
     """Lays a frozen codebook out once, for serving: ``nearest`` and ``quantize`` take the result in its place.
 

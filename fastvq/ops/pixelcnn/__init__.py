@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def pixelcnn_start(
     shape: tuple[int, int, int],  # B, H, W
     *,
     condition: Tensor | None = None,  # [layers, B, h, w, 4C]
-    backend: str | None = None,
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> PixelCNNState:
     """Packs a gated PixelCNN's weights and makes the empty cache that ``pixelcnn_step`` works with.
 

@@ -15,13 +15,22 @@ __all__ = ["PixelCNNState", "check_ids"]
 
 @serialisable("ops.PixelCNNState")
 class PixelCNNState(NamedTuple):
-    """What ``pixelcnn_start`` makes and ``pixelcnn_step`` goes on with."""
+    """What ``pixelcnn_start`` makes and ``pixelcnn_step`` goes on with.
 
-    weights: list[Tensor]  # in the backend's own layout
-    cache: Tensor  # activations that later positions read; the same size from the first position to the last
-    condition: Tensor | None  # [layers, B, h, w, 4C]
+    Attributes:
+        weights: in the backend's own layout.
+        cache: activations that later positions read; the same size from the first position to the last.
+        condition: [layers, B, h, w, 4C], or None.
+        kernel_sizes: of every layer.
+        shape: B, H, W of the id maps.
+        backend: the one that packed the weights.
+    """
+
+    weights: list[Tensor]
+    cache: Tensor
+    condition: Tensor | None
     kernel_sizes: tuple[int, ...]
-    shape: tuple[int, int, int]  # B, H, W
+    shape: tuple[int, int, int]
     backend: str
 
 

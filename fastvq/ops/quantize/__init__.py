@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +36,14 @@ ESTIMATORS = ("straight_through", "rotation", "none")
 
 @serialisable("ops.Quantized")
 class Quantized(NamedTuple):
-    """What ``quantize`` returns; the shapes are those of its docstring."""
+    """What ``quantize`` returns.
+
+    Attributes:
+        quantized: [..., D] or [H, ..., D], of x's dtype: the code of every vector.
+        indices: [...] or [H, ...] int64; -1 where masked.
+        commitment_loss: [] float32 (float64 for float64 x), trains x.
+        codebook_loss: [] float32 (float64 for float64 x), trains the codebook.
+    """
 
     quantized: Tensor
     indices: Tensor
@@ -48,12 +55,12 @@ def quantize(
     x: Tensor,  # [..., D], or [H, ..., D] with heads
     codebook: Tensor | PackedCodebook,  # [K, D], or [H, K, D]
     *,
-    metric: str = "euclidean",
-    estimator: str = "straight_through",
+    metric: Literal["euclidean", "cosine", "dot"] = "euclidean",
+    estimator: Literal["straight_through", "rotation", "none"] = "straight_through",
     mask: Tensor | None = None,  # [...] or [H, ...] bool
     beta: float = 1.0,
-    precision: str = "exact",
-    backend: str | None = None,
+    precision: Literal["exact", "fast"] = "exact",
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> Quantized:
     """Replaces every vector by its nearest code, with the losses that train both and a gradient estimator.
 
@@ -102,14 +109,14 @@ def quantize(
     """
     check_backend_name(OP, backend)
     check_weight(OP, "beta", beta)
-    codes, packed, backend = operands(OP, codebook, metric, backend)
+    codes, packed, named = operands(OP, codebook, metric, backend)
     check_codebook(OP, x, codes)
     check_option(OP, "metric", metric, METRICS)
     check_option(OP, "estimator", estimator, ESTIMATORS)
     check_option(OP, "precision", precision, PRECISIONS)
     check_mask(OP, x, mask)
     quantized, commitment_loss, codebook_loss, indices = _quantize(
-        x, codes, mask, metric, estimator, float(beta), precision, backend, packed
+        x, codes, mask, metric, estimator, float(beta), precision, named, packed
     )
     if estimator == "none":
         quantized = quantized.detach()

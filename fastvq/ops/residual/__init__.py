@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,16 @@ BACKWARD_OP = cpu.BACKWARD_OP
 
 @serialisable("ops.ResidualQuantized")
 class ResidualQuantized(NamedTuple):
-    """What ``residual_quantize`` returns; the shapes are those of its docstring."""
+    """What ``residual_quantize`` returns.
+
+    Attributes:
+        quantized: [..., D], of x's dtype: the sum of the codes of every vector.
+        indices: [..., Q] int64, a code a level; -1 where masked.
+        commitment_losses: [Q] float32 (float64 for float64 x), train x.
+        codebook_losses: [Q] float32 (float64 for float64 x), train the codebooks.
+        sums: [Q, K, D], the sum of the residuals of each code; None without ``statistics``.
+        counts: [Q, K] int64, their number; None without ``statistics``.
+    """
 
     quantized: Tensor
     indices: Tensor
@@ -55,13 +64,13 @@ def residual_quantize(
     codebooks: Tensor | Sequence[Tensor],  # [Q, K, D], or Q of [K, D]
     *,
     n_levels: int | None = None,
-    metric: str = "euclidean",
-    estimator: str = "straight_through",
+    metric: Literal["euclidean", "cosine", "dot"] = "euclidean",
+    estimator: Literal["straight_through", "rotation", "none"] = "straight_through",
     mask: Tensor | None = None,  # [...] bool
     beta: float = 1.0,
     statistics: bool = False,
-    precision: str = "exact",
-    backend: str | None = None,
+    precision: Literal["exact", "fast"] = "exact",
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> ResidualQuantized:
     """Replaces every vector by a sum of codes, each level quantizing what the levels before left over.
 

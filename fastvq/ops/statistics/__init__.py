@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def code_statistics(
     mask: Tensor | None = None,  # [...] or [H, ...] bool
     n_heads: int | None = None,
     deterministic: bool = True,
-    backend: str | None = None,
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> tuple[Tensor, Tensor]:  # [K, D] and [K], or [H, K, D] and [H, K]
     """Sum and number of the vectors that chose each code, in one pass over x.
 
@@ -116,9 +116,9 @@ def ema_update_(
     *,
     decay: float,
     eps: float = 1e-5,
-    smoothing: str = "laplace",
+    smoothing: Literal["laplace", "none"] = "laplace",
     debias: bool = False,
-    backend: str | None = None,
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> None:
     """One step of the exponential moving average that learns a codebook, in place, in one pass over K x D.
 
@@ -205,7 +205,7 @@ def replace_dead_codes_(
     *,
     threshold: float,
     generator: torch.Generator | None = None,
-    backend: str | None = None,
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> Tensor:  # [] int64
     """Gives every code whose cluster_size fell below ``threshold`` a randomly chosen vector of x, in place.
 

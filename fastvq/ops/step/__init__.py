@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,16 @@ OP = "fastvq.ops.vq_step"
 
 @serialisable("ops.VQStep")
 class VQStep(NamedTuple):
-    """What ``vq_step`` returns; the shapes are those of its docstring."""
+    """What ``vq_step`` returns.
+
+    Attributes:
+        quantized: [..., D] or [H, ..., D], of x's dtype: the code of every vector.
+        indices: [...] or [H, ...] int64; -1 where masked.
+        commitment_loss: [] float32 (float64 for float64 x), trains x.
+        codebook_loss: [] float32 (float64 for float64 x), trains the codebook.
+        sums: [K, D] or [H, K, D] float32 (float64 for float64 x), the sum of the vectors of each code.
+        counts: [K] or [H, K] int64, their number.
+    """
 
     quantized: Tensor
     indices: Tensor
@@ -42,13 +51,13 @@ def vq_step(
     x: Tensor,  # [..., D], or [H, ..., D] with heads
     codebook: Tensor,  # [K, D], or [H, K, D]
     *,
-    metric: str = "euclidean",
-    estimator: str = "straight_through",
+    metric: Literal["euclidean", "cosine", "dot"] = "euclidean",
+    estimator: Literal["straight_through", "rotation", "none"] = "straight_through",
     mask: Tensor | None = None,  # [...] or [H, ...] bool
     beta: float = 1.0,
-    precision: str = "exact",
+    precision: Literal["exact", "fast"] = "exact",
     deterministic: bool = True,
-    backend: str | None = None,
+    backend: Literal["cpu", "triton", "cuda", "reference"] | None = None,
 ) -> VQStep:
     """One training step of a quantizer up to its update: ``quantize``, and ``code_statistics`` of what it chose.
 
