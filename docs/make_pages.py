@@ -2,6 +2,7 @@
 
 ``commands.md``: every command of ``fastvq`` with its options, from the command itself.
 ``measurements.md`` and its plots: every file of benchmarks/results, by ``measurements.py``.
+``history.md``: the first case of each of those files over time, by ``history.py``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import history
 import measurements
 import typer.main
 
@@ -58,6 +60,7 @@ def write(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "commands.md").write_text(commands())
     measurements.write(folder)
+    history.write(folder)
 
 
 if __name__ == "__main__":

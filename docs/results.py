@@ -1,4 +1,5 @@
-"""Reads the CSV files in benchmarks/results and formats their figures. ``tables.py`` and ``measurements.py`` use it."""
+"""Reads the CSV files in benchmarks/results and formats their figures. ``tables.py``, ``measurements.py`` and
+``history.py`` use it."""
 
 from __future__ import annotations
 
