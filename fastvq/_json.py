@@ -13,9 +13,22 @@ from fastvq._files import write_atomically
 from fastvq._shorten import shorten, shorten_text
 
 __all__ = [
-    "Kind", "any_of", "anything", "flag", "list_of", "mapping_of", "matching", "nothing", "number", "parse_json",
-    "read_json", "record", "text", "whole", "write_json",
-]  # fmt: skip
+    "Kind",
+    "any_of",
+    "anything",
+    "flag",
+    "list_of",
+    "mapping_of",
+    "matching",
+    "nothing",
+    "number",
+    "parse_json",
+    "read_json",
+    "record",
+    "text",
+    "whole",
+    "write_json",
+]
 
 SEAL = "__sha256__"  # entry of a file: the digest of all its other entries
 

@@ -128,9 +128,16 @@ def kmeans(
         )
     with torch.no_grad():
         result = fit(
-            batches, n_codes, metric=metric, n_iter=n_iter, init=init, tolerance=tolerance, generator=generator,
-            progress=progress, enough=True,
-        )  # fmt: skip
+            batches,
+            n_codes,
+            metric=metric,
+            n_iter=n_iter,
+            init=init,
+            tolerance=tolerance,
+            generator=generator,
+            progress=progress,
+            enough=True,
+        )
     assert result is not None  # None only with enough=False
     return result
 

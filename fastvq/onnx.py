@@ -84,9 +84,16 @@ def _nearest(
 
 
 def _quantize(
-    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, precision: str,
-    backend: str | None, layout: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    codebook: Tensor,
+    mask: Tensor | None,
+    metric: str,
+    estimator: str,
+    beta: float,
+    precision: str,
+    backend: str | None,
+    layout: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     indices = _nearest(x, codebook, metric, precision, False, backend)
     codes = gather(codebook, indices)
     gap = x.double() - codes.double()
@@ -102,9 +109,16 @@ def _quantize(
 
 
 def _residual_quantize(
-    x: Tensor, codebooks: Tensor, mask: Tensor | None, metric: str, estimator: str, beta: float, statistics: bool,
-    precision: str, backend: str | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    codebooks: Tensor,
+    mask: Tensor | None,
+    metric: str,
+    estimator: str,
+    beta: float,
+    statistics: bool,
+    precision: str,
+    backend: str | None,
+) -> tuple[Tensor, ...]:
     if statistics:
         raise ValueError("fastvq.onnx: the module must be in eval mode, a graph for ONNX does not learn; call eval()")
     dtype = torch.float64 if torch.float64 in (x.dtype, codebooks.dtype) else torch.float32

@@ -35,9 +35,11 @@ def decode(
     stay. A name that comes again, in upper or lower case, ends in %2F2.png, the next in %2F3.png; characters that no
     file can have are written as % and two digits. No two pictures get one file."""
     with (
-        shared.report_errors("the same command starts anew"), shared.raise_on_sigterm(), shared.output_folder(out),
+        shared.report_errors("the same command starts anew"),
+        shared.raise_on_sigterm(),
+        shared.output_folder(out),
         lock_folder(OP, out),
-    ):  # fmt: skip
+    ):
         torch_device = find_device(device)
         autoencoder = shared.read_model(model, torch_device)
         manifest = read_json(OP, find_manifest(OP, ids), MANIFEST_KIND)

@@ -64,9 +64,12 @@ def encode(
 ) -> None:
     """Encode pictures to maps of code ids. Status 0: some were encoded; 1: every picture was left out; 2: an error."""
     with (
-        shared.report_errors(RESUME), shared.raise_on_sigterm(), processes(device) as process,
-        shared.output_folder(out, data), run_folder(OP, out, process),
-    ):  # fmt: skip
+        shared.report_errors(RESUME),
+        shared.raise_on_sigterm(),
+        processes(device) as process,
+        shared.output_folder(out, data),
+        run_folder(OP, out, process),
+    ):
         autoencoder = shared.read_model(model, process.device)
         if size is None:
             size = shared.read_data(model)[1]["size"]
@@ -77,9 +80,15 @@ def encode(
         # Everything that the contents of the folder depend on. The batch size and the device are left out: they change
         # ids by rounding at most.
         config: dict[str, Any] = {
-            "model_sha256": shared.fingerprint(model), "data": data, "split": split, "size": size,
-            "shard_size": shard_size, "odd": odd, "field": field, "listing": listing_digest(source.listing()),
-        }  # fmt: skip
+            "model_sha256": shared.fingerprint(model),
+            "data": data,
+            "split": split,
+            "size": size,
+            "shard_size": shard_size,
+            "odd": odd,
+            "field": field,
+            "listing": listing_digest(source.listing()),
+        }
         from_first(process, lambda: open_output(out, config, source, autoencoder.n_codes, restart=restart))
         job = _EncodeJob(autoencoder, source, out, shard_size, batch_size, process)
         with _remove_if_empty(out, process):
@@ -188,15 +197,25 @@ class _EncodeJob(NamedTuple):
         return names, labels, [torch.cat(maps) for maps in levels if maps]
 
     def save(
-        self, path: Path, encoded: tuple[list[str], list[int], list[Tensor]], skipped: dict[str, str], end: str,
+        self,
+        path: Path,
+        encoded: tuple[list[str], list[int], list[Tensor]],
+        skipped: dict[str, str],
+        end: str,
         start: float,
-    ) -> None:  # fmt: skip
+    ) -> None:
         names, labels, maps = encoded
         save_shard(path, names, torch.tensor(labels, dtype=torch.int64), maps, skipped, end)
-        write_line(self.out / LOG, {
-            "shard": path.name, "pictures": len(names), "seconds": round(time.perf_counter() - start, 3),
-            "rank": self.process.rank, "left_out": len(self.source.skipped),
-        })  # fmt: skip
+        write_line(
+            self.out / LOG,
+            {
+                "shard": path.name,
+                "pictures": len(names),
+                "seconds": round(time.perf_counter() - start, 3),
+                "rank": self.process.rank,
+                "left_out": len(self.source.skipped),
+            },
+        )
 
 
 def _added(source: Source | Shards, before: set[str]) -> dict[str, str]:
@@ -238,17 +257,29 @@ def _finish(job: _EncodeJob, config: dict[str, Any]) -> int:
         shards.append({**listed, "sha256": shard.digest} if shard.digest else listed)
     pictures = sum(s["pictures"] for s in shards)
     if pictures:
-        write_json(out / MANIFEST, {
-            **config, "levels": model.levels, "n_codes": model.n_codes, "strides": model.strides, "pictures": pictures,
-            "skipped": skipped, "shards": shards,
-        }, seal=True)  # fmt: skip
+        write_json(
+            out / MANIFEST,
+            {
+                **config,
+                "levels": model.levels,
+                "n_codes": model.n_codes,
+                "strides": model.strides,
+                "pictures": pictures,
+                "skipped": skipped,
+                "shards": shards,
+            },
+            seal=True,
+        )
         if model.depth == 1:
             save_image(out / "usage.png", usage_plot(counts))
         _show_some(model, source, out, job.process.device)
     shared.console.print(
-        f"{out}: {pictures} pictures in {len(shards)} shards, {len(skipped)} left out" if pictures else
-        f"[bold red]error:[/] no picture was encoded, {len(skipped)} left out", highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{out}: {pictures} pictures in {len(shards)} shards, {len(skipped)} left out"
+        if pictures
+        else f"[bold red]error:[/] no picture was encoded, {len(skipped)} left out",
+        highlight=False,
+        soft_wrap=True,
+    )
     shared.show_skipped(skipped)
     return pictures
 

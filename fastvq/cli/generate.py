@@ -59,10 +59,15 @@ def sample(
             names = [str(c) for c in range(n_classes)]
         start = time.perf_counter()
         images = autoencoder.generate(
-            n if labels is None else len(labels), labels, priors=priors, temperature=temperature, top_p=top_p,
-            size=None if size is None else (size, size), generator=torch.Generator(device).manual_seed(seed),
+            n if labels is None else len(labels),
+            labels,
+            priors=priors,
+            temperature=temperature,
+            top_p=top_p,
+            size=None if size is None else (size, size),
+            generator=torch.Generator(device).manual_seed(seed),
             progress=shared.console.is_terminal,
-        )  # fmt: skip
+        )
         seconds = time.perf_counter() - start
         columns = n if names else min(n, COLUMNS)
         title = f"label {label}" if label is not None else ""
@@ -70,10 +75,19 @@ def sample(
         if each is not None:
             for i, image in enumerate(images):
                 save_picture(each / f"{i:05d}.png", image)
-        write_line(out.with_suffix(".jsonl"), {
-            "pictures": len(images), "label": label, "temperature": temperature, "top_p": top_p, "seed": seed,
-            "model_sha256": shared.fingerprint(model), "seconds": round(seconds, 3), "file": out.name,
-        })  # fmt: skip
+        write_line(
+            out.with_suffix(".jsonl"),
+            {
+                "pictures": len(images),
+                "label": label,
+                "temperature": temperature,
+                "top_p": top_p,
+                "seed": seed,
+                "model_sha256": shared.fingerprint(model),
+                "seconds": round(seconds, 3),
+                "file": out.name,
+            },
+        )
         shared.console.print(f"{out}: {len(images)} pictures", highlight=False, soft_wrap=True)
 
 
@@ -151,9 +165,11 @@ def edit_command(
             if label is None and priors[0].n_classes:
                 raise ValueError(f"--label must be given, 0 .. {priors[0].n_classes - 1}: {prior} draws for a label")
             way = {
-                "prior": priors, "labels": label if priors[0].n_classes else None, "n_candidates": candidates,
+                "prior": priors,
+                "labels": label if priors[0].n_classes else None,
+                "n_candidates": candidates,
                 "temperature": temperature,
-            }  # fmt: skip
+            }
         repeats = n if "prior" in way else 1
         paths = [out if i == 0 else out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(repeats)]
         alone = [path.with_name(f"{path.stem}-picture{path.suffix}") for path in paths]
@@ -161,9 +177,13 @@ def edit_command(
             if given is not None and given.resolve() in {path.resolve() for path in (*paths, *alone)}:
                 raise ValueError(f"--out must not write to {given}, which is read; take another --out than {out}")
         edited = edit(
-            autoencoder, picture.expand(repeats, -1, -1, -1), region, blend=blend,
-            generator=torch.Generator(device).manual_seed(seed), **way,
-        )  # fmt: skip
+            autoencoder,
+            picture.expand(repeats, -1, -1, -1),
+            region,
+            blend=blend,
+            generator=torch.Generator(device).manual_seed(seed),
+            **way,
+        )
         for i, path in enumerate(paths):
             title = f"change inside {edited.inside_change[i]:.4f}, outside {edited.outside_change[i]:.4f}"
             mask = region_mask(region, picture)[0]

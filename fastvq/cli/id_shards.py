@@ -42,24 +42,33 @@ LABELS = "labels"
 ID_TYPES = (torch.uint8, torch.int16, torch.int32)
 
 CONFIG_ENTRIES = {
-    "model_sha256": text, "data": text, "split": text, "size": whole(1, 1 << 16), "shard_size": whole(1, MOST),
-}  # fmt: skip
+    "model_sha256": text,
+    "data": text,
+    "split": text,
+    "size": whole(1, 1 << 16),
+    "shard_size": whole(1, MOST),
+}
 CONFIG_OPTIONS = {
     "processes": whole(1, MOST),  # of earlier versions, which divided archives among processes
-    "odd": text, "field": any_of(nothing, text),
+    "odd": text,
+    "field": any_of(nothing, text),
     "listing": record({"entries": whole(0, MOST), "sha256": text}),
-}  # fmt: skip
+}
 SHARD_NAME = matching(r"ids-[^/\\\0]{1,200}\.safetensors", "the name of a shard")
 CONFIG_KIND = record(CONFIG_ENTRIES, CONFIG_OPTIONS)
 SKIPPED_KIND = mapping_of(text)
 MANIFEST_KIND = record(
     {
-        **CONFIG_ENTRIES, "levels": whole(1, MOST), "n_codes": list_of(whole(1, MOST)),
-        "strides": list_of(whole(1, MOST)), "pictures": whole(0, MOST), "skipped": SKIPPED_KIND,
+        **CONFIG_ENTRIES,
+        "levels": whole(1, MOST),
+        "n_codes": list_of(whole(1, MOST)),
+        "strides": list_of(whole(1, MOST)),
+        "pictures": whole(0, MOST),
+        "skipped": SKIPPED_KIND,
         "shards": list_of(record({"name": SHARD_NAME, "pictures": whole(0, MOST)}, {"sha256": text})),
     },
     CONFIG_OPTIONS,
-)  # fmt: skip
+)
 
 
 class IdShard(NamedTuple):
@@ -76,8 +85,11 @@ def save_shard(
 ) -> None:
     tensors = {**{f"level{i}": ids for i, ids in enumerate(maps)}, LABELS: labels}
     metadata = {
-        "format": FORMAT, "names": json.dumps(list(names)), "skipped": json.dumps(dict(skipped)), "end": end,
-    }  # fmt: skip
+        "format": FORMAT,
+        "names": json.dumps(list(names)),
+        "skipped": json.dumps(dict(skipped)),
+        "end": end,
+    }
     save_tensors(path, tensors, metadata)
 
 

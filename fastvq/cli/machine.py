@@ -15,10 +15,23 @@ __all__ = ["PACKAGES", "machine"]
 
 # Packages that fastvq computes with, reads files with, or patches.
 PACKAGES = (
-    "numpy", "triton", "safetensors", "typer", "pillow", "mlxtend", "scikit-image", "faiss-cpu",
-    "vector-quantize-pytorch", "transformers", "diffusers", "encodec", "moshi", "audiocraft", "accelerate",
+    "numpy",
+    "triton",
+    "safetensors",
+    "typer",
+    "pillow",
+    "mlxtend",
+    "scikit-image",
+    "faiss-cpu",
+    "vector-quantize-pytorch",
+    "transformers",
+    "diffusers",
+    "encodec",
+    "moshi",
+    "audiocraft",
+    "accelerate",
     "onnxruntime",
-)  # fmt: skip
+)
 
 
 def machine() -> dict[str, Any]:

@@ -16,14 +16,29 @@ from fastvq._files import write_atomically
 from fastvq.data import to_pixels
 
 __all__ = [
-    "BAR", "GAP", "INK", "LINE", "PAIRED", "PAPER", "check_picture_path", "draw_text", "edit_picture", "grid",
-    "save_image", "save_picture", "text_width", "usage_plot",
-]  # fmt: skip
+    "BAR",
+    "GAP",
+    "INK",
+    "LINE",
+    "PAIRED",
+    "PAPER",
+    "check_picture_path",
+    "draw_text",
+    "edit_picture",
+    "grid",
+    "save_image",
+    "save_picture",
+    "text_width",
+    "usage_plot",
+]
 
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # extension of the file: Pillow's format and options
-    ".png": ("png", {"optimize": True}), ".jpg": ("jpeg", {"quality": 95}), ".jpeg": ("jpeg", {"quality": 95}),
-    ".webp": ("webp", {"lossless": True}), ".bmp": ("bmp", {}),
-}  # fmt: skip
+    ".png": ("png", {"optimize": True}),
+    ".jpg": ("jpeg", {"quality": 95}),
+    ".jpeg": ("jpeg", {"quality": 95}),
+    ".webp": ("webp", {"lossless": True}),
+    ".bmp": ("bmp", {}),
+}
 GAP = 2
 SIDE = 96  # small pictures are enlarged to about this many pixels
 LINE = 16  # height of a line of text

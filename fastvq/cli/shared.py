@@ -54,7 +54,7 @@ __all__ = [
     "some_pictures",
     "write_data",
     "write_prior_model",
-]  # fmt: skip
+]
 
 console = Console(stderr=True)
 MODEL, PRIOR = Path("runs/vqvae"), Path("runs/prior")
@@ -152,9 +152,12 @@ def output_folder(folder: Path, data: str | None = None) -> Iterator[None]:
 def progress(total: int, description: str, *, shown: bool = True) -> Iterator[Any]:
     """Yields ``advance(done, note)``. A bar on a terminal, elsewhere a line every few seconds."""
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
+    )
     lines = shown and not console.is_terminal
     with Progress(*columns, console=console, disable=lines or not shown) as bar:
         task = bar.add_task(description, total=total, note="")
@@ -190,9 +193,13 @@ def fingerprint(folder: Path) -> str:
 def write_data(folder: Path, name: str, source: Source | Shards, odd: str, field: str | None) -> None:
     """Writes the description of a run's data. ValueError if the folder holds a run on other data."""
     described = {
-        "data": name, "size": source.size, "channels": source.channels, "odd": odd, "field": field,
+        "data": name,
+        "size": source.size,
+        "channels": source.channels,
+        "odd": odd,
+        "field": field,
         "listing": listing_digest(source.listing()),
-    }  # fmt: skip
+    }
     begun = (folder / STATE).is_file() or any(folder.glob(f"level*/{STATE}"))
     if begun and (folder / DATA).is_file():
         before = read_json("fastvq", folder / DATA, DATA_KIND)

@@ -98,42 +98,76 @@ def train_vqvae(
 ) -> None:
     """Train a VQVAE (one level) or a VQVAE2 (more) on pictures."""
     preset = PRESETS.get(data, PRESETS["photographs"])
-    chosen = _filled(preset, levels=levels, codes=codes, code_dim=code_dim, hidden=hidden, steps=steps,
-                     batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
+    chosen = _filled(
+        preset,
+        levels=levels,
+        codes=codes,
+        code_dim=code_dim,
+        hidden=hidden,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        augment=augment,
+    )
     with (
-        shared.report_errors(RESUME), processes(device) as process, shared.output_folder(out, data),
+        shared.report_errors(RESUME),
+        processes(device) as process,
+        shared.output_folder(out, data),
         run_folder("fastvq train vqvae", out, process),
-    ):  # fmt: skip
+    ):
         source = open_data(data, "train", size=size, channels=channels, odd=odd, field=field)
         torch.manual_seed(seed)
         arguments: dict[str, Any] = dict(
-            n_blocks=blocks, quantizer=quantizer, depth=depth, loss=loss, estimator=estimator, kmeans_init=kmeans,
-            dead_code_threshold=dead_codes or None, decay=decay, update="manual",
-        )  # fmt: skip
+            n_blocks=blocks,
+            quantizer=quantizer,
+            depth=depth,
+            loss=loss,
+            estimator=estimator,
+            kmeans_init=kmeans,
+            dead_code_threshold=dead_codes or None,
+            decay=decay,
+            update="manual",
+        )
         if chosen["levels"] > 1:
             arguments["levels"] = chosen["levels"]
         make = VQVAE2 if chosen["levels"] > 1 else VQVAE
         model = make(source.channels, chosen["hidden"], chosen["codes"], chosen["code_dim"], downsample, **arguments)
         check_size("fastvq train vqvae", source.size, model.strides[0])
         config = TrainConfig(
-            steps=chosen["steps"], batch_size=chosen["batch_size"], accumulate=accumulate, lr=chosen["lr"], clip=clip,
-            ema=ema, precision="bf16" if bf16 else "float32", compile=compile_, seed=seed, save_every=save_every,
+            steps=chosen["steps"],
+            batch_size=chosen["batch_size"],
+            accumulate=accumulate,
+            lr=chosen["lr"],
+            clip=clip,
+            ema=ema,
+            precision="bf16" if bf16 else "float32",
+            compile=compile_,
+            seed=seed,
+            save_every=save_every,
             log_every=log_every,
-        )  # fmt: skip
+        )
         loader = Loader(
             source, config.batch_size, seed=seed, augment=chosen["augment"], rank=process.rank, world=process.world
         )
         if process.first:
             shared.write_data(out, data, source, odd, field)
         with (
-            _remove_if_unsaved(out, process), sigterm_stops() as stop,
+            _remove_if_unsaved(out, process),
+            sigterm_stops() as stop,
             shared.progress(config.steps, "vqvae", shown=process.first) as advance,
-        ):  # fmt: skip
+        ):
             train(
-                model, autoencoder_objective, loader, config, out, place=process, resume=resume, on_step=advance,
+                model,
+                autoencoder_objective,
+                loader,
+                config,
+                out,
+                place=process,
+                resume=resume,
+                on_step=advance,
                 stop=stop,
                 on_log=lambda line: advance(line["step"], f"psnr {line['psnr']:.2f} dB, codes {line['used_0']:.0%}"),
-            )  # fmt: skip
+            )
         if process.first:
             _show_model(model, out, data, process.device, size=size, channels=channels, odd=odd, field=field)
             if source.skipped:
@@ -165,9 +199,11 @@ def train_prior(
 ) -> None:
     """Train a prior for every level of a model, the top's first; each goes to a folder levelN of --out."""
     with (
-        shared.report_errors(RESUME), processes(device) as process, shared.output_folder(out, data),
+        shared.report_errors(RESUME),
+        processes(device) as process,
+        shared.output_folder(out, data),
         run_folder("fastvq train prior", out, process),
-    ):  # fmt: skip
+    ):
         autoencoder = shared.read_model(model, process.device)
         if autoencoder.depth > 1:
             raise ValueError(
@@ -176,8 +212,15 @@ def train_prior(
         trained_on, options = shared.read_data(model)
         data = data or trained_on
         shared.check_outside(out, data)
-        chosen = _filled(PRIOR_PRESETS.get(data, PRIOR_PRESETS["photographs"]), channels=channels, layers=layers,
-                         steps=steps, batch_size=batch_size, lr=lr, augment=augment)  # fmt: skip
+        chosen = _filled(
+            PRIOR_PRESETS.get(data, PRIOR_PRESETS["photographs"]),
+            channels=channels,
+            layers=layers,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            augment=augment,
+        )
         source = open_data(data, "train", **options)
         with_labels = labels and source.n_classes is not None
         if process.first:
@@ -186,31 +229,53 @@ def train_prior(
         priors: list[Prior] = []
         for level in range(autoencoder.levels):
             config = TrainConfig(
-                steps=chosen["steps"], batch_size=chosen["batch_size"], accumulate=accumulate, lr=chosen["lr"],
-                clip=clip, ema=ema, precision="bf16" if bf16 else "float32", compile=compile_, seed=seed + level,
-                save_every=save_every, log_every=log_every,
-            )  # fmt: skip
+                steps=chosen["steps"],
+                batch_size=chosen["batch_size"],
+                accumulate=accumulate,
+                lr=chosen["lr"],
+                clip=clip,
+                ema=ema,
+                precision="bf16" if bf16 else "float32",
+                compile=compile_,
+                seed=seed + level,
+                save_every=save_every,
+                log_every=log_every,
+            )
             torch.manual_seed(config.seed)
             prior = Prior(
-                autoencoder.n_codes[level], chosen["channels"], chosen["layers"],
+                autoencoder.n_codes[level],
+                chosen["channels"],
+                chosen["layers"],
                 source.n_classes if with_labels else None,
                 above=[(autoencoder.n_codes[i], 1 << (level - i)) for i in range(level)],
                 shape=autoencoder.map_shapes(source.size, source.size)[level],
-            )  # fmt: skip
+            )
             loader = Loader(
-                source, config.batch_size, seed=config.seed, augment=chosen["augment"], rank=process.rank,
+                source,
+                config.batch_size,
+                seed=config.seed,
+                augment=chosen["augment"],
+                rank=process.rank,
                 world=process.world,
-            )  # fmt: skip
+            )
             objective = prior_objective(autoencoder, level, with_labels=with_labels)
             with (
-                _remove_if_unsaved(out, process), sigterm_stops() as stop,
+                _remove_if_unsaved(out, process),
+                sigterm_stops() as stop,
                 shared.progress(config.steps, f"prior {level}", shown=process.first) as advance,
-            ):  # fmt: skip
+            ):
                 train(
-                    prior, objective, loader, config, out / f"level{level}", place=process, resume=resume, stop=stop,
+                    prior,
+                    objective,
+                    loader,
+                    config,
+                    out / f"level{level}",
+                    place=process,
+                    resume=resume,
+                    stop=stop,
                     on_step=advance,
                     on_log=partial(_show_bits, advance),
-                )  # fmt: skip
+                )
             priors.append(prior)
         if process.first:
             _show_priors(autoencoder, priors, out, process.device)
@@ -258,8 +323,9 @@ def _show_priors(model: Autoencoder, priors: list[Prior], out: Path, device: tor
         )
     shared.console.print(
         f"{out}: levelN/ holds the prior of each level, its {LOG} and {LOSS}\npictures: {out / 'samples.png'}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _filled(preset: dict[str, Any], **given: Any) -> dict[str, Any]:
@@ -284,5 +350,6 @@ def _show_model(model: Autoencoder, out: Path, data: str, device: torch.device, 
         save_image(out / name, picture)
     shared.console.print(
         f"{out}: the model and {LOG}\npictures: {', '.join(str(out / name) for name in made)}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -12,16 +12,37 @@ from fastvq.data.shards import Shards, is_archive
 from fastvq.data.sources import Digits, ImageFolder, Photographs, Source, Torchvision
 
 __all__ = [
-    "AUGMENTATIONS", "BadPicture", "Batch", "Digits", "ImageFolder", "Loader", "Photographs", "Picture", "Shards",
-    "Source", "Torchvision", "check_size", "is_archive", "normalise", "open_data", "psnr", "read_fitting",
-    "read_picture", "to_pixels",
-]  # fmt: skip
+    "AUGMENTATIONS",
+    "BadPicture",
+    "Batch",
+    "Digits",
+    "ImageFolder",
+    "Loader",
+    "Photographs",
+    "Picture",
+    "Shards",
+    "Source",
+    "Torchvision",
+    "check_size",
+    "is_archive",
+    "normalise",
+    "open_data",
+    "psnr",
+    "read_fitting",
+    "read_picture",
+    "to_pixels",
+]
 
 
 def open_data(
-    name: str, split: str = "train", *, size: int | None = None, channels: int | None = None, odd: str = "skip",
+    name: str,
+    split: str = "train",
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    odd: str = "skip",
     field: str | None = None,
-) -> Source | Shards:  # fmt: skip
+) -> Source | Shards:
     """Opens the pictures that ``name`` names.
 
     Args:

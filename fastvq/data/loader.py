@@ -46,9 +46,16 @@ class Loader:
     """
 
     def __init__(
-        self, source: Source | Shards, batch_size: int, *, seed: int = 0, augment: str = "none", rank: int = 0,
-        world: int = 1, workers: int = 2,
-    ) -> None:  # fmt: skip
+        self,
+        source: Source | Shards,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        augment: str = "none",
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 2,
+    ) -> None:
         check_option(OP, "augment", augment, AUGMENTATIONS)
         if batch_size < 1:
             raise ValueError(f"{OP}: batch_size must be at least 1, got {batch_size}")

@@ -49,9 +49,15 @@ class Shards:
     """
 
     def __init__(
-        self, pattern: str, size: int = 64, channels: int = 3, odd: str = "skip", n_classes: int | None = None,
-        buffer: int = 1000, field: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        pattern: str,
+        size: int = 64,
+        channels: int = 3,
+        odd: str = "skip",
+        n_classes: int | None = None,
+        buffer: int = 1000,
+        field: str | None = None,
+    ) -> None:
         check_field(field)
         self.name, self.size, self.channels, self.odd, self.buffer = "shards", size, channels, odd, buffer
         self.n_classes, self.field = n_classes, field

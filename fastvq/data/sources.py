@@ -27,8 +27,21 @@ HELD_OUT_EVERY = 10  # every tenth picture is held out
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 # Pictures in formats that are not read: ``skipped`` names them. Other files are ignored.
 OTHER_FORMATS = (
-    ".avif", ".heic", ".heif", ".jxl", ".jp2", ".jfif", ".svg", ".ico", ".psd", ".eps", ".exr", ".hdr", ".tga", ".dng",
-)  # fmt: skip
+    ".avif",
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".jp2",
+    ".jfif",
+    ".svg",
+    ".ico",
+    ".psd",
+    ".eps",
+    ".exr",
+    ".hdr",
+    ".tga",
+    ".dng",
+)
 # Photographs inside the package scikit-image; it would download others.
 PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "ihc.png")
 PHOTOGRAPH_CROPS = {"train": 20_000, "held-out": 500, "all": 20_000}

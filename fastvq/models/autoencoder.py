@@ -84,9 +84,14 @@ class Autoencoder(Pretrained):
         super().__init__()
         op = f"fastvq.models.{type(self).__name__}"
         for name, value in (
-            ("in_channels", in_channels), ("hidden", hidden), ("code_dim", code_dim), ("downsample", downsample),
-            ("levels", levels), ("n_blocks", n_blocks), ("depth", depth),
-        ):  # fmt: skip
+            ("in_channels", in_channels),
+            ("hidden", hidden),
+            ("code_dim", code_dim),
+            ("downsample", downsample),
+            ("levels", levels),
+            ("n_blocks", n_blocks),
+            ("depth", depth),
+        ):
             check_integer(op, name, value)
         if isinstance(n_codes, Sequence) and not isinstance(n_codes, str):
             check_sizes(op, "n_codes", n_codes)
@@ -95,9 +100,12 @@ class Autoencoder(Pretrained):
             check_integer(op, "n_codes", n_codes)
             codes = [n_codes] * levels
         for name, value in (
-            ("in_channels", in_channels), ("code_dim", code_dim), ("levels", levels), ("depth", depth),
+            ("in_channels", in_channels),
+            ("code_dim", code_dim),
+            ("levels", levels),
+            ("depth", depth),
             ("n_codes", min(codes, default=0)),
-        ):  # fmt: skip
+        ):
             if value < 1:
                 raise ValueError(f"{op}: {name} must be at least 1, got {value}")
         if hidden < 4 or hidden % 4:
@@ -149,9 +157,14 @@ class Autoencoder(Pretrained):
             loss = loss + torch.stack([c for _, c in losses]).sum()
         use = [code_use(ids, k) for ids, k in zip(maps, self.n_codes, strict=True)]
         return AutoencoderOutput(
-            reconstruction, loss, reconstruction_loss, commitment_loss, maps,
-            torch.stack([p for p, _ in use]), torch.stack([u for _, u in use]),
-        )  # fmt: skip
+            reconstruction,
+            loss,
+            reconstruction_loss,
+            commitment_loss,
+            maps,
+            torch.stack([p for p, _ in use]),
+            torch.stack([u for _, u in use]),
+        )
 
     @torch.no_grad()
     def encode_maps(
@@ -231,9 +244,11 @@ class Autoencoder(Pretrained):
             labels = labels.expand(n) if labels.dim() == 0 else labels
             if labels.shape != (n,):
                 raise ValueError(f"{op}: labels must be [{n}], one a picture, got {list(labels.shape)}")
-        shapes = self.map_shapes(*size) if size is not None else [
-            (found[0].shape[0] << level, found[0].shape[1] << level) for level in range(self.levels)
-        ]  # fmt: skip
+        shapes = (
+            self.map_shapes(*size)
+            if size is not None
+            else [(found[0].shape[0] << level, found[0].shape[1] << level) for level in range(self.levels)]
+        )
         maps: list[Tensor] = []
         for prior, (h, w) in zip(found, shapes, strict=True):
             maps.append(prior.sample((n, h, w), labels, maps, temperature=temperature, generator=generator, **sampling))

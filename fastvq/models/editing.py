@@ -106,8 +106,9 @@ def edit(
         >>> edited.outside_change < edited.inside_change                       # doctest: +SKIP
         tensor([True])
     """
-    ways = [name for name, value in dict(codes=codes, source=source, swap=swap, prior=prior).items()
-            if value is not None]  # fmt: skip
+    ways = [
+        name for name, value in dict(codes=codes, source=source, swap=swap, prior=prior).items() if value is not None
+    ]
     if len(ways) != 1:
         raise ValueError(f"{OP}: exactly one of codes, source, swap, prior must be given, got {ways or 'none'}")
     if not isinstance(model, Autoencoder):
@@ -141,9 +142,14 @@ def edit(
     if blend:
         edited = _blend(edited, image, inside, model.strides[-1] if blend is True else int(blend))
     return Edited(
-        edited, reconstruction, new_maps, changed, _mean(difference, inside), _mean(difference, ~inside),
+        edited,
+        reconstruction,
+        new_maps,
+        changed,
+        _mean(difference, inside),
+        _mean(difference, ~inside),
         model.reach(changed),
-    )  # fmt: skip
+    )
 
 
 def _given_maps(model: Autoencoder, image: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -248,9 +254,15 @@ def _swap(model: Autoencoder, old_maps: list[Tensor], masks: list[Tensor], swap:
 
 
 def _resample(
-    model: Autoencoder, old_maps: list[Tensor], masks: list[Tensor], prior: Any, labels: Tensor | int | None,
-    n_candidates: int, generator: torch.Generator | None, **sampling: Any,
-) -> list[Tensor]:  # fmt: skip
+    model: Autoencoder,
+    old_maps: list[Tensor],
+    masks: list[Tensor],
+    prior: Any,
+    labels: Tensor | int | None,
+    n_candidates: int,
+    generator: torch.Generator | None,
+    **sampling: Any,
+) -> list[Tensor]:
     priors = as_priors(OP, prior, model.levels)
     batch, device = old_maps[0].shape[0], old_maps[0].device
     if labels is not None:

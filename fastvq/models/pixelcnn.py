@@ -97,9 +97,12 @@ class PixelCNN(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {
-            "n_codes": n_codes, "channels": channels, "n_layers": n_layers, "kernel_size": kernel_size,
+            "n_codes": n_codes,
+            "channels": channels,
+            "n_layers": n_layers,
+            "kernel_size": kernel_size,
             "first_kernel_size": first_kernel_size,
-        }  # fmt: skip
+        }
         optional = {"n_classes": n_classes, "condition_channels": condition_channels}
         sizes |= {name: value for name, value in optional.items() if value is not None}
         for name, value in sizes.items():
@@ -107,8 +110,11 @@ class PixelCNN(nn.Module):
             if value < 1:
                 raise ValueError(f"fastvq.models.PixelCNN: {name} must be >= 1, got {value}")
         self.n_codes, self.channels, self.n_classes, self.condition_channels = (
-            n_codes, channels, n_classes, condition_channels,
-        )  # fmt: skip
+            n_codes,
+            channels,
+            n_classes,
+            condition_channels,
+        )
         self.kernel_sizes = (first_kernel_size, *[kernel_size] * (n_layers - 1))
         self.embedding = nn.Embedding(n_codes, channels)
         self.layers = nn.ModuleList(
@@ -256,6 +262,14 @@ class PixelCNN(nn.Module):
             ValueError: sizes, ranges or conditions that do not fit.
         """
         return sampling.sample(
-            self, shape, labels, condition, known, keep, sampling.Choice(temperature, top_k, top_p), generator, cached,
+            self,
+            shape,
+            labels,
+            condition,
+            known,
+            keep,
+            sampling.Choice(temperature, top_k, top_p),
+            generator,
+            cached,
             progress,
-        )  # fmt: skip
+        )

@@ -50,10 +50,14 @@ class Prior(Pretrained):
         if shape is not None and not (len(shape) == 2 and all(isinstance(side, int) and side >= 1 for side in shape)):
             raise ValueError(f"fastvq.models.Prior: shape must be (h, w), two sides of at least 1, got {shape!r}")
         self.config = {
-            "n_codes": n_codes, "channels": channels, "n_layers": n_layers, "n_classes": n_classes,
-            "above": [list(pair) for pair in above], "shape": None if shape is None else list(shape),
+            "n_codes": n_codes,
+            "channels": channels,
+            "n_layers": n_layers,
+            "n_classes": n_classes,
+            "above": [list(pair) for pair in above],
+            "shape": None if shape is None else list(shape),
             **pixelcnn_options,
-        }  # fmt: skip
+        }
         self.n_codes, self.n_classes = n_codes, n_classes
         self.shape = None if shape is None else (shape[0], shape[1])
         self.factors = [
@@ -63,9 +67,13 @@ class Prior(Pretrained):
         self.mix = nn.Conv2d(channels * len(above), channels, 3, padding=1) if above else None
         self.blocks = nn.ModuleList(ResidualBlock(channels) for _ in range(2 if above else 0))
         self.pixelcnn = PixelCNN(
-            n_codes, channels, n_layers, n_classes=n_classes, condition_channels=channels if above else None,
+            n_codes,
+            channels,
+            n_layers,
+            n_classes=n_classes,
+            condition_channels=channels if above else None,
             **pixelcnn_options,
-        )  # fmt: skip
+        )
 
     def forward(
         self,

@@ -48,9 +48,13 @@ def check_labels(op: str, labels: object, batch: int, n_classes: int) -> None:
 
 
 def _check(
-    model: Model, shape: tuple[int, int, int], labels: Tensor | None, known: Tensor | None, keep: Tensor | None,
+    model: Model,
+    shape: tuple[int, int, int],
+    labels: Tensor | None,
+    known: Tensor | None,
+    keep: Tensor | None,
     choice: Choice,
-) -> None:  # fmt: skip
+) -> None:
     check_sizes(OP, "shape", shape)
     if len(shape) != 3 or min(shape) < 1:
         raise ValueError(f"{OP}: shape must be (B, h, w), each >= 1, got {tuple(shape)}")

@@ -58,14 +58,30 @@ class VQVAE(Autoencoder):
         **quantizer_options: Any,
     ) -> None:
         super().__init__(
-            in_channels, hidden, n_codes, code_dim, downsample,
-            levels=1, n_blocks=n_blocks, quantizer=quantizer, depth=depth, loss=loss, **quantizer_options,
-        )  # fmt: skip
-        self.config = {
-            "in_channels": in_channels, "hidden": hidden, "n_codes": n_codes, "code_dim": code_dim,
-            "downsample": downsample, "n_blocks": n_blocks, "quantizer": quantizer, "depth": depth, "loss": loss,
+            in_channels,
+            hidden,
+            n_codes,
+            code_dim,
+            downsample,
+            levels=1,
+            n_blocks=n_blocks,
+            quantizer=quantizer,
+            depth=depth,
+            loss=loss,
             **quantizer_options,
-        }  # fmt: skip
+        )
+        self.config = {
+            "in_channels": in_channels,
+            "hidden": hidden,
+            "n_codes": n_codes,
+            "code_dim": code_dim,
+            "downsample": downsample,
+            "n_blocks": n_blocks,
+            "quantizer": quantizer,
+            "depth": depth,
+            "loss": loss,
+            **quantizer_options,
+        }
 
     def encode(
         self,

@@ -49,15 +49,31 @@ class VQVAE2(Autoencoder):
         **quantizer_options: Any,
     ) -> None:
         super().__init__(
-            in_channels, hidden, n_codes, code_dim, downsample,
-            levels=levels, n_blocks=n_blocks, quantizer=quantizer, depth=depth, loss=loss, **quantizer_options,
-        )  # fmt: skip
+            in_channels,
+            hidden,
+            n_codes,
+            code_dim,
+            downsample,
+            levels=levels,
+            n_blocks=n_blocks,
+            quantizer=quantizer,
+            depth=depth,
+            loss=loss,
+            **quantizer_options,
+        )
         self.config = {
-            "in_channels": in_channels, "hidden": hidden,
-            "n_codes": n_codes if isinstance(n_codes, int) else list(n_codes), "code_dim": code_dim,
-            "downsample": downsample, "levels": levels, "n_blocks": n_blocks, "quantizer": quantizer, "depth": depth,
-            "loss": loss, **quantizer_options,
-        }  # fmt: skip
+            "in_channels": in_channels,
+            "hidden": hidden,
+            "n_codes": n_codes if isinstance(n_codes, int) else list(n_codes),
+            "code_dim": code_dim,
+            "downsample": downsample,
+            "levels": levels,
+            "n_blocks": n_blocks,
+            "quantizer": quantizer,
+            "depth": depth,
+            "loss": loss,
+            **quantizer_options,
+        }
 
     def encode(
         self,

@@ -31,9 +31,15 @@ def number_module(module: LearnedCodebook) -> int:
 
 
 def _run(
-    codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor | None, initialised: Tensor, rows: Tensor,
-    mask: Tensor | None, residual: bool, number: int,
-) -> None:  # fmt: skip
+    codebook: Tensor,
+    cluster_size: Tensor,
+    embed_sum: Tensor | None,
+    initialised: Tensor,
+    rows: Tensor,
+    mask: Tensor | None,
+    residual: bool,
+    number: int,
+) -> None:
     module = _modules.get(number)
     if module is None:
         raise RuntimeError(
@@ -48,5 +54,6 @@ def _run(
 register(
     "start_codebook_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!)? embed_sum, Tensor(d!) initialised, "
     "Tensor rows, Tensor? mask, bool residual, int number) -> ()",
-    _run, lambda *arguments: None,
-)  # fmt: skip
+    _run,
+    lambda *arguments: None,
+)

@@ -244,9 +244,15 @@ class CodebookState(nn.Module):
         return {**self.__dict__, "_before_update": None, "_last_read": None}
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         name = f"{prefix}frozen_mask"
         if name in state_dict and self.frozen_mask is None:
             self.frozen_mask = torch.empty_like(self.cluster_size)

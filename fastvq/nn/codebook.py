@@ -75,9 +75,16 @@ class LearnedCodebook(CodebookState):
         check_option(owner, "sync", sync, ("auto", "none"))
         check_option(owner, "precision", precision, PRECISIONS)
         super().__init__(
-            owner, lead, n_codes, code_dim, metric=metric, learnable=learnable, kmeans_init=kmeans_init,
-            dead_code_threshold=dead_code_threshold, update=update,
-        )  # fmt: skip
+            owner,
+            lead,
+            n_codes,
+            code_dim,
+            metric=metric,
+            learnable=learnable,
+            kmeans_init=kmeans_init,
+            dead_code_threshold=dead_code_threshold,
+            update=update,
+        )
         self.decay, self.eps, self.estimator = decay, eps, estimator
         self.commitment_weight, self.sync, self.precision = commitment_weight, sync, precision
         self.group_of_ranks = Group(owner, group, sync)
@@ -239,9 +246,15 @@ class LearnedCodebook(CodebookState):
 
     @torch.no_grad()
     def _fit_kmeans(
-        self, codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor | None, initialised: Tensor, rows: Tensor,
-        mask: Tensor | None, residual: bool,
-    ) -> bool:  # fmt: skip
+        self,
+        codebook: Tensor,
+        cluster_size: Tensor,
+        embed_sum: Tensor | None,
+        initialised: Tensor,
+        rows: Tensor,
+        mask: Tensor | None,
+        residual: bool,
+    ) -> bool:
         """Runs k-means and writes its result to the buffers. Returns False if some head has no usable vector."""
         if mask is not None:
             rows = torch.where(mask[..., None], rows.float(), torch.nan)  # k-means skips vectors with NaN
@@ -259,9 +272,13 @@ class LearnedCodebook(CodebookState):
         for i in range(self.lead[0] if self.lead else 1):
             vectors = rest if residual or not self.lead else rest[i]
             result = _kmeans.fit(
-                partial(_one_batch, vectors.reshape(-1, self.code_dim)), self.n_codes, n_iter=KMEANS_ITERATIONS,
-                metric="cosine" if self.metric == "cosine" else "euclidean", generator=generator, collective=collective,
-            )  # fmt: skip
+                partial(_one_batch, vectors.reshape(-1, self.code_dim)),
+                self.n_codes,
+                n_iter=KMEANS_ITERATIONS,
+                metric="cosine" if self.metric == "cosine" else "euclidean",
+                generator=generator,
+                collective=collective,
+            )
             if result is None:
                 return False
             results.append(result)

@@ -75,11 +75,23 @@ class ResidualVQ(Projected, LearnedCodebook):
                 f"{OP}: metric must be 'euclidean' or 'dot', got 'cosine'; residuals have no common length"
             )
         super().__init__(
-            OP, () if shared_codebook else (n_levels,), n_codes, dim if code_dim is None else code_dim,
-            decay=decay, eps=eps, metric=metric, estimator=estimator, commitment_weight=commitment_weight,
-            learnable=learnable, kmeans_init=kmeans_init, dead_code_threshold=dead_code_threshold, update=update,
-            sync=sync, group=group, precision=precision,
-        )  # fmt: skip
+            OP,
+            () if shared_codebook else (n_levels,),
+            n_codes,
+            dim if code_dim is None else code_dim,
+            decay=decay,
+            eps=eps,
+            metric=metric,
+            estimator=estimator,
+            commitment_weight=commitment_weight,
+            learnable=learnable,
+            kmeans_init=kmeans_init,
+            dead_code_threshold=dead_code_threshold,
+            update=update,
+            sync=sync,
+            group=group,
+            precision=precision,
+        )
         self.n_levels, self.shared_codebook, self.quantize_dropout = n_levels, shared_codebook, quantize_dropout
         self._add_projections(dim, self.code_dim, channel_first)
 
@@ -107,9 +119,16 @@ class ResidualVQ(Projected, LearnedCodebook):
             else:
                 n_used = int(drawn)
         q = residual_quantize(
-            vectors, levels, n_levels=n_used, metric=self.metric, estimator=self.estimator,
-            mask=mask, beta=self.commitment_weight, statistics=learns, precision=self.precision,
-        )  # fmt: skip
+            vectors,
+            levels,
+            n_levels=n_used,
+            metric=self.metric,
+            estimator=self.estimator,
+            mask=mask,
+            beta=self.commitment_weight,
+            statistics=learns,
+            precision=self.precision,
+        )
         if n_used < self.n_levels:
             q = self._pad(q, self.n_levels - n_used)
         if used is not None:

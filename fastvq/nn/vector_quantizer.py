@@ -100,11 +100,23 @@ class VectorQuantizer(Projected, LearnedCodebook):
                 )
             code_dim = dim // heads
         super().__init__(
-            name, (heads,) if separate_codebook_per_head and heads > 1 else (), n_codes, code_dim,
-            decay=decay, eps=eps, metric=metric, estimator=estimator, commitment_weight=commitment_weight,
-            learnable=learnable, kmeans_init=kmeans_init, dead_code_threshold=dead_code_threshold, update=update,
-            sync=sync, group=group, precision=precision,
-        )  # fmt: skip
+            name,
+            (heads,) if separate_codebook_per_head and heads > 1 else (),
+            n_codes,
+            code_dim,
+            decay=decay,
+            eps=eps,
+            metric=metric,
+            estimator=estimator,
+            commitment_weight=commitment_weight,
+            learnable=learnable,
+            kmeans_init=kmeans_init,
+            dead_code_threshold=dead_code_threshold,
+            update=update,
+            sync=sync,
+            group=group,
+            precision=precision,
+        )
         self.heads = heads
         self._add_projections(dim, heads * code_dim, channel_first)
 
@@ -126,9 +138,12 @@ class VectorQuantizer(Projected, LearnedCodebook):
             self._kmeans_start(vectors.detach(), heads_mask)
         codes = self._codes()
         options: dict[str, Any] = {
-            "metric": self.metric, "estimator": self.estimator, "mask": heads_mask, "beta": self.commitment_weight,
+            "metric": self.metric,
+            "estimator": self.estimator,
+            "mask": heads_mask,
+            "beta": self.commitment_weight,
             "precision": self.precision,
-        }  # fmt: skip
+        }
         q: Quantized | VQStep
         if learns:
             q = vq_step(vectors, codes, **options)

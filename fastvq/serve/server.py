@@ -58,11 +58,17 @@ ID = whole(0, 1 << 20)
 EDIT = record(
     {"way": text},
     {
-        "box": list_of(whole(0, MAX_SIDE)), "runs": list_of(whole(0, MAX_SIDE**2)), "label": any_of(nothing, ID),
-        "temperature": number, "drafts": whole(1, MAX_DRAFTS), "candidates": whole(1, MAX_CANDIDATES),
-        "seed": any_of(nothing, whole(0, 1 << 62)), "codes": list_of(any_of(nothing, ID)), "soft": whole(0, MAX_SOFT),
+        "box": list_of(whole(0, MAX_SIDE)),
+        "runs": list_of(whole(0, MAX_SIDE**2)),
+        "label": any_of(nothing, ID),
+        "temperature": number,
+        "drafts": whole(1, MAX_DRAFTS),
+        "candidates": whole(1, MAX_CANDIDATES),
+        "seed": any_of(nothing, whole(0, 1 << 62)),
+        "codes": list_of(any_of(nothing, ID)),
+        "soft": whole(0, MAX_SOFT),
     },
-)  # fmt: skip
+)
 WAYS = ("resample", "paint", "transplant")
 HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'",
@@ -146,10 +152,17 @@ class Editor:
         self.lock = threading.Lock()
 
     async def list_runs(self, request: Request) -> Response:
-        return JSONResponse({
-            "runs": list(self.runs), "size": self.size, "max_side": MAX_SIDE, "max_upload": MAX_UPLOAD,
-            "max_drafts": MAX_DRAFTS, "max_candidates": MAX_CANDIDATES, "max_soft": MAX_SOFT,
-        })  # fmt: skip
+        return JSONResponse(
+            {
+                "runs": list(self.runs),
+                "size": self.size,
+                "max_side": MAX_SIDE,
+                "max_upload": MAX_UPLOAD,
+                "max_drafts": MAX_DRAFTS,
+                "max_candidates": MAX_CANDIDATES,
+                "max_soft": MAX_SOFT,
+            }
+        )
 
     async def open(self, request: Request) -> Response:
         name = request.query_params.get("run", "")
@@ -175,10 +188,16 @@ class Editor:
 
     async def job(self, request: Request) -> Response:
         job = self._job(request)
-        return JSONResponse({
-            "job": job.number, "state": job.state, "progress": round(job.progress, 4), "error": _shown(job.error),
-            "ahead": self.worker.ahead(job), "result": job.result if job.state == "done" else None,
-        })  # fmt: skip
+        return JSONResponse(
+            {
+                "job": job.number,
+                "state": job.state,
+                "progress": round(job.progress, 4),
+                "error": _shown(job.error),
+                "ahead": self.worker.ahead(job),
+                "result": job.result if job.state == "done" else None,
+            }
+        )
 
     async def cancel(self, request: Request) -> Response:
         self._job(request).cancel()
@@ -244,9 +263,12 @@ class Editor:
     async def ids(self, request: Request) -> Response:
         _, session = self._session(request)
         body = {
-            "run": session.run_name, "picture": session.name, "strides": session.run.model.strides,
-            "codes": session.run.model.n_codes, "maps": [ids[0].tolist() for ids in session.current.maps],
-        }  # fmt: skip
+            "run": session.run_name,
+            "picture": session.name,
+            "strides": session.run.model.strides,
+            "codes": session.run.model.n_codes,
+            "maps": [ids[0].tolist() for ids in session.current.maps],
+        }
         named = {"content-disposition": 'attachment; filename="ids.json"', "cache-control": "no-store"}
         return Response(json.dumps(body), media_type="application/json", headers=named)
 
@@ -272,18 +294,29 @@ def describe(key: str, session: Session) -> dict[str, Any]:
     """What the page shows of a session."""
     run, now = session.run, session.current
     return {
-        "id": key, "run": session.run_name, "name": session.name, "label": session.label, "version": session.version,
-        "channels": now.pixels.shape[0], "height": now.pixels.shape[1], "width": now.pixels.shape[2],
+        "id": key,
+        "run": session.run_name,
+        "name": session.name,
+        "label": session.label,
+        "version": session.version,
+        "channels": now.pixels.shape[0],
+        "height": now.pixels.shape[1],
+        "width": now.pixels.shape[2],
         "levels": [
             {"codes": k, "stride": stride, "columns": views.swatch_columns(k), "ids": ids[0].tolist()}
             for k, stride, ids in zip(run.model.n_codes, run.model.strides, now.maps, strict=True)
         ],
-        "depth": run.model.depth, "classes": run.priors[0].n_classes if run.priors else None,
-        "prior": run.priors is not None, "why_no_prior": run.why_no_prior,
-        "held_out": 0 if run.held_out is None else len(run.held_out), "edits": len(session.states) - 1,
-        "drafts": len(session.drafts), "chosen": session.chosen, "seed": session.seed,
+        "depth": run.model.depth,
+        "classes": run.priors[0].n_classes if run.priors else None,
+        "prior": run.priors is not None,
+        "why_no_prior": run.why_no_prior,
+        "held_out": 0 if run.held_out is None else len(run.held_out),
+        "edits": len(session.states) - 1,
+        "drafts": len(session.drafts),
+        "chosen": session.chosen,
+        "seed": session.seed,
         "source": session.source is not None,
-    }  # fmt: skip
+    }
 
 
 def _view(session: Session, name: str, at: int) -> Any:

@@ -184,9 +184,14 @@ class Session:
         return {}
 
     def _sampling(
-        self, label: int | None, temperature: float, drafts: int, candidates: int, seed: int,
+        self,
+        label: int | None,
+        temperature: float,
+        drafts: int,
+        candidates: int,
+        seed: int,
         report: Callable[[float], object],
-    ) -> dict[str, Any]:  # fmt: skip
+    ) -> dict[str, Any]:
         priors = self.run.priors
         if priors is None:
             raise ValueError(f"{PREFIX}: {self.run.why_no_prior}")
@@ -208,10 +213,13 @@ class Session:
             report(min(1.0, (done["level"] + at / total) / len(priors)))
 
         return {
-            "prior": list(priors), "labels": label if n_classes else None, "temperature": temperature,
-            "n_candidates": candidates, "generator": torch.Generator(_device(self.run.model)).manual_seed(seed),
+            "prior": list(priors),
+            "labels": label if n_classes else None,
+            "temperature": temperature,
+            "n_candidates": candidates,
+            "generator": torch.Generator(_device(self.run.model)).manual_seed(seed),
             "progress": follow,
-        }  # fmt: skip
+        }
 
 
 def mask_of(

@@ -71,10 +71,17 @@ def train(
 
 
 def _train(
-    model: Pretrained, objective: Objective, loader: Loader, config: TrainConfig, folder: Path, place: ProcessContext,
-    resume: bool, on_step: Callable[[int], None] | None, on_log: Callable[[dict[str, Any]], None] | None,
+    model: Pretrained,
+    objective: Objective,
+    loader: Loader,
+    config: TrainConfig,
+    folder: Path,
+    place: ProcessContext,
+    resume: bool,
+    on_step: Callable[[int], None] | None,
+    on_log: Callable[[dict[str, Any]], None] | None,
     stop: Callable[[], bool] | None,
-) -> None:  # fmt: skip
+) -> None:
     model.to(place.device).train()
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], config.lr, weight_decay=config.weight_decay
@@ -186,9 +193,14 @@ def _check_finite(step: int, loss: float, norm: float) -> None:
 
 
 def _save(
-    folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer, averages: Averages, step: int, saved: int,
+    folder: Path,
+    model: Pretrained,
+    optimizer: torch.optim.Optimizer,
+    averages: Averages,
+    step: int,
+    saved: int,
     config: TrainConfig,
-) -> None:  # fmt: skip
+) -> None:
     with _disk_errors(folder, step, saved):
         save_run(folder, model, optimizer, averages, step, config)
         _export(folder, model, averages)

@@ -18,9 +18,17 @@ from fastvq._files import lock_folder
 from fastvq._shorten import shorten_text
 
 __all__ = [
-    "ProcessContext", "Stopped", "average", "barrier", "find_device", "from_first", "handled", "processes",
-    "run_folder", "sigterm_stops",
-]  # fmt: skip
+    "ProcessContext",
+    "Stopped",
+    "average",
+    "barrier",
+    "find_device",
+    "from_first",
+    "handled",
+    "processes",
+    "run_folder",
+    "sigterm_stops",
+]
 
 
 class ProcessContext(NamedTuple):

@@ -52,9 +52,13 @@ class Averages:
 
 
 def save_run(
-    folder: Path, model: Pretrained, optimizer: torch.optim.Optimizer, averages: Averages, step: int,
+    folder: Path,
+    model: Pretrained,
+    optimizer: torch.optim.Optimizer,
+    averages: Averages,
+    step: int,
     config: TrainConfig,
-) -> None:  # fmt: skip
+) -> None:
     """Writes ``folder/state.safetensors``. Where that fails, raises OSError and leaves the earlier file untouched."""
     tensors: dict[str, Tensor] = {f"model.{name}": t for name, t in model.state_dict().items()}
     tensors |= {f"average.{name}": t for name, t in averages.tensors.items()}
