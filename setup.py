@@ -137,8 +137,9 @@ class CleanBuild(build):
     """Empties the folder that a wheel is packed from: an earlier build may have left an extension or a module there."""
 
     def run(self) -> None:
-        if not getattr(self, "editable_mode", False):
-            shutil.rmtree(self.build_lib, ignore_errors=True)
+        packed = Path(self.build_lib).resolve()
+        if Path(self.build_base).resolve() in packed.parents:  # any other folder is of the caller's choice
+            shutil.rmtree(packed, ignore_errors=True)
         super().run()
 
 

@@ -8,6 +8,11 @@
 #   .ci/distribution.sh [sdist|wheel]     both without an argument
 set -euo pipefail
 cd "$(dirname "$0")/.."
+case "${1:-both}" in
+  both | sdist | wheel) ;;
+  *) echo "usage: $0 [sdist|wheel]" >&2; exit 2 ;;
+esac
+export PIP_CONSTRAINT=${PIP_CONSTRAINT:-$PWD/.ci/constraints.txt} # a CPU build of torch
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -44,7 +49,8 @@ if [ "${1:-wheel}" = wheel ]; then
   size=$(stat -c %s "$wheel")
   echo "wheel: $(basename "$wheel"), $size bytes"
   [ "$size" -lt 2000000 ] || { echo "a CPU wheel is under 2 MB"; exit 1; }
-  if "$work/tools/bin/python" -m zipfile -l "$wheel" | grep -E "_cuda\..*(so|pyd) |_cpu_testing\..*(so|pyd) |tests/|benchmarks/|csrc/"; then
+  "$work/tools/bin/python" -m zipfile -l "$wheel" > "$work/log"
+  if grep -E "_cuda\..*(so|pyd) |_cpu_testing\..*(so|pyd) |tests/|benchmarks/|csrc/" "$work/log"; then
     echo "a CPU wheel holds neither CUDA nor test or benchmark code"
     exit 1
   fi

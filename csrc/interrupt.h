@@ -2,8 +2,9 @@
 //
 // Kernels know nothing of Python. The binding gives them a function that returns whether to stop, and the thread that
 // called the kernel calls it between two pieces of work, at most every kInterruptPeriod. The kernel then throws
-// Interrupted, and helper threads stop before their next piece. A kernel that changes the caller's memory in place either
-// puts back its changes (pixelcnn_step) or is not interrupted: a call must not leave that memory half changed.
+// Interrupted, and helper threads stop before their next piece. A kernel that changes the caller's memory in place is
+// not interrupted, or may be called again, which writes all that it reads (pixelcnn_step): no call leaves that memory
+// half changed.
 #pragma once
 #include <exception>
 

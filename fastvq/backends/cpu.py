@@ -44,7 +44,7 @@ def cpu_call(adapter: Adapter) -> Adapter:
 
     Within the call the floating-point environment is the default one: rounding to nearest, denormals kept. After it the
     caller's is back. A call of Python's main thread that runs longer than 50 ms looks for signals from then on: Ctrl-C
-    raises KeyboardInterrupt from inside the call, unless it changes its arguments in place.
+    raises KeyboardInterrupt from inside the call, unless it is one that must finish (``ema_update_``).
     """
 
     @functools.wraps(adapter)

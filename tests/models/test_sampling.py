@@ -287,6 +287,12 @@ def test_bad_input(change, message):
         make().sample(**(dict(shape=(2, 3, 3)) | change))
 
 
+def test_the_shape_of_a_state_may_be_a_list():
+    ids = torch.zeros(1, 2, 2, dtype=torch.int64)
+    logits = [pixelcnn_step(make().sampler_state(shape, None, None), ids, 0, 0) for shape in ([1, 2, 2], (1, 2, 2))]
+    assert torch.equal(*logits)
+
+
 def test_bad_step_input():
     model = make()
     state = model.sampler_state((2, 3, 4), None, None)

@@ -57,7 +57,12 @@ struct Processor {
     return all(features, kFma | kF16c) && all(features_b, kAvx2) && all(saved, kYmm);
   }
   bool avx512() const {
-    constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31, kZmm = 0xe6;
+#if defined(__APPLE__)
+    constexpr unsigned kZmm = 0x06;  // Darwin saves the wide registers of a thread from their first use on
+#else
+    constexpr unsigned kZmm = 0xe6;
+#endif
+    constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;
     return avx2() && all(features_b, kF | kDq | kBw | kVl) && all(saved, kZmm);
   }
   bool avx512_vnni() const { return avx512() && all(features_c, 1u << 11); }

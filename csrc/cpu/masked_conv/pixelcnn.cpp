@@ -124,8 +124,7 @@ struct Run {
         return call.cache + n.v_in + b * n.v_image + place(n, call.row);
       };
       std::vector<int64_t> segments;  // from here(b)
-      for (const Tap& t : y.v_taps)
-        segments.push_back(place(y, call.row + t.dy) - place(y, call.row) + t.dx * pixel);
+      for (const Tap& t : y.v_taps) segments.push_back(place(y, call.row + t.dy) - place(y, call.row) + t.dx * pixel);
       for_blocks(plan, y.v, call.weights,
                  [&](const ChannelBlock& block, const float* bias, const float* w, int64_t step) {
                    const int64_t lanes = plan.width(block);

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastvq.backends import triton as triton_backend
 from fastvq.backends.golden.cases import Configuration, cases, widened
+from fastvq.backends.registry import outside_autocast
 
 __all__ = ["RECORDED", "check_lookup", "check_op"]
 
@@ -120,7 +121,8 @@ def _once(
     key = backend, capability, op, configuration
     if key in _passed or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return None
-    with torch.device("cpu"):  # where the cases are made, whatever the caller's default device
+    # The cases are made on the CPU, whatever the caller's default device, and the reference computes as it is written.
+    with torch.device("cpu"), outside_autocast():
         reason = compare()
     if reason is None:
         _passed.add(key)

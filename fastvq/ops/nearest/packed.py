@@ -107,7 +107,8 @@ def pack_codebook(
     if backend is not None:
         check_backend(OP, backend)
     refuse_tangents(OP, "a packed codebook takes no derivative", codebook)
-    if type(codebook) in (Tensor, Parameter) and not codebook.is_meta and not active():
+    plain = type(codebook) in (Tensor, Parameter) and not codebook.is_meta
+    if plain and not active() and not torch.compiler.is_compiling():
         views.address(codebook)  # raises where there is none: torch's copy does not look
     return PackedCodebook(codebook.detach().clone(memory_format=torch.contiguous_format), metric, backend)
 

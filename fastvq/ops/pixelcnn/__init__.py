@@ -80,7 +80,7 @@ def pixelcnn_start(
         condition = condition.detach().to(embedding.dtype).contiguous()
     name = PIXELCNN_START.choose(call)
     packed, cache = PIXELCNN_START.kernels[name].run(call)
-    return PixelCNNState(packed, cache, condition, tuple(kernel_sizes), shape, name)
+    return PixelCNNState(packed, cache, condition, tuple(kernel_sizes), (call.batch, call.height, call.width), name)
 
 
 def _check_start(call: StartCall) -> None:
