@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from results import H100, Result, fastest_two, ms, one, rows
+from results import H100, Result, best, fastest_two, ms, one, rows, times
 
 __all__ = ["sentences"]
 
 SHAPES = ("65536x1024x64", "65536x1024x256", "16384x8192x256", "65536x16384x8")
 PERFORMANCE, MODELS = "docs/performance.md", "docs/models.md"
+FRONT = ("README.md", "docs/index.md")
 EXACTNESS, CONCEPTS = "docs/concepts/exactness.md", "docs/concepts/models.md"
 
 
@@ -27,6 +28,18 @@ def sentences() -> Iterator[tuple[str, str]]:
 
 def lookups() -> Iterator[tuple[str, str]]:
     here = [r for r in rows("quantize.csv") if r["threads"] == "1" and r["shape"] in SHAPES]
+    fastest = {shape: best("quantize.csv", shape=shape, threads="1") for shape in SHAPES}
+    if {r["provider"] for r in fastest.values()} != {"faiss"}:
+        raise ValueError(
+            "quantize.csv: faiss is not the fastest peer at every shape; name the peers on both front pages"
+        )
+    ratios = [float(r["ratio"]) for r in fastest.values()]
+    card = one(f"{H100}lookup.csv", shape="65536x512x64", data="float32", provider="flash-kmeans")
+    for page in FRONT:
+        yield page, f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as faiss on one CPU thread (four shapes)"
+        yield page, f"the inexact flash-kmeans is faster at width 64 ({times(card)})"
+    compared = {r["compared"] for r in here if r["provider"] == "fastvq avx512_vnni"}
+    yield "README.md", f"in each of the {'/'.join(sorted(compared))} rows compared"
     ours = [float(r["extra_mib"]) for r in here if r["provider"] == "fastvq avx512_vnni"]
     theirs = [float(r["extra_mib"]) for r in here if r["provider"] == "cdist"]
     yield (
@@ -109,8 +122,14 @@ def patched() -> Iterator[tuple[str, str]]:
     yield "docs/index.md", f"A patched quantizer runs {min(ratios):.0f} to {max(ratios):.0f} times faster"
     yield "docs/index.md", f"[The table of all {len(before)} quantizers]"
     yield "README.md", f"[All {len(before)} quantizers]"
-    most = max(float(r["differing"]) / float(r["compared"]) for r in before)
-    yield "docs/index.md", f"0 to {1e4 * most + 0.5:.0f} ids in 10,000 in our measurements"
+    for page in ("docs/index.md", "docs/start/patch.md"):
+        most = max(float(r["differing"]) / float(r["compared"]) for r in before)
+        yield page, f"at most {1e4 * most + 0.5:.0f} ids in 10,000 in our measurements"
+    spare = [
+        [float(r["extra_mib"]) for r in rows("drop_in.csv") if r["provider"] == side] for side in ("after", "before")
+    ]
+    ours, theirs = (f"{min(one_):.2g} to {max(one_):.0f} MiB" for one_ in spare)
+    yield "docs/index.md", f"A call takes {ours} of memory beyond its input, where the peer takes {theirs}."
 
 
 def models() -> Iterator[tuple[str, str]]:

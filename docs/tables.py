@@ -154,7 +154,7 @@ LOOKUP = "| rows x codes x width | fastvq ms | share of the ceiling |"
 TABLES: dict[tuple[str, str], Callable[[], Iterable[tuple[str, ...]]]] = {
     (
         "README.md",
-        f"| quantizer | rows {CROSS} levels {CROSS} codes {CROSS} width | milliseconds, before → after | faster |",
+        f"| quantizer | rows ({CROSS} levels) {CROSS} codes {CROSS} width | milliseconds, before → after | faster |",
     ): readme_patched,
     ("README.md", "| | fastvq | against | faster |"): readme_speed,
     (

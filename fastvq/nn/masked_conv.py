@@ -104,6 +104,11 @@ class MaskedConv2d(_MaskedBase):
 
     Raises:
         ValueError: an even kernel size, channels below 1, an unknown mask or a mask of the wrong shape.
+
+    Example:
+        >>> conv = MaskedConv2d(16, 32, 5, mask="A")
+        >>> conv(torch.randn(2, 16, 8, 8)).shape
+        torch.Size([2, 32, 8, 8])
     """
 
     def __init__(
@@ -132,6 +137,11 @@ class GatedMaskedConv2d(_MaskedBase):
 
     As ``MaskedConv2d``, with ``out_channels`` = C, weight [2C, C_in, kh, kw] and bias [2C]; a is the first half.
     ``forward(x, condition)`` takes a condition [B, 2C] or [B, 2C, H, W]; see ``fastvq.ops.gated_masked_conv2d``.
+
+    Example:
+        >>> conv = GatedMaskedConv2d(16, 32, 3)
+        >>> conv(torch.randn(2, 16, 8, 8), condition=torch.randn(2, 64)).shape
+        torch.Size([2, 32, 8, 8])
     """
 
     def __init__(

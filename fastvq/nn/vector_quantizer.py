@@ -229,6 +229,11 @@ class GroupedVQ(VectorQuantizer):
 
     Raises:
         ValueError: dim is not a multiple of n_groups.
+
+    Example:
+        >>> vq = GroupedVQ(64, 256, n_groups=4)
+        >>> vq(torch.randn(8, 100, 64)).indices.shape
+        torch.Size([8, 100, 4])
     """
 
     def __init__(self, dim: int, n_codes: int, n_groups: int, **options: object) -> None:

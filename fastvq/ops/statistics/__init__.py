@@ -153,6 +153,14 @@ def ema_update_(
     Raises:
         ValueError: decay outside [0, 1], eps < 0, shapes or devices that do not fit, an unknown smoothing.
         TypeError: buffers that are not float32 or float64 or differ in dtype, counts that are not int64.
+
+    Example:
+        >>> codebook, embed_sum, cluster_size = torch.zeros(2, 2), torch.zeros(2, 2), torch.zeros(2)
+        >>> sums, counts = torch.tensor([[2.0, 4.0], [3.0, 3.0]]), torch.tensor([2, 3])
+        >>> ema_update_(codebook, embed_sum, cluster_size, sums, counts, decay=0.5, smoothing="none")
+        >>> codebook
+        tensor([[1., 2.],
+                [1., 1.]])
     """
     check_buffers(UPDATE, codebook, embed_sum, cluster_size)
     check_backend_name(UPDATE, backend)
@@ -227,6 +235,13 @@ def replace_dead_codes_(
     Raises:
         ValueError: threshold < 0, shapes or devices that do not fit.
         TypeError: buffers that are not float32 or float64 or differ in dtype, x that is no floating-point tensor.
+
+    Example:
+        >>> codebook, embed_sum, cluster_size = torch.zeros(3, 2), torch.zeros(3, 2), torch.tensor([5.0, 0.0, 0.5])
+        >>> replace_dead_codes_(codebook, embed_sum, cluster_size, torch.randn(100, 2), threshold=1.0)
+        tensor(2)
+        >>> cluster_size
+        tensor([5., 1., 1.])
     """
     check_backend_name(REPLACE, backend)
     check_number(REPLACE, "threshold", threshold)
