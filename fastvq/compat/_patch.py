@@ -17,10 +17,10 @@ def patch(module: nn.Module, *, strict: bool = False) -> PatchReport:
 
     Quantizers of the packages in ``fastvq.compat`` are recognised by module path and class name, then checked by their
     attributes. What is swapped is the class of the object, to a subclass whose lookup, statistics and update are
-    fastvq's: state_dict keys, parameters, buffers, hooks, optimiser references, device, dtype, return values and the
-    order of updates stay as they were. Indices are exact float64 ones, under autocast too (``fastvq.ops.nearest``);
-    values are within float32 rounding of the original's. A call with an option that fastvq does not do runs the
-    original code, bit for bit, and warns once with ``FallbackWarning``.
+    fastvq's: state_dict keys, parameters, buffers, hooks, optimiser references, device, dtype, kinds of returned
+    values and the order of updates stay as they were. Indices are exact float64 ones, under autocast too
+    (``fastvq.ops.nearest``); values are within float32 rounding of the original's. A call with an option that fastvq
+    does not do runs the original code, bit for bit, and warns once with ``FallbackWarning``.
 
     Call it again at any time: what is patched stays so. Works before or after DistributedDataParallel wraps the
     model. ``copy.deepcopy`` and pickles of a patched module are patched; a state_dict fits patched and unpatched
