@@ -5,7 +5,7 @@ vectors for each code) are summed over the processes, in one message a step. So 
 all batches, and the result does not depend on how a batch is cut over processes, up to rounding. The script prints the
 loss and a checksum of the codebook, from each process.
 
-    pip install "fastvq-kernels[models]"
+    pip install ".[models]"
     torchrun --nproc-per-node 2 examples/ddp_training.py
 """
 

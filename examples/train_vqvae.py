@@ -5,7 +5,7 @@ each vector by its nearest code and, in training, moves the codes toward the vec
 the loss every hundred steps, then the quality of held-out digits (PSNR, in dB) and the share of codes in use. It writes
 digits and their reconstructions to a picture.
 
-    pip install "fastvq-kernels[models]"
+    pip install ".[models]"
     python examples/train_vqvae.py
 """
 

@@ -5,7 +5,7 @@ micro-batches, and ``update_codebooks`` learns from them once a step. And the ca
 gathered a whole step (``accelerator.sync_gradients``). With several processes the statistics of all of them are summed
 by the same call, so every process holds the same codes. The script prints the loss and, at the end, the codes in use.
 
-    pip install accelerate "fastvq-kernels[models]"
+    pip install accelerate ".[models]"
     python examples/train_with_accelerate.py
     accelerate launch --num_processes 2 --cpu examples/train_with_accelerate.py
 """

@@ -121,16 +121,19 @@ def edit_command(
         typer.Option(
             "--serve",
             help="open a page in the browser instead; it needs [serve], and takes --model, "
-            "--prior, --size, --device, --host and --port",
+            "--prior, --size, --device, --host, --port and --allow-host",
         ),
     ] = False,
     host: Annotated[str, typer.Option(help="address of the page; 0.0.0.0: all of this machine's")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="port of the page; 0: any free one")] = 8765,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="a further name that browsers reach the page by; may repeat")
+    ] = None,
 ) -> None:
     """Change a part of a picture: transplant, set or swap its codes, or (else) let the prior draw it again."""
     with shared.report_errors():
         if page:
-            serve(model, prior, size=size, device=device, host=host, port=port)
+            serve(model, prior, size=size, device=device, host=host, port=port, allowed=allow_host or ())
             return
         autoencoder, device = _begin("fastvq edit", out, size, model, device)
         if image is not None:

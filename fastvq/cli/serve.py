@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from collections.abc import Sequence
+from ipaddress import ip_address
 from pathlib import Path
 
 from fastvq._json import read_json
@@ -16,13 +19,17 @@ __all__ = ["find_runs", "serve"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MODELS = ("VQVAE", "VQVAE2")
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+MAX_CONNECTIONS = 64  # of all browsers together, of which each holds about six; an upload takes up to 32 MiB
 
 
-def serve(model: Path, prior: Path, *, size: int | None, device: str, host: str, port: int) -> None:
-    """Serves the page until Ctrl-C.
+def serve(
+    model: Path, prior: Path, *, size: int | None, device: str, host: str, port: int, allowed: Sequence[str] = ()
+) -> None:
+    """Serves the page until Ctrl-C. ``allowed`` are further names that browsers reach it by.
 
     Raises:
-        ValueError: starlette or uvicorn is missing, there is no model, the address cannot be used.
+        ValueError: starlette or uvicorn is missing, there is no model, the address or a name cannot be used.
     """
     try:
         import uvicorn
@@ -33,6 +40,9 @@ def serve(model: Path, prior: Path, *, size: int | None, device: str, host: str,
             f'fastvq edit --serve needs {error.name}, which is not installed; pip install "fastvq-kernels[serve]"'
         ) from None
     check_size("fastvq edit", size)
+    for name in allowed:
+        if not (NAME.fullmatch(name) or _is_address(name)):
+            raise ValueError(f"--allow-host must be a name or an address without a port, as demo.local, got {name!r}")
     runs = find_runs(model, prior, str(find_device(device)))
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -48,8 +58,24 @@ def serve(model: Path, prior: Path, *, size: int | None, device: str, host: str,
         shared.console.print(f"{names} at {address}; Ctrl-C ends it", highlight=False, soft_wrap=True)
         if host not in LOOPBACK:
             shared.console.print("anyone who reaches this address can open and edit pictures here", highlight=False)
-        app = server.make_app(runs, size=size, hosts=server.LOOPBACK if host in LOOPBACK else ["*"])
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        app = server.make_app(runs, size=size, hosts=_hosts(host, listener.getsockname()[0], allowed))
+        config = uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def _hosts(given: str, bound: str, allowed: Sequence[str]) -> list[str]:
+    """The names that requests may address the page by. A page of another site can point a name of its own at this
+    machine, so any name is allowed only where the page listens on all addresses and no name is given."""
+    if ip_address(bound.partition("%")[0]).is_unspecified:
+        return [*LOOPBACK, *allowed] if allowed else ["*"]
+    return [*LOOPBACK, given, bound, *allowed]
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return bool(ip_address(name.strip("[]")))
+    except ValueError:
+        return False
 
 
 def find_runs(model: Path, prior: Path, device: str) -> list[Run]:

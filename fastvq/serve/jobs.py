@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
+import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import takewhile
 from queue import Queue
 from typing import Any
 
@@ -28,8 +29,8 @@ class Busy(Exception):
 class Job:
     """One piece of work. ``state`` is "waiting", "running", "done", "failed" or "cancelled"."""
 
-    def __init__(self, number: int, work: Callable[[Job], Any]) -> None:
-        self.number, self.work = number, work
+    def __init__(self, work: Callable[[Job], Any]) -> None:
+        self.id, self.work = secrets.token_urlsafe(12), work  # the result is for those who know the id
         self.state, self.progress = "waiting", 0.0
         self.result: Any = None
         self.error: str | None = None
@@ -52,8 +53,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._queue: Queue[Job | None] = Queue(MAX_WAITING)
-        self._jobs: OrderedDict[int, Job] = OrderedDict()
-        self._numbers = itertools.count(1)
+        self._jobs: OrderedDict[str, Job] = OrderedDict()  # in the order of their submission
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="fastvq edits", daemon=True)
         self._thread.start()
@@ -61,25 +61,30 @@ class Worker:
     def submit(self, work: Callable[[Job], Any]) -> Job:
         """Queues ``work(job)``. Raises Busy where too many jobs wait already."""
         with self._lock:
-            if self._queue.full():
-                raise Busy
-            job = Job(next(self._numbers), work)
-            self._jobs[job.number] = job
+            self.check_room()
+            job = Job(work)
+            self._jobs[job.id] = job
             self._queue.put_nowait(job)
-            done = [number for number, other in self._jobs.items() if other.ended.is_set()]
-            for number in done[: max(0, len(self._jobs) - MAX_KEPT)]:
-                del self._jobs[number]
+            done = [key for key, other in self._jobs.items() if other.ended.is_set()]
+            for key in done[: max(0, len(self._jobs) - MAX_KEPT)]:
+                del self._jobs[key]
         return job
 
-    def job(self, number: int) -> Job:
-        """The job of that number; KeyError where there is none, or it ended long ago."""
+    def check_room(self) -> None:
+        """Raises Busy where the queue is full, so that a caller can refuse before it prepares the work."""
+        if self._queue.full():
+            raise Busy
+
+    def job(self, key: str) -> Job:
+        """The job of that id; KeyError where there is none, or it ended long ago."""
         with self._lock:
-            return self._jobs[number]
+            return self._jobs[key]
 
     def ahead(self, job: Job) -> int:
         """Number of jobs that come before this one, the running one included."""
         with self._lock:
-            return sum(not other.ended.is_set() for number, other in self._jobs.items() if number < job.number)
+            earlier = takewhile(lambda other: other is not job, self._jobs.values())
+            return sum(not other.ended.is_set() for other in earlier)
 
     def close(self) -> None:
         """Ends the thread after the job that runs. Waiting jobs are cancelled."""

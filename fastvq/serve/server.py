@@ -6,8 +6,8 @@ method    path                                       answer
 GET       /api/runs                                  the trained runs
 POST      /api/open?run=&name=&index=&size=          a job; its result is the session of the uploaded picture
                                                      (the body), or of a held-out one (no body)
-GET       /api/jobs/{number}                         state, progress, result
-POST      /api/jobs/{number}/cancel                  asks the job to end
+GET       /api/jobs/{id}                             state, progress, result
+POST      /api/jobs/{id}/cancel                      asks the job to end
 GET       /api/sessions/{id}                         what the page shows of a session
 POST      /api/sessions/{id}/source?name=&index=     a job: the picture to transplant from
 POST      /api/sessions/{id}/edit                    a job: an edit (the body is JSON, ``EDIT`` below)
@@ -28,21 +28,19 @@ from contextlib import asynccontextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastvq._json import Kind, any_of, list_of, nothing, number, parse_json, record, text, whole
 from fastvq.serve import views
+from fastvq.serve.guard import LOOPBACK, PREFIX, Guard, error_answer, shown
 from fastvq.serve.jobs import Busy, Job, Worker
 from fastvq.serve.session import MAX_CANDIDATES, MAX_DRAFTS, MAX_SIDE, MAX_SOFT, LoadedRun, Run, Session, mask_of
 
@@ -52,8 +50,6 @@ STATIC = Path(__file__).parent / "static"
 MAX_UPLOAD = 32 << 20  # bytes of a picture
 MAX_REQUEST = 4 << 20  # bytes of an edit's description
 MAX_SESSIONS = 8  # pictures that are kept; the one that was used longest ago leaves first
-PREFIX = "fastvq edit --serve"
-LOOPBACK = ("127.0.0.1", "localhost", "[::1]", "::1")
 ID = whole(0, 1 << 20)
 EDIT = record(
     {"way": text},
@@ -70,11 +66,7 @@ EDIT = record(
     },
 )
 WAYS = ("resample", "paint", "transplant")
-HEADERS = {
-    "content-security-policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
+MAX_DIGITS = 20  # of a number in an address
 
 
 def make_app(runs: Sequence[Run], *, size: int | None = None, hosts: Sequence[str] = LOOPBACK) -> Starlette:
@@ -83,8 +75,9 @@ def make_app(runs: Sequence[Run], *, size: int | None = None, hosts: Sequence[st
     Args:
         runs: the trained runs to choose from; each is loaded when its first picture is opened, and kept.
         size: side that pictures are scaled to unless the page asks for another; default: the run's training size.
-        hosts: names that requests may address the server by ("*": any). Other names are refused, so that no page of
-            another site can reach the server through a name that its owner points at this machine.
+        hosts: names that requests may address the server by, without a port ("*": any). Other names are
+            refused, so that no page of another site can reach the server through a name that its owner points at this
+            machine.
     """
     editor = Editor(runs, size)
 
@@ -100,8 +93,8 @@ def make_app(runs: Sequence[Run], *, size: int | None = None, hosts: Sequence[st
             Route("/", lambda _: FileResponse(STATIC / "index.html")),
             Route("/api/runs", endpoint(editor.list_runs)),
             Route("/api/open", endpoint(editor.open), methods=["POST"]),
-            Route("/api/jobs/{job:int}", endpoint(editor.job)),
-            Route("/api/jobs/{job:int}/cancel", endpoint(editor.cancel), methods=["POST"]),
+            Route("/api/jobs/{id}", endpoint(editor.job)),
+            Route("/api/jobs/{id}/cancel", endpoint(editor.cancel), methods=["POST"]),
             Route("/api/sessions/{id}", endpoint(editor.session)),
             Route("/api/sessions/{id}/source", endpoint(editor.source), methods=["POST"]),
             Route("/api/sessions/{id}/edit", endpoint(editor.edit), methods=["POST"]),
@@ -112,32 +105,10 @@ def make_app(runs: Sequence[Run], *, size: int | None = None, hosts: Sequence[st
             Route("/api/sessions/{id}/ids.json", endpoint(editor.ids)),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts)), Middleware(Guard)],
+        middleware=[Middleware(Guard, hosts=hosts)],
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
-
-
-class Guard:
-    """Adds security headers, and refuses requests that a page of another site makes."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        request = Request(scope)
-        origin = request.headers.get("origin")
-        if request.method == "POST" and origin and urlsplit(origin).netloc != request.headers.get("host"):
-            return await _error(403, f"{PREFIX}: a page of {origin} must not edit here")(scope, receive, send)
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *((k.encode(), v.encode()) for k, v in HEADERS.items())]
-            await send(message)
-
-        await self.app(scope, receive, send_with_headers)
 
 
 class Editor:
@@ -167,8 +138,9 @@ class Editor:
     async def open(self, request: Request) -> Response:
         name = request.query_params.get("run", "")
         if name not in self.runs:
-            raise HTTPException(404, f"there is no run {name!r}; there are {', '.join(self.runs)}")
+            raise HTTPException(404, f"there is no run {name[:80]!r}; there are {', '.join(self.runs)}")
         size = _query(request, "size", 1, MAX_SIDE, None)
+        self.worker.check_room()
         index, data, called = await _picture(request)
 
         def work(job: Job) -> dict[str, Any]:
@@ -190,10 +162,10 @@ class Editor:
         job = self._job(request)
         return JSONResponse(
             {
-                "job": job.number,
+                "job": job.id,
                 "state": job.state,
                 "progress": round(job.progress, 4),
-                "error": _shown(job.error),
+                "error": shown(job.error),
                 "ahead": self.worker.ahead(job),
                 "result": job.result if job.state == "done" else None,
             }
@@ -208,6 +180,7 @@ class Editor:
 
     async def source(self, request: Request) -> Response:
         key, session = self._session(request)
+        self.worker.check_room()
         index, data, called = await _picture(request)
 
         def work(job: Job) -> dict[str, Any]:
@@ -218,6 +191,7 @@ class Editor:
 
     async def edit(self, request: Request) -> Response:
         key, session = self._session(request)
+        self.worker.check_room()
         asked = await _json(request, EDIT)
         way = asked.pop("way")
         if way not in WAYS:
@@ -243,16 +217,16 @@ class Editor:
 
     async def view(self, request: Request) -> Response:
         _, session = self._session(request)
-        name, _, at = request.path_params["view"].partition("-")
-        model = session.run.model
-        if name == "swatches" and at.isdecimal() and int(at) < model.levels:
-            job = self.worker.submit(lambda _: session.swatches(int(at)))
+        name, _, digits = request.path_params["view"].partition("-")
+        at = int(digits) if digits.isdecimal() and len(digits) <= MAX_DIGITS else -1
+        if name == "swatches" and 0 <= at < session.run.model.levels:
+            job = self.worker.submit(lambda _: session.swatches(at))
             await run_in_threadpool(job.ended.wait)
             if job.state != "done":
                 raise ValueError(job.error or "the server ends")
             pixels = job.result
         else:
-            pixels = _view(session, name, int(at) if at.isdecimal() else -1)
+            pixels = _view(session, name, at)
         return Response(views.png(pixels), media_type="image/png", headers={"cache-control": "private, max-age=600"})
 
     async def download(self, request: Request) -> Response:
@@ -273,11 +247,11 @@ class Editor:
         return Response(json.dumps(body), media_type="application/json", headers=named)
 
     def _submit(self, work: Callable[[Job], Any]) -> Response:
-        return JSONResponse({"job": self.worker.submit(work).number}, 202)
+        return JSONResponse({"job": self.worker.submit(work).id}, 202)
 
     def _job(self, request: Request) -> Job:
         try:
-            return self.worker.job(request.path_params["job"])
+            return self.worker.job(request.path_params["id"])
         except KeyError:
             raise HTTPException(404, "there is no such job; reload the page") from None
 
@@ -292,6 +266,11 @@ class Editor:
 
 def describe(key: str, session: Session) -> dict[str, Any]:
     """What the page shows of a session."""
+    with session.lock:  # of one moment
+        return _describe(key, session)
+
+
+def _describe(key: str, session: Session) -> dict[str, Any]:
     run, now = session.run, session.current
     return {
         "id": key,
@@ -320,7 +299,9 @@ def describe(key: str, session: Session) -> dict[str, Any]:
 
 
 def _view(session: Session, name: str, at: int) -> Any:
-    now, before, model = session.current, session.before, session.run.model
+    model = session.run.model
+    with session.lock:  # a picture and the one before it, of one moment
+        now, before, drafts = session.current, session.before, session.drafts
     if name in ("picture", "after"):
         return now.pixels
     if name == "reconstruction":
@@ -331,11 +312,11 @@ def _view(session: Session, name: str, at: int) -> Any:
         return views.difference(now.pixels, before.pixels)
     if name == "ids" and 0 <= at < model.levels:
         return views.id_colours(now.maps[at][0], model.n_codes[at])
-    if name == "draft" and 0 <= at < len(session.drafts):
-        return session.drafts[at].pixels
+    if name == "draft" and 0 <= at < len(drafts):
+        return drafts[at].pixels
     if name == "source" and session.source is not None:
         return session.source
-    raise HTTPException(404, f"there is no view {name!r} with number {at}")
+    raise HTTPException(404, f"there is no view {name[:80]!r} with number {at}")
 
 
 def endpoint(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
@@ -346,33 +327,25 @@ def endpoint(answer: Callable[[Request], Awaitable[Response]]) -> Callable[[Requ
         try:
             return await answer(request)
         except (ValueError, TypeError) as error:
-            return _error(400, " ".join(str(error).split()))
+            return error_answer(400, " ".join(str(error).split()))
         except Busy:
-            return _error(503, "too many edits are waiting; try again in a moment")
+            return error_answer(503, "too many edits are waiting; try again in a moment")
 
     return checked
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, error.detail)
-
-
-def _error(status: int, message: str) -> Response:
-    return JSONResponse({"error": _shown(message)}, status)
-
-
-def _shown(message: str | None) -> str | None:
-    """A message without the name of the command, which the reader of the page knows."""
-    return message and message.removeprefix(f"{PREFIX}: ")
+    return error_answer(error.status_code, error.detail)
 
 
 def _query(request: Request, name: str, low: int, high: int, default: int | None) -> int | None:
     given = request.query_params.get(name, "")
     if not given:
         return default
-    if not (given.isascii() and given.isdecimal() and low <= int(given[:20]) <= high):
-        raise ValueError(f"{PREFIX}: {name} must be a whole number in {low} .. {high}, got {given[:20]!r}")
+    digits = given.isascii() and given.isdecimal() and len(given) <= MAX_DIGITS
+    if not (digits and low <= int(given) <= high):
+        raise ValueError(f"{PREFIX}: {name} must be a whole number in {low} .. {high}, got {given[:40]!r}")
     return int(given)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -9,10 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastvq.data import Source, normalise, read_fitting, to_pixels
+from fastvq.data.pictures import FORMATS
 from fastvq.models import Prior, edit
 from fastvq.models.autoencoder import Autoencoder
 from fastvq.serve import views
@@ -83,18 +86,22 @@ class Session:
 
     @property
     def current(self) -> State:
-        return self.states[-1]
+        with self.lock:
+            return self.states[-1]
 
     @property
     def before(self) -> State:
         """The state before the last edit; the current one where there was none."""
-        return self.states[-2] if len(self.states) > 1 else self.states[-1]
+        with self.lock:
+            return self.states[-2] if len(self.states) > 1 else self.states[-1]
 
     def set_source(self, data: bytes | None, name: str, index: int) -> None:
         """The picture to transplant from, scaled and cut to this one's size."""
         height, width = self.current.pixels.shape[1:]
-        self.source = _read(self.run, data, name, index, (height, width))[0]
-        self.version += 1
+        source = _read(self.run, data, name, index, (height, width))[0]
+        with self.lock:
+            self.source = source
+            self.version += 1
 
     def edit(
         self,
@@ -272,13 +279,23 @@ def _read(
         label = found.label
         data = views.png(found.pixels)
         size = size if isinstance(size, tuple) else None
-    pixels = read_fitting(data, name, channels=model.in_channels, stride=model.strides[0], size=size)
-    if max(pixels.shape[1:]) > MAX_SIDE:
+    stride = model.strides[0]
+    width, height = _sides(data) if size is None else (size, size) if isinstance(size, int) else size[::-1]
+    if max(width, height) // stride * stride > MAX_SIDE:  # before any pixel is decoded or scaled
         raise ValueError(
-            f"{PREFIX}: the picture has {pixels.shape[2]} x {pixels.shape[1]} pixels, more than {MAX_SIDE} a side; "
+            f"{PREFIX}: the picture has {width} x {height} pixels, more than {MAX_SIDE} a side; "
             "choose a side to scale it to"
         )
-    return pixels, label
+    return read_fitting(data, name, channels=model.in_channels, stride=stride, size=size), label
+
+
+def _sides(data: bytes) -> tuple[int, int]:
+    """Width and height by the picture's header; (0, 0) where it has none, and ``read_fitting`` says what is wrong."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            return picture.size
+    except Exception:  # decoders raise many types on foreign bytes
+        return 0, 0
 
 
 def _paste(

@@ -65,9 +65,38 @@ def test_errors_of_the_command_are_one_line(folder):
         port = taken.getsockname()[1]
         assert f"--port {port} cannot be used" in run("--model", folder / "one", "--port", port)
     assert "size must be in" in run("--model", folder / "one", "--size", 0)
+    for name in ("*", "*.example", "demo.local:80", "http://demo.local", ""):
+        assert "--allow-host must be a name" in run("--model", folder / "one", "--allow-host", name)
 
 
 def test_a_missing_package_is_named(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     result = CliRunner().invoke(app, ["edit", "--serve", "--model", str(folder / "one")])
     assert result.exit_code == 2 and '"fastvq-kernels[serve]"' in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed", "refused"),
+    [
+        ([], ["127.0.0.1", "localhost", "[::1]"], ["elsewhere.example", "127.0.0.2"]),
+        (["--host", "127.0.0.2"], ["127.0.0.2", "localhost"], ["elsewhere.example", "127.0.0.3"]),
+        (["--host", "0.0.0.0"], ["elsewhere.example", "192.168.0.7"], []),
+        (["--host", "0.0.0.0", "--allow-host", "demo.local", "--allow-host", "192.168.0.7"],
+         ["demo.local", "192.168.0.7", "127.0.0.1"], ["elsewhere.example", "0.0.0.0"]),
+    ],
+)  # fmt: skip
+def test_the_page_answers_to_the_names_it_was_given(folder, monkeypatch, options, allowed, refused):
+    pytest.importorskip("starlette", reason="the page needs starlette")
+    pytest.importorskip("httpx2", reason="starlette's test client needs httpx2")
+    uvicorn = pytest.importorskip("uvicorn", reason="the page is served by uvicorn")
+    from starlette.testclient import TestClient
+
+    configs = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: configs.append(self.config))
+    result = CliRunner().invoke(app, ["edit", "--serve", "--model", str(folder / "one"), "--port", "0", *options])
+    assert result.exit_code == 0, result.output
+    assert 0 < configs[0].limit_concurrency <= 64
+    with TestClient(configs[0].app) as client:
+        for hosts, status in ((allowed, 200), (refused, 400)):
+            for host in hosts:
+                assert client.get("/api/runs", headers={"host": f"{host}:8765"}).status_code == status, host

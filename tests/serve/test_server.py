@@ -11,9 +11,11 @@ pytest.importorskip("httpx2", reason="starlette's test client needs httpx2")
 from starlette.testclient import TestClient
 
 from fastvq.serve import Run, server
+from fastvq.serve import session as session_module
 from fastvq.serve.jobs import MAX_WAITING
 from fastvq.serve.server import make_app
-from tests.support.serve.page import Page, app, loaded, noise, pixels
+from fastvq.serve.session import Session
+from tests.support.serve.page import Page, app, loaded, noise, pixels, runs
 
 BOX = [4, 0, 12, 6]
 
@@ -204,9 +206,81 @@ def test_other_sites_cannot_reach_the_page(page):
     assert page.client.get("/api/runs", headers={"host": "elsewhere.example"}).status_code == 400
 
 
+def test_refusals_carry_the_security_headers_too(page):
+    foreign = page.client.get("/api/runs", headers={"host": "elsewhere.example"})
+    other_page = page.client.post("/api/open?run=tiny", headers={"origin": "http://elsewhere.example"})
+    odd_origin = page.client.post("/api/open?run=tiny", headers={"origin": "http://["})
+    for answer, status in ((foreign, 400), (other_page, 403), (odd_origin, 403), (page.client.get("/"), 200)):
+        assert answer.status_code == status
+        policy = answer.headers["content-security-policy"]
+        assert "base-uri 'none'" in policy and "form-action 'self'" in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "elsewhere.example" in foreign.json()["error"] and "elsewhere.example" in other_page.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("[::1]:8765", 200), ("[::1]", 200), ("LOCALHOST:1", 200), ("127.0.0.1", 200), ("[::2]:8765", 400), ("::1", 400),
+     ("localhost:8765:1", 400), ("localhost@elsewhere.example", 400), ("", 400)],
+)  # fmt: skip
+def test_hosts_are_compared_without_port_and_brackets(host, status):
+    with TestClient(make_app(runs())) as client:
+        assert client.get("/api/runs", headers={"host": host}).status_code == status
+
+
+def test_a_number_in_the_address_is_checked_by_its_value(page):
+    for size in ("0" * 18 + "60000", "0" * 21 + "60000", "0" * 5000 + "16", "1025", "-1", "1e2"):
+        answer = page.client.post("/api/open", params={"run": "tiny", "size": size}, content=noise())
+        assert answer.status_code == 400 and "size must be a whole number in 1 .. 1024" in answer.json()["error"], size
+
+
+def test_a_large_picture_is_refused_before_it_is_decoded(page, monkeypatch):
+    def never(*arguments, **options):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(session_module, "read_fitting", never)
+    run = loaded()
+    for size, data in ((60000, noise()), (None, noise(1200, 8))):
+        with pytest.raises(ValueError, match="more than 1024 a side"):
+            Session.open(run, "tiny", data=data, name="a.png", index=0, size=size)
+
+
+def test_the_id_of_a_job_cannot_be_guessed(page):
+    ids = [page.client.post("/api/open?run=tiny").json()["job"] for _ in range(3)]
+    assert len(set(ids)) == 3 and all(isinstance(key, str) and len(key) >= 16 for key in ids)
+    for guess in (1, 2, 3):
+        assert page.client.get(f"/api/jobs/{guess}").status_code == 404
+
+
+def test_the_state_before_is_read_under_the_lock():
+    session = Session.open(loaded(), "tiny", data=noise(), name="a.png", index=0, size=16)
+    first = session.states[0]
+
+    class UndoneMeanwhile(list):
+        """Lets another thread undo the edit between the count and the read."""
+
+        thread = None
+
+        def __len__(self):
+            count = super().__len__()
+            if self.thread is None:
+                self.thread = threading.Thread(target=session.undo)
+                self.thread.start()
+                self.thread.join(0.2)
+            return count
+
+    session.states = states = UndoneMeanwhile([first, first._replace(pixels=first.pixels + 1)])
+    assert session.before is first
+    states.thread.join()
+    assert len(states) == 1
+
+
 def test_what_is_not_there_is_named(page):
     session = page.open(noise())
-    for path in ("/api/jobs/999", "/api/sessions/none", f"/api/sessions/{session['id']}/views/draft-0",
+    for path in ("/api/jobs/999", f"/api/jobs/{'9' * 5000}", f"/api/sessions/{'a' * 5000}",
+                 f"/api/sessions/{session['id']}/views/ids-{'9' * 5000}",
+                 f"/api/sessions/{session['id']}/views/swatches-{'9' * 5000}", "/api/sessions/none",
+                 f"/api/sessions/{session['id']}/views/draft-0",
                  f"/api/sessions/{session['id']}/views/swatches-7"):  # fmt: skip
         found = page.client.get(path)
         assert found.status_code == 404 and found.json()["error"]
@@ -231,7 +305,7 @@ def test_a_long_draw_shows_its_progress_and_can_be_cancelled(page):
     assert page.finish(waiting)["edits"] == 1
 
 
-def test_a_full_queue_refuses_more_work():
+def test_a_full_queue_refuses_more_work(monkeypatch):
     hold = threading.Event()
 
     def load():
@@ -242,5 +316,7 @@ def test_a_full_queue_refuses_more_work():
         try:
             answers = [client.post("/api/open?run=slow", content=noise()) for _ in range(MAX_WAITING + 2)]
             assert answers[-1].status_code == 503 and "try again" in answers[-1].json()["error"]
+            monkeypatch.setattr(server, "_body", None)  # an upload is refused without a look at its body
+            assert client.post("/api/open?run=slow", content=noise()).status_code == 503
         finally:
             hold.set()
