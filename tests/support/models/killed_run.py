@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .test_training import run
+from tests.models.test_training import run
 
 torch.set_num_threads(1)  # as the tests do
 last = int(sys.argv[2])
