@@ -110,6 +110,12 @@ def pytest_itemcollected(item):
         item.add_marker(marker)
 
 
+def pytest_configure(config):
+    # pytest-xdist starts with the files of most tests; the longest files are those of few, slow tests.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(trylast=True)  # the tests that -k and -m have left
 def pytest_collection_modifyitems(config, items):
     config.stash[SHARES] = shares.share(items, config.getoption("--fuzz"))
@@ -117,6 +123,8 @@ def pytest_collection_modifyitems(config, items):
     if repeated:
         config.hook.pytest_deselected(items=repeated)
         items[:] = [i for i in items if i not in set(repeated)]
+    slow = {i.path for i in items if "quick" not in i.keywords}
+    items.sort(key=lambda i: i.path not in slow)  # files with slow tests first: none is begun near the end
     if not torch.cuda.is_available():
         no_gpu = pytest.mark.skip(reason="needs a GPU, and torch sees none on this machine")
         for item in items:
