@@ -60,6 +60,12 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def distribution(session: nox.Session) -> None:
+    """The source distribution with its quick tests, and the wheel built from it, in empty environments."""
+    session.run("bash", ".ci/distribution.sh", *session.posargs, external=True)
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """The main benchmark; tables, plots and a picture go to out/."""
     install(session, "bench")
