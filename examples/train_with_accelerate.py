@@ -51,7 +51,7 @@ def main() -> None:
             if done == micro_steps:
                 break
 
-    # A batch of its own for each process; ``gather`` joins their ids.
+    # Each process encodes another batch; ``gather`` joins their ids.
     model.eval()
     ids = accelerator.gather(accelerator.unwrap_model(model).encode(next(iter(loader))[0]))
     accelerator.print(f"processes: {accelerator.num_processes}; codes in one batch: {ids.unique().numel()} of 128")

@@ -64,8 +64,8 @@ def serve(
 
 
 def _hosts(given: str, bound: str, allowed: Sequence[str]) -> list[str]:
-    """The names that requests may address the page by. A page of another site can point a name of its own at this
-    machine, so any name is allowed only where the page listens on all addresses and no name is given."""
+    """The host names that requests may use. Another site can let one of its names point at this machine,
+    so every name is allowed only where the page listens on all addresses and no name is given."""
     if ip_address(bound.partition("%")[0]).is_unspecified:
         return [*LOOPBACK, *allowed] if allowed else ["*"]
     return [*LOOPBACK, given, bound, *allowed]
